@@ -1,0 +1,109 @@
+"""Bytes to pixels: the one decoder and resizer that training, parity and serving share.
+
+Rules: JPEG, PNG and WebP and nothing else; EXIF orientation is applied; of an animation the first frame
+counts; transparency is laid on white; 16-bit grey is scaled to 8 bit; grey, palette and CMYK become RGB. The centre
+square is taken and resized with an anti-aliased bilinear filter; an image that already has the size is not touched.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 50_000_000
+BACKGROUND = (255, 255, 255)
+
+_MODES_8_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK", "YCbCr")
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Pixels ready for a network.
+
+    Attributes:
+        pixels_SS3: uint8 [S, S, 3], RGB.
+        warnings: What was done to the image that its sender may not expect.
+    """
+
+    pixels_SS3: NDArray[np.uint8]
+    warnings: tuple[str, ...]
+
+
+def decode_image(content: bytes, size_px: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Decode one image and bring it to a square of ``size_px``.
+
+    Args:
+        content: A whole JPEG, PNG or WebP file.
+        size_px: Side of the result in pixels.
+        max_pixels: Images with more pixels are refused from their header, before memory is taken.
+
+    Raises:
+        ImageTypeError: The bytes are of none of these types.
+        ImageDecodeError: The image is damaged, truncated or too large.
+    """
+    if not content:
+        raise ImageTypeError("the image is empty (0 bytes); send the bytes of a JPEG, PNG or WebP file.")
+    if not is_known_type(content):
+        raise ImageTypeError(f"not a JPEG, PNG or WebP image (it begins with {content[:8]!r}); convert it to one.")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageDecodeError(_too_large(f"{image.width} x {image.height}", max_pixels))
+            return _square(image, size_px)
+    except ImageDecodeError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageDecodeError(_too_large("far too many", max_pixels)) from None
+    except Exception as reason:  # whatever a decoder throws at hostile bytes means just this
+        raise ImageDecodeError(f"the image is damaged or truncated ({reason}); send the whole file.") from None
+
+
+def is_known_type(content: bytes) -> bool:
+    """Whether the bytes begin like a JPEG, PNG or WebP file."""
+    return content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (
+        content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    )
+
+
+def load_image(path: Path, size_px: int) -> NDArray[np.uint8]:
+    """Decode one image file to uint8 [S, S, 3]; errors name the file."""
+    try:
+        return decode_image(path.read_bytes(), size_px).pixels_SS3
+    except ImageError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _square(image: Image.Image, size_px: int) -> DecodedImage:
+    warnings = []
+    if getattr(image, "n_frames", 1) > 1:
+        warnings.append("animated: the first frame was used")
+    rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if rotated:
+        warnings.append("rotated as its EXIF orientation says")
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        if rgba.getextrema()[3] != (255, 255):
+            warnings.append("transparency was laid on white")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
+    elif upright.mode in _MODES_8_BIT:
+        rgb = upright.convert("RGB")
+    else:  # 16-bit grey: Pillow's own conversion clips, which turns most of it white
+        warnings.append("16-bit grey was scaled to 8 bit")
+        rgb = Image.fromarray((np.asarray(upright).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if rgb.size != (size_px, size_px):
+        rgb = ImageOps.fit(rgb, (size_px, size_px), Image.Resampling.BILINEAR)
+    return DecodedImage(np.asarray(rgb, dtype=np.uint8), tuple(warnings))
+
+
+def _too_large(seen: str, max_pixels: int) -> str:
+    return f"the image has {seen} pixels, at most {max_pixels:,} are taken; scale it down."
