@@ -92,7 +92,7 @@ def _square(image: Image.Image, size_px: int) -> DecodedImage:
         warnings.append("rotated as its EXIF orientation says")
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
-        if rgba.getextrema()[3] != (255, 255):
+        if rgba.getchannel("A").getextrema() != (255, 255):
             warnings.append("transparency was laid on white")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
     elif upright.mode in _MODES_8_BIT:
