@@ -1,0 +1,98 @@
+"""The candidate as ONNX Runtime sees it: read defensively, opened on a named provider, run in batches.
+
+Shape legend: N images, S side in pixels, C classes.
+"""
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, TensorProto
+from onnxruntime import InferenceSession, SessionOptions
+
+from export.convert import INPUT, OUTPUT
+from ltkd.errors import BundleError, DeviceError
+
+CPU = "CPUExecutionProvider"
+DOMAINS = ("", "ai.onnx")
+MAX_BYTES = 1_000_000_000
+BATCH_SIZE = 256
+
+
+def read_model(content: bytes) -> ModelProto:
+    """Read an ONNX file that may come from anywhere, and check it, before any runtime sees it.
+
+    Raises:
+        BundleError: It is no ONNX model, too large, not self-contained, invalid, or uses unknown operators.
+    """
+    if len(content) > MAX_BYTES:
+        raise BundleError(
+            f"the model has {len(content):,} bytes, at most {MAX_BYTES:,} are read; export a smaller one."
+        )
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as reason:  # the parser's own error type differs between protobuf backends
+        raise BundleError(f"the file is no ONNX model ({_first_line(reason)}); export again.") from None
+    outside = [tensor.name for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    if outside:
+        raise BundleError(f"the weight {outside[0]} lies outside the model file; export with external_data=False.")
+    unknown = {opset.domain for opset in model.opset_import} - set(DOMAINS)
+    if unknown:
+        raise BundleError(f"the model uses operators of {', '.join(sorted(unknown))}; only standard ONNX is taken.")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as reason:
+        raise BundleError(f"the ONNX checker refuses the model ({_first_line(reason)}); export again.") from None
+    return model
+
+
+def open_session(content: bytes) -> InferenceSession:
+    """Open a model on the CPU, with every node of it there.
+
+    Raises:
+        BundleError: ONNX Runtime cannot open the model.
+        DeviceError: ONNX Runtime put a node elsewhere.
+    """
+    options = SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = InferenceSession(content, options, providers=[CPU])
+    except Exception as reason:  # ONNX Runtime has a dozen error types and no parent for them
+        raise BundleError(f"ONNX Runtime cannot open the model ({_first_line(reason)}); export again.") from None
+    elsewhere = {part.ep_name for part in session.get_provider_graph_assignment_info()} - {CPU}
+    if elsewhere:
+        raise DeviceError(f"asked for {CPU}, but ONNX Runtime put nodes on {', '.join(elsewhere)}; install it anew.")
+    return session
+
+
+def run(session: InferenceSession, images_NSS3: NDArray[np.uint8], batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
+    """Logits [N, C] of any number of images.
+
+    Raises:
+        BundleError: The model opens but does not run on these images.
+    """
+    batches = [images_NSS3[start : start + batch_size] for start in range(0, len(images_NSS3), batch_size)]
+    try:
+        return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+    except Exception as reason:  # as above
+        sizes = sorted({len(batch) for batch in batches})
+        raise BundleError(f"the model does not run on batches of {sizes} images ({_first_line(reason)}).") from None
+
+
+def runtime_version() -> str:
+    """Version of the ONNX Runtime at work; its package has one of several names."""
+    return str(onnxruntime.__version__)
+
+
+def _tensors(graph: GraphProto) -> list[TensorProto]:
+    """Every tensor of a graph, those in attributes and subgraphs too."""
+    found = list(graph.initializer)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        found += [attribute.t, *attribute.tensors]
+        for subgraph in (attribute.g, *attribute.graphs):
+            found += _tensors(subgraph)
+    return found
+
+
+def _first_line(reason: Exception) -> str:
+    return str(reason).strip().partition("\n")[0][:200]

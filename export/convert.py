@@ -1,0 +1,121 @@
+"""A network and its task to one self-contained ONNX file: pixels in, logits out.
+
+Shape legend: N images (dynamic), S side in pixels, C classes.
+"""
+
+import copy
+import json
+
+import onnx
+import torch
+from onnx import AttributeProto, GraphProto, ModelProto
+from torch import Tensor, nn
+
+from ltkd.task import Task
+
+OPSET, IR_VERSION = 18, 10
+INPUT, OUTPUT, BATCH = "image", "logits", "N"
+
+
+def to_onnx(network: nn.Module, task: Task) -> bytes:
+    """Turn a network into ONNX with its preprocessing inside and no trace of this machine.
+
+    Input ``image`` uint8 [N, S, S, 3], output ``logits`` float32 [N, C]. Equal networks give equal bytes. The
+    network itself is left as it was: a copy is taken, moved to the CPU and put into evaluation mode.
+
+    Args:
+        network: Takes normalised float32 [N, 3, S, S], gives logits [N, C]. Pool with ``x.mean((2, 3))``:
+            AdaptiveAvgPool2d with a dynamic batch exports as an emulation of strides.
+        task: Its preprocessing goes into the graph, its classes into the metadata.
+
+    Raises:
+        torch.onnx.OnnxExporterError: The network cannot be traced; the traceback names the place in its code.
+        onnx.checker.ValidationError: The exporter wrote an invalid model.
+    """
+    pixels_to_logits = PixelsToLogits(copy.deepcopy(network).cpu().float(), task).eval()
+    two_images = torch.zeros(2, task.input_px, task.input_px, 3, dtype=torch.uint8)
+    program = torch.onnx.export(
+        pixels_to_logits,
+        (two_images,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: BATCH},),
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    _strip(model)
+    onnx.helper.set_model_props(model, model_metadata(task))
+    onnx.checker.check_model(model, full_check=True)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def model_metadata(task: Task) -> dict[str, str]:
+    """What the ONNX file says of itself, as JSON texts: enough to use it without the bundle around it."""
+    facts = {
+        "class_names": task.class_names,
+        "train_counts": task.train_counts,
+        "groups": task.groups.model_dump(mode="json"),
+        "preprocessing": {
+            "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
+            "inside": {"scale": "1/255", "mean": task.mean, "std": task.std},
+        },
+    }
+    return {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
+
+
+class PixelsToLogits(nn.Module):
+    """A network behind its preprocessing: one multiplication and one addition of uint8 pixels."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (task.mean, task.std))
+        self.network = network
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+
+    def forward(self, image_NSS3: Tensor) -> Tensor:
+        """Raw logits [N, C] of uint8 pixels."""
+        pixels_N3SS = image_NSS3.permute(0, 3, 1, 2).to(torch.float32)
+        logits_NC: Tensor = self.network(pixels_N3SS * self.scale + self.shift)
+        return logits_NC
+
+
+def _strip(model: ModelProto) -> None:
+    """Remove what the exporter noted about the source code: stack traces with local paths, names of modules."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    _strip_graph(model.graph)
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            _strip_node(node)
+
+
+def _strip_graph(graph: GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for noted in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        noted.doc_string = ""
+        del noted.metadata_props[:]
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: onnx.NodeProto) -> None:
+    node.doc_string = ""
+    del node.metadata_props[:]
+    for attribute in node.attribute:
+        attribute.doc_string = ""
+        if attribute.type == AttributeProto.GRAPH:
+            _strip_graph(attribute.g)
+        for graph in attribute.graphs:
+            _strip_graph(graph)
