@@ -1,0 +1,58 @@
+"""How many processor cores this process may really use.
+
+ONNX Runtime counts the machine's cores; a container is often given fewer, and threads beyond them only wait for
+each other.
+"""
+
+import os
+from pathlib import Path
+
+
+def num_cores(root: Path = Path("/")) -> int:
+    """The cores that affinity and the control group's quota leave, at least one.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are found.
+    """
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # neither macOS nor Windows can tell
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, int(quota_cores(root))))
+
+
+def quota_cores(root: Path) -> float:
+    """Cores' worth of time that the control groups grant (version 2 or 1); infinity becomes a very large number."""
+    shares = [_share_v2(folder) for folder in _folders(root, "", "sys/fs/cgroup")]
+    shares += [_share_v1(folder) for folder in _folders(root, "cpu", "sys/fs/cgroup/cpu")]
+    return min(shares, default=float(2**20))
+
+
+def _folders(root: Path, controller: str, mount: str) -> list[Path]:
+    """The control group of this process and its parents, as the mounted hierarchy shows them."""
+    own = Path()
+    try:
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                own = Path(path.lstrip("/"))
+    except (OSError, ValueError):
+        pass  # not Linux, or hidden: the mount's own top still tells a container's quota
+    return [root / mount / folder for folder in (own, *own.parents)]
+
+
+def _share_v2(folder: Path) -> float:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return float(quota) / float(period) if quota != "max" else float(2**20)
+    except (OSError, ValueError):
+        return float(2**20)
+
+
+def _share_v1(folder: Path) -> float:
+    try:
+        quota = float((folder / "cpu.cfs_quota_us").read_text())
+        period = float((folder / "cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 else float(2**20)
+    except (OSError, ValueError):
+        return float(2**20)

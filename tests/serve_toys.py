@@ -1,0 +1,219 @@
+"""A bundle small enough to compute by hand, served by the real engine over real sockets."""
+
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import uvicorn
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from ltkd.bundle import (
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    MODEL_FILES,
+    PARITY_FILE,
+    FileRecord,
+    Golden,
+    Manifest,
+    Precision,
+    Source,
+    record_of,
+    staged_bundle,
+)
+from ltkd.groups import ClassGroups
+from ltkd.records import write_record
+from ltkd.task import Task
+
+SIZE_PX = 8
+CLASS_NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")
+GROUPS = ClassGroups(names=("head", "medium", "tail"), group_of_class=(0, 0, 1, 1, 2, 2))
+TASK = Task(
+    class_names=CLASS_NAMES,
+    train_counts=(90, 80, 40, 30, 6, 5),
+    groups=GROUPS,
+    input_px=SIZE_PX,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def weights_FC() -> NDArray[np.float32]:
+    """The toy network's only layer: every pixel has a say of its own, so turning an image changes the answer."""
+    return np.random.default_rng(7).normal(0, 0.2, (SIZE_PX * SIZE_PX * 3, len(CLASS_NAMES))).astype(np.float32)
+
+
+def expected_logits(images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the toy network gives, in NumPy."""
+    return images_NSS3.reshape(len(images_NSS3), -1).astype(np.float32) / np.float32(255) @ weights_FC()
+
+
+def toy_pixels(seed: int = 0, height_px: int = SIZE_PX, width_px: int = SIZE_PX) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+
+
+def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", exif: Image.Exif | None = None) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, kind, **({} if exif is None else {"exif": exif}))
+    return file.getvalue()
+
+
+def bomb_png(side_px: int = 20_000) -> bytes:
+    """A whole, valid black 1-bit PNG: tens of kilobytes that would become hundreds of megabytes."""
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (side_px + 7) // 8)
+    rows = b"".join([packer.compress(row) for _ in range(side_px)]) + packer.flush()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def toy_model() -> onnx.ModelProto:
+    weights = numpy_helper.from_array(weights_FC(), "weights")
+    scale = numpy_helper.from_array(np.float32(255), "scale")
+    flat = numpy_helper.from_array(np.array([0, -1], np.int64), "flat")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["float", "scale"], ["unit"]),
+            helper.make_node("Reshape", ["unit", "flat"], ["row"]),
+            helper.make_node("MatMul", ["row", "weights"], ["logits"]),
+        ],
+        "toy",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", SIZE_PX, SIZE_PX, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(CLASS_NAMES)])],
+        [weights, scale, flat],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model
+
+
+def write_toy_bundle(path: Path, golden_shift: float = 0.0, model: onnx.ModelProto | None = None) -> Path:
+    """A whole bundle of the toy network.
+
+    Args:
+        path: Where it becomes.
+        golden_shift: Added to the golden logits, to plant a mismatch.
+        model: Another network than the toy.
+    """
+    images = np.stack([toy_pixels(seed) for seed in range(6)])
+    golden = Golden(images, np.arange(6), expected_logits(images) + np.float32(golden_shift))
+    with staged_bundle(path) as stage:
+        (stage / MODEL_FILES["fp32"]).write_bytes((model or toy_model()).SerializeToString())
+        (stage / PARITY_FILE).write_text("{}")
+        (stage / GOLDEN_FILE).write_bytes(golden.to_bytes())
+        manifest = toy_manifest(
+            record_of(stage / MODEL_FILES["fp32"]), record_of(stage / PARITY_FILE), record_of(stage / GOLDEN_FILE)
+        )
+        write_record(stage / MANIFEST_FILE, manifest)
+    return path
+
+
+def toy_manifest(model: FileRecord, parity: FileRecord, golden: FileRecord) -> Manifest:
+    return Manifest(
+        name="toy",
+        task=TASK,
+        precisions={"fp32": model},
+        parity=parity,
+        golden=golden,
+        certified_on="six random images",
+        source=Source(
+            run="toy", config_sha256="0" * 64, weights_sha256="0" * 64, model="linear", method="none", versions={}
+        ),
+    )
+
+
+@dataclass
+class ToyEngine:
+    """The toy network without ONNX Runtime; ``breaks`` makes it fail as a defect would."""
+
+    manifest: Manifest
+    precision: Precision = "fp32"
+    provider: str = "ToyProvider"
+    breaks: bool = False
+
+    def logits(self, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self.breaks:
+            raise RuntimeError("a secret of the inside")
+        return expected_logits(images_NSS3)
+
+
+def toy_engine(breaks: bool = False) -> ToyEngine:
+    nothing = FileRecord(path="model.onnx", sha256="f" * 64, num_bytes=0)
+    return ToyEngine(toy_manifest(nothing, nothing, nothing), breaks=breaks)
+
+
+@contextmanager
+def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
+    """A client of the app behind a real uvicorn on a free port of this machine."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, ws="none", access_log=False, lifespan=lifespan)  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A service in a process of its own."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    greeting: str
+
+    def peak_bytes(self) -> int:
+        """The most memory the process has held so far (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+_SERVE = """
+import sys
+from pathlib import Path
+from serve.main import serve
+from serve.settings import read_settings
+serve(Path(sys.argv[1]), read_settings({"port": 0}))
+"""
+
+
+@contextmanager
+def served(bundle: Path) -> Iterator[Served]:
+    """The real thing: ``serve`` in a fresh process, from start to SIGTERM."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(bundle)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        greeting = process.stdout.readline()
+        assert greeting, process.stderr.read()
+        yield Served(process, next(word for word in greeting.split() if word.startswith("http://")), greeting)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from serve_toys import expected_logits, toy_model, toy_pixels, write_toy_bundle
+
+from ltkd.bundle import open_bundle
+from ltkd.errors import BundleError, DeviceError
+from serve.engine import num_cuda_devices, open_engine
+
+
+@pytest.fixture
+def bundle_path(tmp_path: Path) -> Path:
+    return write_toy_bundle(tmp_path / "toy")
+
+
+def test_logits_are_what_numpy_computes_directly(bundle_path: Path) -> None:
+    engine = open_engine(open_bundle(bundle_path), "cpu")
+    images = np.stack([toy_pixels(seed) for seed in (20, 21, 22)])
+    logits_NC = engine.logits(images)
+    assert logits_NC.dtype == np.float32
+    # float32 sums of 192 terms of size 1 in another order
+    np.testing.assert_allclose(logits_NC, expected_logits(images), atol=1e-4)
+
+
+def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
+    engine = open_engine(open_bundle(bundle_path), "cpu")
+    assert engine.provider == engine.session.get_providers()[0] == "CPUExecutionProvider"
+
+
+@pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
+def test_cuda_without_cuda_refuses_in_one_line(bundle_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"asked for cuda, .* CPUExecutionProvider.*start with --device cpu") as said:
+        open_engine(open_bundle(bundle_path), "cuda")
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
+def test_auto_without_cuda_takes_the_cpu_and_says_nothing(bundle_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert open_engine(open_bundle(bundle_path), "auto").provider == "CPUExecutionProvider"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(num_cuda_devices() == 0, reason="this machine has no CUDA")
+def test_cuda_runs_on_cuda_and_gives_the_certified_logits(bundle_path: Path) -> None:
+    engine = open_engine(open_bundle(bundle_path), "cuda")
+    assert engine.provider == "CUDAExecutionProvider"
+    assert open_engine(open_bundle(bundle_path), "auto").provider == "CUDAExecutionProvider"
+
+
+@pytest.mark.parametrize("shift", [0.5, float("nan")])
+def test_golden_samples_that_give_other_logits_refuse_to_start(tmp_path: Path, shift: float) -> None:
+    with pytest.raises(BundleError, match="golden samples give logits that differ"):
+        open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", golden_shift=shift)), "cpu")
+
+
+def test_golden_samples_of_another_size_refuse_to_start(tmp_path: Path) -> None:
+    model = toy_model()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 9
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 9
+    model.graph.initializer[2].CopyFrom(onnx.numpy_helper.from_array(np.array([-1, 192], np.int64), "flat"))
+    with pytest.raises(BundleError, match="cannot run its golden samples"):
+        open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=model)), "cpu")
+
+
+def test_a_network_with_another_input_refuses_to_start(tmp_path: Path) -> None:
+    model = toy_model()
+    model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
+    with pytest.raises(BundleError, match="takes .*pixels.*, expected image"):
+        open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=model)), "cpu")
+
+
+def test_a_file_that_is_no_network_refuses_to_start(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime") as said:
+        open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=onnx.ModelProto())), "cpu")
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "parity.json"])
+def test_a_flipped_byte_in_any_file_refuses_to_start(bundle_path: Path, name: str) -> None:
+    content = bytearray((bundle_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_path / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} was changed after export"):
+        open_bundle(bundle_path)
+
+
+def test_a_newer_schema_refuses_to_start(bundle_path: Path) -> None:
+    manifest = json.loads((bundle_path / "manifest.json").read_text())
+    (bundle_path / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(BundleError, match="schema version 99.*install a newer ltkd"):
+        open_bundle(bundle_path)
