@@ -81,6 +81,19 @@ def load_image(path: Path, size_px: int) -> NDArray[np.uint8]:
         raise type(error)(f"{path}: {error}") from None
 
 
+def image_size_px(path: Path) -> tuple[int, int]:
+    """Width and height of an image file, from its header alone.
+
+    Raises:
+        ImageDecodeError: The header cannot be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception as reason:
+        raise ImageDecodeError(f"{path}: no readable JPEG, PNG or WebP header ({reason}); replace the file.") from None
+
+
 def _square(image: Image.Image, size_px: int) -> DecodedImage:
     warnings = []
     if getattr(image, "n_frames", 1) > 1:

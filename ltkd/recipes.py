@@ -1,0 +1,37 @@
+"""Recipes by name: a reported number belongs to a recipe, without flags."""
+
+from collections.abc import Callable
+
+from ltkd.config import Recipe
+from ltkd.errors import UsageError
+
+
+def demo() -> Recipe:
+    """Glyphs on two CPU cores in a few minutes."""
+    return Recipe(name="demo", epochs=15, peak_learning_rate=0.1, schedule="one-cycle", eval_every=3)
+
+
+def short() -> Recipe:
+    """CIFAR-size data on two CPU cores within the hour."""
+    return Recipe(name="short", epochs=30, peak_learning_rate=0.1, schedule="one-cycle", eval_every=5)
+
+
+def paper() -> Recipe:
+    """The benchmark's full recipe for the residual networks (METHOD: 240 epochs, batch 64); for a GPU."""
+    return Recipe(
+        name="paper", epochs=240, peak_learning_rate=0.05, schedule="steps", milestones=(150, 180, 210), eval_every=1
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper": paper}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        UsageError: The name is not in RECIPES.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}.")
+    return RECIPES[name]()
