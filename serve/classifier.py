@@ -30,7 +30,7 @@ class Classified:
 
     Attributes:
         results: One an image, in the order of the request.
-        stage_seconds: Name of the stage to wall time.
+        stage_seconds: Wall time of each stage that was entered.
     """
 
     results: list[Answer | Refused]
@@ -103,10 +103,11 @@ class Classifier:
         decoded = await asyncio.gather(
             *(loop.run_in_executor(self._decoders, decode, content, size_px, self._max_pixels) for content in contents)
         )
-        decode_seconds = time.perf_counter() - started
-        logits_NC, infer_seconds = await loop.run_in_executor(self._owner, self._timed_infer, usable(decoded))
-        results = results_of(self._engine, decoded, logits_NC, top_k)
-        return Classified(results, {"decode": decode_seconds, "infer": infer_seconds})
+        stage_seconds = {"decode": time.perf_counter() - started}
+        logits_NC = infer(self._engine, [])
+        if images := usable(decoded):
+            logits_NC, stage_seconds["infer"] = await loop.run_in_executor(self._owner, self._timed_infer, images)
+        return Classified(results_of(self._engine, decoded, logits_NC, top_k), stage_seconds)
 
     def close(self) -> None:
         """End the threads; work that has begun is finished."""

@@ -29,6 +29,7 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # the gates certified float32, not a shortened one
 }
 GOLDEN_TOLERANCE = 1e-3
+_SILENT = 4  # ONNX Runtime's errors come as exceptions too; printed, they would say everything twice
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def open_engine(bundle: Bundle, device: Device = "auto") -> OnnxEngine:
         DeviceError: ``cuda`` was asked for and does not work.
         BundleError: The model cannot be run, or does not give the logits that were certified.
     """
-    ort.set_default_logger_severity(3)  # ONNX Runtime warns of absent GPUs even where none is wanted
+    ort.set_default_logger_severity(_SILENT)
     session = open_session(bundle.model_path("fp32"), device)
     engine = OnnxEngine(bundle.manifest, "fp32", session.get_providers()[0], session)
     replay(engine, bundle.golden())
@@ -162,25 +163,33 @@ def _cuda_session(model_path: Path) -> ort.InferenceSession:
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; the check below says what counts
-            ort.preload_dlls()
+    missing = _preload()
     options = _session_options()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
     except BundleError as reason:
-        raise _no_cuda(str(reason)) from None
+        raise _no_cuda(missing or str(reason).rstrip(".")) from None
     if session.get_providers()[0] != CUDA:
-        raise _no_cuda("the CUDA and cuDNN libraries that ONNX Runtime was built for are missing")
+        raise _no_cuda(missing or "its CUDA provider did not load")
     return session
+
+
+def _preload() -> str:
+    """Load the CUDA and cuDNN libraries that lie in Python packages; the answer is the first that is missing."""
+    printed = io.StringIO()
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(printed):
+            ort.preload_dlls()
+    lines = printed.getvalue().splitlines()
+    return next((line.rstrip(".") for line in lines if line.startswith("Failed to load")), "")
 
 
 def _session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_cores()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = _SILENT
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder needs the cores too
     return options
 

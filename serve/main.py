@@ -2,12 +2,14 @@
 
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from PIL import Image
 
 from ltkd.bundle import open_bundle
 from ltkd.errors import UsageError
@@ -27,6 +29,7 @@ def serve(bundle_path: Path, settings: Settings) -> None:
     Raises:
         LtkdError: The bundle, the device or the address cannot be used.
     """
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
     with _signals_exit():
         engine = open_engine(open_bundle(bundle_path), settings.device)
         with _listening(settings.host, settings.port) as listener:

@@ -52,14 +52,15 @@ TASK = Task(
 )
 
 
-def weights_FC() -> NDArray[np.float32]:
+def layer_weights() -> NDArray[np.float32]:
     """The toy network's only layer: every pixel has a say of its own, so turning an image changes the answer."""
     return np.random.default_rng(7).normal(0, 0.2, (SIZE_PX * SIZE_PX * 3, len(CLASS_NAMES))).astype(np.float32)
 
 
 def expected_logits(images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
     """What the toy network gives, in NumPy."""
-    return images_NSS3.reshape(len(images_NSS3), -1).astype(np.float32) / np.float32(255) @ weights_FC()
+    unit_NF = images_NSS3.reshape(len(images_NSS3), -1).astype(np.float32) / np.float32(255)
+    return np.asarray(unit_NF @ layer_weights(), np.float32)
 
 
 def toy_pixels(seed: int = 0, height_px: int = SIZE_PX, width_px: int = SIZE_PX) -> NDArray[np.uint8]:
@@ -87,8 +88,8 @@ def bomb_png(side_px: int = 20_000) -> bytes:
 
 
 def toy_model() -> onnx.ModelProto:
-    weights = numpy_helper.from_array(weights_FC(), "weights")
-    scale = numpy_helper.from_array(np.float32(255), "scale")
+    weights = numpy_helper.from_array(layer_weights(), "weights")
+    scale = numpy_helper.from_array(np.array(255, np.float32), "scale")
     flat = numpy_helper.from_array(np.array([0, -1], np.int64), "flat")
     graph = helper.make_graph(
         [

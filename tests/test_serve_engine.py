@@ -6,6 +6,7 @@ import onnx
 import pytest
 from serve_toys import expected_logits, toy_model, toy_pixels, write_toy_bundle
 
+import serve.engine
 from ltkd.bundle import open_bundle
 from ltkd.errors import BundleError, DeviceError
 from serve.engine import num_cuda_devices, open_engine
@@ -43,6 +44,22 @@ def test_auto_without_cuda_takes_the_cpu_and_says_nothing(bundle_path: Path, cap
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
+def test_a_gpu_without_the_cuda_libraries_is_refused_by_cuda_and_passed_over_by_auto(
+    bundle_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(serve.engine, "num_cuda_devices", lambda: 1)
+    with pytest.raises(DeviceError, match="start with --device cpu") as said:
+        open_engine(open_bundle(bundle_path), "cuda")
+    assert "\n" not in str(said.value)
+    assert open_engine(open_bundle(bundle_path), "auto").provider == "CPUExecutionProvider"
+    assert "--device auto takes the CPU: asked for cuda, but" in caplog.text
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.skipif(num_cuda_devices() == 0, reason="this machine has no CUDA")
 def test_cuda_runs_on_cuda_and_gives_the_certified_logits(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cuda")
@@ -68,7 +85,7 @@ def test_golden_samples_of_another_size_refuse_to_start(tmp_path: Path) -> None:
 def test_a_network_with_another_input_refuses_to_start(tmp_path: Path) -> None:
     model = toy_model()
     model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
-    with pytest.raises(BundleError, match="takes .*pixels.*, expected image"):
+    with pytest.raises(BundleError, match=r"takes .*pixels.*, expected image"):
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=model)), "cpu")
 
 
@@ -90,5 +107,5 @@ def test_a_flipped_byte_in_any_file_refuses_to_start(bundle_path: Path, name: st
 def test_a_newer_schema_refuses_to_start(bundle_path: Path) -> None:
     manifest = json.loads((bundle_path / "manifest.json").read_text())
     (bundle_path / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
-    with pytest.raises(BundleError, match="schema version 99.*install a newer ltkd"):
+    with pytest.raises(BundleError, match=r"schema version 99.*install a newer ltkd"):
         open_bundle(bundle_path)
