@@ -33,12 +33,13 @@ def read_model(content: bytes) -> ModelProto:
         model = onnx.load_model_from_string(content)
     except Exception as reason:  # the parser's own error type differs between protobuf backends
         raise BundleError(f"the file is no ONNX model ({_first_line(reason)}); export again.") from None
-    outside = [tensor.name for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    outside = [tensor.name for tensor in tensors_of(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
     if outside:
         raise BundleError(f"the weight {outside[0]} lies outside the model file; export with external_data=False.")
-    unknown = {opset.domain for opset in model.opset_import} - set(DOMAINS)
+    own = {function.domain for function in model.functions}
+    unknown = sorted(({opset.domain for opset in model.opset_import} - set(DOMAINS)) | own)
     if unknown:
-        raise BundleError(f"the model uses operators of {', '.join(sorted(unknown))}; only standard ONNX is taken.")
+        raise BundleError(f"the model uses operators of {unknown}; only those of standard ONNX are taken.")
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as reason:
@@ -54,6 +55,7 @@ def open_session(content: bytes) -> InferenceSession:
         DeviceError: ONNX Runtime put a node elsewhere.
     """
     options = SessionOptions()
+    options.log_severity_level = 4  # its errors arrive as exceptions; on the console they would be told twice
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = InferenceSession(content, options, providers=[CPU])
@@ -84,13 +86,13 @@ def runtime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _tensors(graph: GraphProto) -> list[TensorProto]:
+def tensors_of(graph: GraphProto) -> list[TensorProto]:
     """Every tensor of a graph, those in attributes and subgraphs too."""
     found = list(graph.initializer)
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         found += [attribute.t, *attribute.tensors]
         for subgraph in (attribute.g, *attribute.graphs):
-            found += _tensors(subgraph)
+            found += tensors_of(subgraph)
     return found
 
 

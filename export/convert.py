@@ -93,11 +93,6 @@ def _strip(model: ModelProto) -> None:
     model.doc_string = ""
     del model.metadata_props[:]
     _strip_graph(model.graph)
-    for function in model.functions:
-        function.doc_string = ""
-        del function.metadata_props[:]
-        for node in function.node:
-            _strip_node(node)
 
 
 def _strip_graph(graph: GraphProto) -> None:

@@ -13,6 +13,7 @@ Shape legend: N images, M of them sampled, S side in pixels, C classes.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -23,7 +24,7 @@ from onnx import ModelProto
 from onnxruntime import InferenceSession
 from pydantic import Field
 
-from export.candidate import open_session, read_model, run
+from export.candidate import open_session, read_model, run, tensors_of
 from export.convert import INPUT, OUTPUT, model_metadata
 from export.statistics import clopper_pearson_upper, images_needed, tango_lower, tango_upper
 from ltkd.errors import BundleError, DeviceError
@@ -216,10 +217,11 @@ def _why(row: GroupParity) -> str:
             f"{row.group}: {row.right_to_wrong} images became wrong and {row.wrong_to_right} right: at least "
             f"{_percent(row.loss_lower_limit)} of accuracy were lost, the margin is {_percent(row.margin)}."
         )
+    rounded_up = math.ceil(10_000 * row.loss_upper_limit) / 100
     discordant = (row.right_to_wrong + row.wrong_to_right) / row.num_images
     return (
-        f"{row.group}: {row.num_images} images cannot exclude a loss of {_percent(row.loss_upper_limit)}, the smallest "
-        f"margin they certify; the margin is {_percent(row.margin)}. If nothing is lost, about "
+        f"{row.group}: {row.num_images} images certify no margin below {rounded_up:.2f} %, "
+        f"the margin is {_percent(row.margin)}. If nothing is lost, about "
         f"{images_needed(row.margin, discordant):,} images certify it."
     )
 
@@ -262,8 +264,9 @@ def _leaks(model: ModelProto) -> list[str]:
     words = ModelProto()
     words.CopyFrom(model)
     del words.metadata_props[:]
-    for tensor in words.graph.initializer:
-        tensor.ClearField("raw_data")
+    for tensor in tensors_of(words.graph):  # random weights spell anything, sooner or later
+        for numbers in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
+            tensor.ClearField(numbers)
     found = _LEAK.search(words.SerializeToString())
     return [f"the file holds a path of this machine: {found.group().decode(errors='replace')}"] if found else []
 
