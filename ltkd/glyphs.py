@@ -59,19 +59,19 @@ def _font(typeface: str, size_px: int) -> ImageFont.FreeTypeFont:
 
 
 def _render(character: str, random: np.random.Generator) -> NDArray[np.uint8]:
-    font = _font(TYPEFACES[random.integers(len(TYPEFACES))], int(random.integers(24, 39)))
+    font = _font(TYPEFACES[random.integers(len(TYPEFACES))], int(random.integers(30, 39)))
     mask = Image.new("L", (_CANVAS_PX, _CANVAS_PX))
-    centre_xy = _CANVAS_PX / 2 + random.uniform(-6, 6, size=2)
+    centre_xy = _CANVAS_PX / 2 + random.uniform(-3, 3, size=2)
     ImageDraw.Draw(mask).text(tuple(centre_xy), character, fill=255, font=font, anchor="mm")
-    angle, slant = random.normal(0, 0.25), random.normal(0, 0.25)
+    angle, slant = random.normal(0, 0.15, size=2)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, _affine(angle, slant), Image.Resampling.BILINEAR)
-    mask = mask.filter(ImageFilter.GaussianBlur(random.uniform(0, 2.2))).resize(
+    mask = mask.filter(ImageFilter.GaussianBlur(random.uniform(0, 1.2))).resize(
         (SIZE_PX, SIZE_PX), Image.Resampling.BOX
     )
     ink_SS1 = np.asarray(mask, dtype=np.float32)[..., None] / 255
     paper_3, ink_3 = _colours(random)
     shade_SS1 = _shade(random)
-    noise_SS3 = random.normal(0, random.uniform(4, 30), size=(SIZE_PX, SIZE_PX, 3))
+    noise_SS3 = random.normal(0, random.uniform(2, 14), size=(SIZE_PX, SIZE_PX, 3))
     image_SS3 = paper_3 * (1 - ink_SS1) + ink_3 * ink_SS1 + shade_SS1 + noise_SS3
     return np.asarray(image_SS3.clip(0, 255), dtype=np.uint8)
 
@@ -85,10 +85,10 @@ def _affine(angle: float, slant: float) -> tuple[float, ...]:
 
 
 def _colours(random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Paper and ink, RGB 0..255, whose lightness differs by at least a quarter."""
+    """Paper and ink, RGB 0..255, whose lightness differs by at least 0.4."""
     paper_light = random.uniform(0.1, 0.9)
-    distance = random.uniform(0.25, 0.55)
-    ink_light = paper_light + distance * (1 if paper_light < 0.5 else -1)
+    distance = random.uniform(0.4, 0.6)
+    ink_light = min(1.0, max(0.0, paper_light + distance * (1 if paper_light < 0.5 else -1)))
     colours = [
         255 * np.array(colorsys.hls_to_rgb(random.random(), light, random.uniform(0, 0.6)), dtype=np.float32)
         for light in (paper_light, ink_light)
@@ -97,7 +97,7 @@ def _colours(random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[
 
 
 def _shade(random: np.random.Generator) -> NDArray[np.float32]:
-    """A slope of light across the image, up to +-40, [S, S, 1]."""
+    """A slope of light across the image, up to +-20, [S, S, 1]."""
     line_S = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
-    slope_x, slope_y = random.uniform(-20, 20, size=2)
+    slope_x, slope_y = random.uniform(-10, 10, size=2)
     return np.asarray((slope_x * line_S[None, :] + slope_y * line_S[:, None])[..., None], dtype=np.float32)

@@ -94,6 +94,11 @@ def image_size_px(path: Path) -> tuple[int, int]:
         raise ImageDecodeError(f"{path}: no readable JPEG, PNG or WebP header ({reason}); replace the file.") from None
 
 
+def save_image(pixels_HW3: NDArray[np.uint8], path: Path) -> None:
+    """Write pixels as a PNG file."""
+    Image.fromarray(pixels_HW3).save(path, format="PNG")
+
+
 def _square(image: Image.Image, size_px: int) -> DecodedImage:
     warnings = []
     if getattr(image, "n_frames", 1) > 1:

@@ -8,7 +8,7 @@ from ltkd.errors import UsageError
 
 def demo() -> Recipe:
     """Glyphs on two CPU cores in a few minutes."""
-    return Recipe(name="demo", epochs=15, peak_learning_rate=0.1, schedule="one-cycle", eval_every=3)
+    return Recipe(name="demo", epochs=12, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=3)
 
 
 def short() -> Recipe:

@@ -1,0 +1,396 @@
+"""The command ``ltkd``: the front door to training, export and service.
+
+Nothing heavy is imported before a command runs, so ``--help`` answers at once, and an install without torch serves.
+This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ltkd import __version__
+from ltkd.errors import LtkdError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from export.certify import Export
+    from ltkd.config import DataConfig, Parameter
+    from serve.answers import Answer, Refused
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run a command; what the user can put right ends in one line on stderr and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LtkdError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        click.echo(f"error: this command needs {error.name}; install it with: pip install 'ltkd[{extra}]'", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; whole epochs are kept: the same command goes on from the last one.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+EXTRA_OF_PACKAGE = {
+    **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "scipy"), "export"),
+    **dict.fromkeys(("onnxruntime", "fastapi", "uvicorn", "pydantic_settings", "prometheus_client"), "serve"),
+}
+
+
+def data_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Which images, how long a tail, which groups: the command is handed one ``data_config``."""
+
+    @functools.wraps(command)
+    def with_data_config(data: str, gamma: float | None, groups: str, input_px: int | None, **others: Any) -> None:  # noqa: ANN401  # whatever else the command takes
+        from ltkd.data import data_config
+
+        command(data_config=data_config(data, gamma, groups, input_px), **others)
+
+    wrapped: Callable[..., None] = with_data_config
+    for option in (
+        click.option("--input-px", type=int, help="Side of the square input; default: the images' own size."),
+        click.option(
+            "--groups", default="share", show_default=True, help="share (33/34/33), count, quantile:K or a JSON file."
+        ),
+        click.option(
+            "--gamma", type=click.FloatRange(min=1), help="Largest over smallest class. Default: 100; a tree as it is."
+        ),
+        click.option(
+            "--data",
+            default="glyphs",
+            show_default=True,
+            help="glyphs, cifar100, or the path of a tree with train/CLASS/ and test/CLASS/.",
+        ),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def training_options(command: Command) -> Command:
+    """How long and where to train."""
+    for option in (
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--recipe", default="short", show_default=True, help="demo, short or paper."),
+    ):
+        command = option(command)
+    return command
+
+
+def seed_option(command: Command) -> Command:
+    """One seed."""
+    return click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)(command)
+
+
+def out_option(kind: str) -> Callable[[Command], Command]:
+    """Where the result goes."""
+    return click.option("--out", type=click.Path(path_type=Path), required=True, help=f"The {kind} to make.")
+
+
+def path_argument(name: str, **options: Any) -> Callable[[Command], Command]:  # noqa: ANN401  # passed to click
+    """A path that the command checks itself, with an error that helps."""
+    return click.argument(name, type=click.Path(path_type=Path), **options)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ltkd")
+def cli() -> None:
+    r"""Train, certify and serve classifiers that look after the tail of long-tailed data.
+
+    \b
+    The whole journey on rendered characters, in a few minutes:
+        ltkd pipeline
+    Step by step, on images of your own (train/CLASS/*.png and test/CLASS/*.png):
+        ltkd train --data photos --model resnet20 --out runs/teacher
+        ltkd distill runs/teacher --method ltkd --model resnet8 --out runs/student
+        ltkd export runs/student --out bundles/student
+        ltkd serve bundles/student
+    """
+
+
+@cli.command(short_help="Train a network from labels alone.")
+@data_options
+@click.option("--model", default="resnet20", show_default=True, help="A network of ltkd.networks.MODELS.")
+@training_options
+@seed_option
+@out_option("run folder")
+def train(
+    data_config: "DataConfig",
+    model: str,
+    recipe: str,
+    device: str,
+    seed: int,
+    out: Path,
+) -> None:
+    """Train a network from labels alone: a teacher, or a plain student.
+
+    An interrupted training goes on when the same command is given again.
+    """
+    from ltkd.data import load_data
+    from ltkd.methods import method_config
+    from ltkd.recipes import recipe_of
+    from ltkd.runs import run_config, train_run
+
+    config = run_config(
+        data_config, model, method_config("ce"), recipe_of(recipe), seed=seed, device=device, teacher=None
+    )
+    train_run(config, load_data(data_config), out, _console(), f"{model}, seed {seed}")
+    click.echo(f"{out} is complete. Next: ltkd distill {out} --out STUDENT, or ltkd export {out} --out BUNDLE")
+
+
+@cli.command(short_help="Distil a teacher's run into a student.")
+@path_argument("teacher")
+@click.option("--method", default="ltkd", show_default=True, help="ltkd, kd or dkd.")
+@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
+@click.option("--model", default="resnet8", show_default=True, help="A network of ltkd.networks.MODELS.")
+@training_options
+@seed_option
+@out_option("run folder")
+def distill(
+    teacher: Path, method: str, changes: tuple[str, ...], model: str, recipe: str, device: str, seed: int, out: Path
+) -> None:
+    """Distil the run TEACHER into a student.
+
+    Images and class groups are the teacher's. An interrupted training goes on when the same command is given again.
+    """
+    from ltkd.data import load_data
+    from ltkd.methods import method_config
+    from ltkd.recipes import recipe_of
+    from ltkd.runs import open_run, run_config, train_run
+
+    chosen = method_config(method, _parameters(changes))
+    schedule = recipe_of(recipe)
+    taught_by = open_run(teacher)
+    config = run_config(taught_by.config.data, model, chosen, schedule, seed=seed, device=device, teacher=taught_by)
+    train_run(config, load_data(config.data), out, _console(), f"{method} {model}, seed {seed}")
+    click.echo(f"{out} is complete. Next: ltkd export {out} --out BUNDLE")
+
+
+@cli.command(short_help="Train by several methods and seeds; table and plot.")
+@data_options
+@click.option("--teacher-model", default="resnet20", show_default=True)
+@click.option("--student-model", default="resnet8", show_default=True)
+@click.option("--methods", default="ce,kd,dkd,ltkd", show_default=True, help="Methods, separated by commas.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas.")
+@training_options
+@out_option("folder of all runs")
+def compare(
+    data_config: "DataConfig",
+    teacher_model: str,
+    student_model: str,
+    methods: str,
+    seeds: str,
+    recipe: str,
+    device: str,
+    out: Path,
+) -> None:
+    """Train a teacher and a student by several methods and seeds; write a table, compare.json and compare.png.
+
+    An interrupted comparison goes on when the same command is given again.
+    """
+    from ltkd.compare import compare as run_comparison
+    from ltkd.compare import comparison_table
+    from ltkd.data import load_data
+    from ltkd.recipes import recipe_of
+
+    comparison = run_comparison(
+        data_config,
+        load_data(data_config),
+        recipe_of(recipe),
+        out,
+        _console(),
+        teacher_model=teacher_model,
+        student_model=student_model,
+        methods=methods.split(","),
+        seeds=_seeds(seeds),
+        device=device,
+    )
+    _console().print(comparison_table(comparison))
+
+
+@cli.command(short_help="Certify a run per class group and bundle it as ONNX.")
+@path_argument("run")
+@out_option("bundle")
+def export(run: Path, out: Path) -> None:
+    """Turn the run RUN into a bundle, if every class group demonstrably kept its accuracy.
+
+    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images). Without a PASS no bundle is
+    written; the candidate and its report go to rejected/ beside it.
+    """
+    from export.certify import export_run
+
+    _conclude(export_run(run, out))
+
+
+@cli.command(short_help="Check that a bundle is whole and answers as made.")
+@path_argument("bundle")
+def verify(bundle: Path) -> None:
+    """Check that BUNDLE is whole, sound and certified, and answers its golden images as it did when made."""
+    from export.certify import verify_bundle
+
+    manifest = verify_bundle(bundle).manifest
+    click.echo(f"{bundle} is whole and certified ({', '.join(manifest.precisions)}), on {manifest.certified_on}.")
+
+
+@cli.command(short_help="Serve a bundle over HTTP.")
+@path_argument("bundle")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="TCP port; 0 takes a free one.  [default: 8000]")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="cuda: on CUDA or not at all.  [default: auto]"
+)
+@click.option("--max-body-bytes", type=int, help="Largest request body.  [default: 20 MiB]")
+def serve(bundle: Path, host: str | None, port: int | None, device: str | None, max_body_bytes: int | None) -> None:
+    """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
+
+    Every setting, these and the rarer ones, can also be given as a variable LTKD_NAME, such as LTKD_PORT=9000.
+    """
+    from serve.main import serve as serve_bundle
+    from serve.settings import read_settings
+
+    given = {"host": host, "port": port, "device": device, "max_body_bytes": max_body_bytes}
+    serve_bundle(bundle, read_settings(given))
+
+
+@cli.command(short_help="Classify image files with a bundle.")
+@path_argument("bundle")
+@path_argument("images", nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an image, as the service answers.")
+def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) -> None:
+    """Classify image files with BUNDLE, exactly as the service would. Exits with 1 if an image was refused."""
+    from serve.answers import Refused
+    from serve.main import classify_files
+
+    results = classify_files(bundle, list(images), top_k)
+    for path, result in zip(images, results, strict=True):
+        click.echo(result.model_dump_json() if as_json else _sentence(path, result))
+    if any(isinstance(result, Refused) for result in results):
+        sys.exit(1)
+
+
+@cli.command(short_help="The whole journey, from data to an answer.")
+@data_options
+@click.option("--teacher-model", default="resnet20", show_default=True)
+@click.option("--student-model", default="resnet8", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--recipe", default="demo", show_default=True, help="demo, short or paper.")
+@seed_option
+@click.option("--out", "name", default="demo", show_default=True, help="Name: leaves runs/NAME and bundles/NAME.")
+def pipeline(
+    data_config: "DataConfig",
+    teacher_model: str,
+    student_model: str,
+    device: str,
+    recipe: str,
+    seed: int,
+    name: str,
+) -> None:
+    """The whole journey: teacher, students, certified bundle, one answer.
+
+    Trains a teacher and students by CE, KD and LTKD, certifies the LTKD student, classifies one image of a tail
+    class, and ends with what a reader needs to know.
+    """
+    from export.certify import export_run
+    from ltkd.compare import compare as run_comparison
+    from ltkd.compare import comparison_table
+    from ltkd.data import load_data
+    from ltkd.images import save_image
+    from ltkd.recipes import recipe_of
+    from serve.main import classify_files
+
+    console = _console()
+    runs, bundle = Path("runs") / name, Path("bundles") / name
+    images = load_data(data_config)
+    comparison = run_comparison(
+        data_config,
+        images,
+        recipe_of(recipe),
+        runs,
+        console,
+        teacher_model=teacher_model,
+        student_model=student_model,
+        methods=["ce", "kd", "ltkd"],
+        seeds=[seed],
+        device=device,
+    )
+    console.print(comparison_table(comparison))
+    _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images))
+    rarest = images.task.train_counts.index(min(images.task.train_counts))
+    sample = runs / "tail.png"
+    save_image(images.test_images[images.test_labels == rarest][0], sample)
+    console.print(
+        f"\nOne image of the rarest class, {images.task.class_names[rarest]} "
+        f"({images.task.train_counts[rarest]} training images):",
+        highlight=False,
+    )
+    click.echo(_sentence(sample, classify_files(bundle, [sample])[0]))
+    click.echo(
+        f"\nruns: {runs}   plot: {runs / 'compare.png'}   bundle: {bundle}\n"
+        f"Serve it:   ltkd serve {bundle}\n"
+        f"Then ask:   curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/v1/classify"
+    )
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _conclude(export: "Export") -> None:
+    """Print the verdict; leave with its exit code unless it is PASS."""
+    from export.parity import EXIT_CODES, parity_table
+
+    console = _console()
+    console.print(parity_table(export.report))
+    for gate in export.report.gates:
+        if gate.verdict != "PASS":
+            console.print(f"{gate.name} {gate.verdict}: {'; '.join(gate.findings)}", highlight=False)
+    passed = export.report.verdict == "PASS"
+    console.print(
+        f"{'certified: ' if passed else 'no bundle; the candidate and its report: '}{export.path}", highlight=False
+    )
+    if not passed:
+        sys.exit(EXIT_CODES[export.report.verdict])
+
+
+def _sentence(path: Path, result: "Answer | Refused") -> str:
+    from serve.answers import Refused
+
+    if isinstance(result, Refused):
+        return f"{path}: refused: {result.error.detail}"
+    groups = ", ".join(f"{name} {100 * confidence:.1f} %" for name, confidence in result.group_confidence.items())
+    return f"{path}: {result.label} ({result.group}) with {100 * result.probability:.1f} %; by group: {groups}"
+
+
+def _parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":
+    pairs = [change.partition("=") for change in changes]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, got '{name}'; for example --set alpha=3.")
+    return {name: value for name, _, value in pairs}
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise UsageError(f"--seeds takes different whole numbers separated by commas, got '{text}'; such as 0,1,2.")
+    return [int(part) for part in parts]
