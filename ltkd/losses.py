@@ -45,7 +45,8 @@ class GroupIndex(nn.Module):
 
     def sum(self, values_NC: Tensor) -> Tensor:
         """Sum of each group's values, [N, K]."""
-        return values_NC @ self.member_KC.T.to(values_NC.dtype)
+        # no matrix product: autocast would take it to half precision
+        return values_NC.new_zeros(len(values_NC), self.num_groups).index_add(1, self.class_group_C, values_NC)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def ltkd_loss(
             log_sum_K = teacher_mass_K.to(log_target_NK).log()
         log_scale_K = -log_sum_K
         if target == "class-share":
-            log_scale_K = log_scale_K + groups.member_KC.sum(1).log()
+            log_scale_K = log_scale_K + groups.member_KC.sum(1).to(log_scale_K).log()
         log_target_NK = F.log_softmax(log_target_NK + log_scale_K, dim=1)
     cross_N = _kl_terms(log_target_NK, split.student_log_mass_NK).sum(1)
     weight = split.teacher_log_mass_NK.exp() if within_weight is None else within_weight
@@ -221,10 +222,10 @@ def dkd_loss(
     """
     student_NC, teacher_NC = _scaled(student_NC, teacher_NC, temperature)
     labelled_NC = F.one_hot(labels_N, student_NC.shape[1]).bool()
-    student_log_2, student_log_rest_NC = _labelled_and_rest(student_NC, labelled_NC)
-    teacher_log_2, teacher_log_rest_NC = _labelled_and_rest(teacher_NC, labelled_NC)
-    tckd_N = _kl_terms(teacher_log_2, student_log_2).sum(1)
-    nckd_N = _kl_terms(teacher_log_rest_NC, student_log_rest_NC).masked_fill(labelled_NC, 0.0).sum(1)
+    student_log_N2, student_log_rest_NC = _labelled_and_rest(student_NC, labelled_NC)
+    teacher_log_N2, teacher_log_rest_NC = _labelled_and_rest(teacher_NC, labelled_NC)
+    tckd_N = _kl_terms(teacher_log_N2, student_log_N2).sum(1)
+    nckd_N = _kl_terms(teacher_log_rest_NC, student_log_rest_NC).sum(1)
     return temperature**2 * (alpha * tckd_N + beta * nckd_N).mean()
 
 
@@ -240,8 +241,11 @@ def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _labelled_and_rest(logits_NC: Tensor, labelled_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities of (labelled, rest), [N, 2], and of each class given that it is not the labelled one."""
+    """Log probabilities of (labelled, rest), [N, 2], and of each class given that it is not the labelled one, [N, C].
+
+    The labelled class itself gets 0 in the second, for any two networks, so it adds nothing to a KL between them.
+    """
     labelled_N1 = logits_NC.masked_fill(~labelled_NC, -torch.inf).logsumexp(1, keepdim=True)
     rest_N1 = logits_NC.masked_fill(labelled_NC, -torch.inf).logsumexp(1, keepdim=True)
     log_two_N2 = F.log_softmax(torch.cat([labelled_N1, rest_N1], dim=1), dim=1)
-    return log_two_N2, logits_NC - rest_N1
+    return log_two_N2, (logits_NC - rest_N1).masked_fill(labelled_NC, 0.0)

@@ -1,0 +1,33 @@
+# The verbs of this project. Each does all the set-up it needs, in .venv; a machine needs Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SUITE ?= tests
+
+.PHONY: install demo test check serve bench
+
+install: .venv/.installed ## everything, at the exact versions of constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	touch $@
+
+demo: install ## teacher, students, certified bundle, one answer
+	$(BIN)/ltkd pipeline
+
+test: install ## every test, the slow ones too
+	$(BIN)/pytest $(SUITE)
+
+check: install ## format, lint, types, import arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_architecture.py
+
+serve: install ## the bundle that make demo left
+	$(BIN)/ltkd serve bundles/demo
+
+bench: install ## start-up, memory and duration of the journey, against their limits
+	$(BIN)/python benchmarks/journey.py
