@@ -9,6 +9,7 @@ A bundle is written beside its place and renamed, so it is whole or absent, and 
 """
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -86,6 +87,13 @@ class Manifest(VersionedRecord):
     certified_on: str
     source: Source
 
+    @field_validator("precisions")
+    @classmethod
+    def _fp32_is_there(cls, precisions: dict[Precision, FileRecord]) -> dict[Precision, FileRecord]:
+        if "fp32" not in precisions:
+            raise ValueError(f"a bundle has an fp32 model, got {list(precisions)}")
+        return precisions
+
     @property
     def files(self) -> list[FileRecord]:
         """Every file that the manifest vouches for."""
@@ -132,9 +140,22 @@ class Bundle:
         return self.path / self.manifest.precisions[precision].path
 
     def golden(self) -> Golden:
-        """The golden samples."""
-        with np.load(self.path / self.manifest.golden.path, allow_pickle=False) as arrays:
-            return Golden(arrays["images"], arrays["labels"], arrays["logits"])
+        """The golden samples.
+
+        Raises:
+            BundleError: The file does not hold samples of this bundle's task.
+        """
+        path, task = self.path / self.manifest.golden.path, self.manifest.task
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                golden = Golden(arrays["images"], arrays["labels"], arrays["logits"])
+        except Exception as reason:  # whatever NumPy throws at damaged bytes means just this
+            raise BundleError(f"{path} holds no golden samples ({_first_line(reason)}); export again.") from None
+        shapes = [array.shape for array in (golden.images_MSS3, golden.labels_M, golden.logits_MC)]
+        num = len(golden.labels_M) if golden.labels_M.ndim else 0
+        if not num or shapes != [(num, task.input_px, task.input_px, 3), (num,), (num, len(task.class_names))]:
+            raise BundleError(f"{path} holds golden samples of other shapes than its task has {shapes}; export again.")
+        return golden
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -173,6 +194,16 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path=path.name, sha256=sha256_of(path), num_bytes=path.stat().st_size)
 
 
+def check_replaceable(out: Path) -> None:
+    """Refuse a place that holds something else than a bundle.
+
+    Raises:
+        BundleError: ``out`` exists and is not a bundle, so it must not be replaced.
+    """
+    if out.exists() and not _is_manifest(out / MANIFEST_FILE):
+        raise BundleError(f"{out} exists and is not a bundle, so it is not replaced; give another --out.")
+
+
 @contextmanager
 def staged_bundle(out: Path) -> Iterator[Path]:
     """A fresh directory beside ``out`` that becomes ``out`` when the block ends without an error.
@@ -180,8 +211,8 @@ def staged_bundle(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: ``out`` exists and is not a bundle, so it must not be replaced.
     """
-    if out.exists() and not (out / MANIFEST_FILE).is_file():
-        raise BundleError(f"{out} exists and is not a bundle, so it is not replaced; give another --out.")
+    check_replaceable(out)
+    out = out.resolve()  # a link keeps pointing at its bundle, and "." has a name
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.with_name(f".{out.name}.{os.getpid()}.part")
     retired = out.with_name(f".{out.name}.{os.getpid()}.old")
@@ -193,5 +224,20 @@ def staged_bundle(out: Path) -> Iterator[Path]:
             out.rename(retired)
         stage.rename(out)
     finally:
+        if retired.exists() and not out.exists():  # stopped between the two renames
+            retired.rename(out)
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a manifest.json is a bundle's, of any schema, and not the one of a web page."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"schema_version", "precisions", "golden"}
+
+
+def _first_line(reason: Exception) -> str:
+    return (str(reason) or type(reason).__name__).splitlines()[0]

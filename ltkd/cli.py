@@ -208,18 +208,21 @@ def compare(
     from ltkd.compare import compare as run_comparison
     from ltkd.compare import comparison_table
     from ltkd.data import load_data
+    from ltkd.methods import method_config
     from ltkd.recipes import recipe_of
 
+    schedule, chosen_seeds = recipe_of(recipe), _seeds(seeds)
+    chosen = [method_config(name) for name in methods.split(",")]
     comparison = run_comparison(
         data_config,
         load_data(data_config),
-        recipe_of(recipe),
+        schedule,
         out,
         _console(),
         teacher_model=teacher_model,
         student_model=student_model,
-        methods=methods.split(","),
-        seeds=_seeds(seeds),
+        methods=chosen,
+        seeds=chosen_seeds,
         device=device,
     )
     _console().print(comparison_table(comparison))
@@ -313,21 +316,23 @@ def pipeline(
     from ltkd.compare import comparison_table
     from ltkd.data import load_data
     from ltkd.images import save_image
+    from ltkd.methods import method_config
     from ltkd.recipes import recipe_of
     from serve.main import classify_files
 
     console = _console()
     runs, bundle = Path("runs") / name, Path("bundles") / name
+    schedule = recipe_of(recipe)
     images = load_data(data_config)
     comparison = run_comparison(
         data_config,
         images,
-        recipe_of(recipe),
+        schedule,
         runs,
         console,
         teacher_model=teacher_model,
         student_model=student_model,
-        methods=["ce", "kd", "ltkd"],
+        methods=[method_config(method) for method in ("ce", "kd", "ltkd")],
         seeds=[seed],
         device=device,
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ltkd.config import DataConfig, MethodConfig, Recipe
 from ltkd.data import ImageData
-from ltkd.methods import method_config
+from ltkd.methods import method_config, method_of
 from ltkd.plots import plot_comparison
 from ltkd.records import Record, VersionedRecord, write_record
 from ltkd.runs import Run, run_config, train_run
@@ -83,7 +83,7 @@ def compare(
     *,
     teacher_model: str,
     student_model: str,
-    methods: Sequence[str],
+    methods: Sequence[MethodConfig],
     seeds: Sequence[int],
     device: str,
 ) -> Comparison:
@@ -92,7 +92,7 @@ def compare(
     Runs that are complete are taken as they are, so an interrupted comparison goes on where it stopped. The
     comparison's files are renewed after every run.
     """
-    method_configs = {name: method_config(name) for name in methods}
+    method_configs = {method.name: method for method in methods}
     rows: list[Row] = []
 
     def note(network: str, run: Run) -> Comparison:
@@ -128,7 +128,7 @@ def compare(
         teacher = train_run(config, data, folder / TEACHER, console, f"teacher {teacher_model}, seed {seed}")
         comparison = note(TEACHER, teacher)
         for name, method in method_configs.items():
-            by = teacher if name != "ce" else None
+            by = teacher if method_of(method).needs_teacher else None
             config = run_config(data_config, student_model, method, recipe, seed=seed, device=device, teacher=by)
             run = train_run(config, data, folder / name, console, f"{name} {student_model}, seed {seed}")
             comparison = note(name, run)

@@ -3,13 +3,14 @@
 Shape legend: N images, S pixels a side.
 """
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from ltkd import glyphs
 from ltkd.config import DataConfig
@@ -21,6 +22,8 @@ from ltkd.task import Task
 
 LoadImages = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 FALLBACK_INPUT_PX = 64
+
+_MAPPING = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,12 @@ def data_config(data: str, gamma: float | None, groups: str, input_px: int | Non
     ``data`` is the name of a data set or the path of a class-folder tree. Without ``gamma``, the balanced
     benchmarks are given a tail of 100 and a tree of the user's own is left as it is.
     """
+    if gamma is not None and not 1 <= gamma < math.inf:
+        raise UsageError(f"gamma is the largest over the smallest class, a number >= 1, got {gamma}.")
+    if input_px is not None and input_px < 1:
+        raise UsageError(f"--input-px is a side in pixels, at least 1, got {input_px}.")
+    if groups not in ("share", "count") and Path(groups).is_file():
+        groups = str(Path(groups).resolve())  # a run is repeated from other directories, too
     if data in DATASETS and data != "folder":
         return DataConfig(name=data, gamma=gamma or 100.0, groups=groups, input_px=input_px)
     if not Path(data).is_dir():
@@ -242,9 +251,10 @@ def _groups(asked: str, counts: list[int], class_names: list[str]) -> ClassGroup
         return groups_by_quantile(counts, int(number))
     if Path(asked).is_file():
         try:
-            mapping = json.loads(Path(asked).read_text())
-        except ValueError as reason:
-            raise DataError(f"{asked} is not JSON ({reason}); expected {{group: [class, ...], ...}}.") from None
+            mapping = _MAPPING.validate_json(Path(asked).read_bytes())
+        except ValidationError as reason:
+            problem = reason.errors()[0]["msg"]
+            raise DataError(f"{asked} is no mapping ({problem}); expected {{group: [class, ...], ...}}.") from None
         return groups_by_mapping(class_names, mapping)
     raise UsageError(
         f"unknown groups '{asked}'; known: share, count, quantile:K with K >= 2, or the path of a JSON file."
@@ -255,8 +265,12 @@ def _channel_statistics(
     images_NSS3: NDArray[np.uint8],
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Channel means and standard deviations of images scaled to 0..1, rounded to four digits."""
-    values = images_NSS3.reshape(-1, 3)
-    mean = values.mean(0, dtype=np.float64) / 255
-    std = np.maximum(values.std(0, dtype=np.float64) / 255, 1e-3)  # images of one colour must not divide by zero
+    histogram_3L = np.zeros((3, 256))  # not the pixels as floats, which take 8 times the memory of the images
+    for image_SS3 in images_NSS3:
+        histogram_3L += [np.bincount(image_SS3[..., channel].ravel(), minlength=256) for channel in range(3)]
+    share_3L, level_L = histogram_3L / histogram_3L.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share_3L @ level_L
+    variance = (share_3L * (level_L - mean[:, None]) ** 2).sum(1)
+    std = np.maximum(np.sqrt(variance), 1e-3)  # images of one colour must not divide by zero
     (m0, m1, m2), (s0, s1, s2) = mean.round(4).tolist(), std.round(4).tolist()
     return (m0, m1, m2), (s0, s1, s2)

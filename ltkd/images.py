@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
 
@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000
 BACKGROUND = (255, 255, 255)
 
-_MODES_8_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "CMYK", "YCbCr")
+_MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L")
 _ORIENTATION = 0x0112
 
 
@@ -62,6 +62,8 @@ def decode_image(content: bytes, size_px: int, max_pixels: int = MAX_PIXELS) -> 
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageDecodeError(_too_large("far too many", max_pixels)) from None
+    except UnidentifiedImageError:  # its own message is the address of a buffer
+        raise ImageDecodeError("the image is damaged or truncated (no readable header); send the whole file.") from None
     except Exception as reason:  # whatever a decoder throws at hostile bytes means just this
         raise ImageDecodeError(f"the image is damaged or truncated ({reason}); send the whole file.") from None
 
@@ -76,7 +78,11 @@ def is_known_type(content: bytes) -> bool:
 def load_image(path: Path, size_px: int) -> NDArray[np.uint8]:
     """Decode one image file to uint8 [S, S, 3]; errors name the file."""
     try:
-        return decode_image(path.read_bytes(), size_px).pixels_SS3
+        content = path.read_bytes()
+    except OSError as reason:
+        raise ImageDecodeError(f"{path}: cannot be read ({reason.strerror}); replace the file.") from None
+    try:
+        return decode_image(content, size_px).pixels_SS3
     except ImageError as error:
         raise type(error)(f"{path}: {error}") from None
 
@@ -108,19 +114,29 @@ def _square(image: Image.Image, size_px: int) -> DecodedImage:
     upright = ImageOps.exif_transpose(image)
     if rotated:
         warnings.append("rotated as its EXIF orientation says")
+    if upright.mode in _MODES_16_BIT:
+        warnings.append("16-bit grey was scaled to 8 bit")
+        upright = _grey_8_bit(upright)
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         if rgba.getchannel("A").getextrema() != (255, 255):
             warnings.append("transparency was laid on white")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
-    elif upright.mode in _MODES_8_BIT:
+    else:
         rgb = upright.convert("RGB")
-    else:  # 16-bit grey: Pillow's own conversion clips, which turns most of it white
-        warnings.append("16-bit grey was scaled to 8 bit")
-        rgb = Image.fromarray((np.asarray(upright).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
     if rgb.size != (size_px, size_px):
         rgb = ImageOps.fit(rgb, (size_px, size_px), Image.Resampling.BILINEAR)
     return DecodedImage(np.asarray(rgb, dtype=np.uint8), tuple(warnings))
+
+
+def _grey_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bit; Pillow's own conversion clips, which turns most of it white."""
+    grey_HW = np.asarray(image).astype(np.uint32)
+    scaled = Image.fromarray((grey_HW // 257).astype(np.uint8))
+    clear = image.info.get("transparency")  # the one grey level that PNG declares transparent
+    if clear is not None:
+        scaled.putalpha(Image.fromarray(np.where(grey_HW == clear, 0, 255).astype(np.uint8)))
+    return scaled
 
 
 def _too_large(seen: str, max_pixels: int) -> str:

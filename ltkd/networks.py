@@ -88,7 +88,7 @@ def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
     if name not in MODELS:
         raise UsageError(f"unknown model '{name}'; known: {', '.join(MODELS)}.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for the caller as well
         return MODELS[name](num_classes)
 
 
@@ -100,7 +100,7 @@ class Normalise(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        mean, std = torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
+        mean, std = torch.tensor(task.mean).view(1, 3, 1, 1), torch.tensor(task.std).view(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 

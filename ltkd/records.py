@@ -38,7 +38,7 @@ def read_record(path: Path, kind: type[AnyVersionedRecord], error: type[LtkdErro
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise error(f"{path} does not exist; is {path.parent} the right folder?") from None
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} is not readable JSON ({reason}); make it again.") from None
     known = kind.model_fields["schema_version"].default
     seen = content.get("schema_version") if isinstance(content, dict) else None

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ltkd.config import DataConfig, MethodConfig, Recipe, RunConfig
 from ltkd.data import ImageData
 from ltkd.display import TrainingDisplay
-from ltkd.errors import RunError
+from ltkd.errors import RunError, UsageError
 from ltkd.methods import method_of
-from ltkd.networks import build_network
+from ltkd.networks import build_network, model_of
 from ltkd.plots import plot_curves
 from ltkd.records import read_record, sha256_of, write_record, write_whole
 from ltkd.task import Task
@@ -101,7 +101,15 @@ def open_run(path: Path) -> Run:
 def run_config(
     data: DataConfig, model: str, method: MethodConfig, recipe: Recipe, *, seed: int, device: str, teacher: Run | None
 ) -> RunConfig:
-    """A complete configuration: the device is decided, versions and the teacher's weights are noted."""
+    """A complete configuration: the device is decided, versions and the teacher's weights are noted.
+
+    Raises:
+        UsageError: The model does not exist, or the method needs a teacher and has none.
+        DeviceError: The device is not there.
+    """
+    model_of(model)
+    if method_of(method).needs_teacher and teacher is None:
+        raise UsageError(f"method '{method.name}' needs a teacher; use: ltkd distill TEACHER --method {method.name}")
     return RunConfig(
         data=data,
         model=model,

@@ -1,0 +1,80 @@
+"""Data and networks small enough to train in a test."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ltkd.config import DataConfig, Recipe, RunConfig
+from ltkd.data import ImageData
+from ltkd.groups import groups_by_share
+from ltkd.images import save_image
+from ltkd.methods import method_config
+from ltkd.runs import Run, run_config
+from ltkd.task import Task
+
+RECIPE = Recipe(name="toy", epochs=4, batch_size=8, peak_learning_rate=0.05, schedule="one-cycle", eval_every=2)
+COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
+NAMES = ("red", "green", "blue")
+
+
+def coloured(label: int, number: int, size_px: int = 8) -> NDArray[np.uint8]:
+    """An image that is mostly of its class's colour."""
+    noise = np.random.default_rng((label, number)).normal(0, 40, size=(size_px, size_px, 3))
+    return (np.array(COLOURS[label]) + noise).clip(0, 255).astype(np.uint8)
+
+
+def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> ImageData:
+    """Three colours, the last one rare."""
+
+    def images(counts: tuple[int, ...], first: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        labels = np.repeat(np.arange(3), counts)
+        numbers = np.concatenate([first + np.arange(count) for count in counts])
+        pixels = [coloured(label, number) for label, number in zip(labels, numbers, strict=True)]
+        return np.stack(pixels), labels
+
+    task = Task(
+        class_names=NAMES,
+        train_counts=train_counts,
+        groups=groups_by_share(train_counts),
+        input_px=8,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    return ImageData(task, *images(train_counts, 0), *images((num_test,) * 3, 1000), mirror=True)
+
+
+def write_tree(root: Path, train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> Path:
+    """The same colours as a tree of PNG files."""
+    for split, counts, first in (("train", train_counts, 0), ("test", (num_test,) * 3, 1000)):
+        for label, count in enumerate(counts):
+            folder = root / split / NAMES[label]
+            folder.mkdir(parents=True)
+            for number in range(first, first + count):
+                save_image(coloured(label, number), folder / f"{number}.png")
+    return root
+
+
+class ToyNet(nn.Module):
+    """Mean colour to three logits through one hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.bn, self.classifier = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(self.bn(self.hidden(image.mean((2, 3)))).relu())
+
+
+def toy_config(method: str = "ce", *, seed: int = 0, recipe: Recipe = RECIPE, teacher: Run | None = None) -> RunConfig:
+    """A configuration of the smallest real network on the toy data."""
+    return run_config(
+        DataConfig(name="glyphs"),
+        "resnet8",
+        method_config(method),
+        recipe,
+        seed=seed,
+        device="cpu",
+        teacher=teacher,
+    )
