@@ -79,17 +79,22 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
-    """A freshly initialised network; the caller's random state is left as it was.
+def model_of(name: str) -> Callable[[int], nn.Module]:
+    """What builds a network of that name for a number of classes.
 
     Raises:
         UsageError: The name is not in MODELS.
     """
     if name not in MODELS:
         raise UsageError(f"unknown model '{name}'; known: {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
+    """A freshly initialised network; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for the caller as well
-        return MODELS[name](num_classes)
+        return model_of(name)(num_classes)
 
 
 class Normalise(nn.Module):
