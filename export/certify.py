@@ -39,6 +39,7 @@ from ltkd.bundle import (
     Golden,
     Manifest,
     Source,
+    check_replaceable,
     open_bundle,
     record_of,
     staged_bundle,
@@ -85,6 +86,7 @@ def export_run(run_dir: Path, out: Path, margins: Margins = FP32_MARGINS, data: 
         DataError: The images cannot be loaded.
         BundleError: ``out`` is something else than a bundle.
     """
+    check_replaceable(out)  # before minutes of certifying
     trained = open_run(run_dir)
     data = data or load_data(trained.config.data)
     if data.task != trained.task:

@@ -11,6 +11,7 @@ import torch
 from onnx import AttributeProto, GraphProto, ModelProto
 from torch import Tensor, nn
 
+from ltkd.networks import Normalise
 from ltkd.task import Task
 
 OPSET, IR_VERSION = 18, 10
@@ -69,22 +70,16 @@ def model_metadata(task: Task) -> dict[str, str]:
     return {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
 
 
-class PixelsToLogits(nn.Module):
-    """A network behind its preprocessing: one multiplication and one addition of uint8 pixels."""
+class PixelsToLogits(Normalise):
+    """A network behind the preprocessing that it was trained with."""
 
     def __init__(self, network: nn.Module, task: Task) -> None:
-        super().__init__()
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (task.mean, task.std))
+        super().__init__(task)
         self.network = network
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", (1 / (255 * std)).float())
-        self.register_buffer("shift", (-mean / std).float())
 
-    def forward(self, image_NSS3: Tensor) -> Tensor:
+    def forward(self, pixels_NSS3: Tensor) -> Tensor:
         """Raw logits [N, C] of uint8 pixels."""
-        pixels_N3SS = image_NSS3.permute(0, 3, 1, 2).to(torch.float32)
-        logits_NC: Tensor = self.network(pixels_N3SS * self.scale + self.shift)
+        logits_NC: Tensor = self.network(super().forward(pixels_NSS3))
         return logits_NC
 
 

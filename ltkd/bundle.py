@@ -147,7 +147,7 @@ class Bundle:
         """
         path, task = self.path / self.manifest.golden.path, self.manifest.task
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 golden = Golden(arrays["images"], arrays["labels"], arrays["logits"])
         except Exception as reason:  # whatever NumPy throws at damaged bytes means just this
             raise BundleError(f"{path} holds no golden samples ({_first_line(reason)}); export again.") from None

@@ -154,11 +154,10 @@ def test_a_failing_gate_leaves_the_earlier_bundle_untouched(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rejected", "tiny"]
 
 
-@pytest.mark.usefixtures("convert_no_more")
-def test_a_directory_that_is_no_bundle_is_not_replaced(run_dir: Path, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_bundle_is_refused_before_anything_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BundleError, match="is not a bundle"):
-        export_run(run_dir, tmp_path, LOOSE, data_of(40))
+        export_run(tmp_path / "no run", tmp_path)
     assert content_of(tmp_path) == {"thesis.txt": b"years of work"}
 
 
