@@ -1,0 +1,41 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ltkd.config import DataConfig, MethodConfig, Recipe, RunConfig
+
+CONFIG = RunConfig(
+    data=DataConfig(name="folder", root=Path("photos"), gamma=50, input_px=32),
+    model="resnet8",
+    method=MethodConfig(name="ltkd", parameters={"alpha": 6.0, "beta": 1, "warm_up": True, "target": "uniform"}),
+    recipe=Recipe(name="steps", epochs=3, peak_learning_rate=0.1, schedule="steps", milestones=(1, 2)),
+    seed=0,
+    device="cpu",
+    teacher=Path("runs/teacher"),
+    versions={"ltkd": "0.0.0"},
+)
+
+
+def test_a_configuration_comes_back_from_json_with_the_types_it_had() -> None:
+    again = RunConfig.model_validate_json(CONFIG.model_dump_json())
+    assert again == CONFIG
+    assert list(map(type, again.method.parameters.values())) == [float, int, bool, str]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("data", "gamma", 0.5),
+        ("data", "gama", 10),
+        ("data", "input_px", 0),
+        ("recipe", "epochs", 0),
+        ("recipe", "schedule", "cosine"),
+    ],
+)
+def test_a_configuration_edited_to_nonsense_is_refused(part: str, field: str, value: object) -> None:
+    content = json.loads(CONFIG.model_dump_json())
+    content[part][field] = value
+    with pytest.raises(ValidationError, match=field):
+        RunConfig.model_validate(content)
