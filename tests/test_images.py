@@ -1,0 +1,266 @@
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
+from ltkd.images import decode_image, image_size_px, load_image, save_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+RAMP = np.arange(16, dtype=np.uint8) * 16
+SMOOTH = np.dstack(np.broadcast_arrays(RAMP[:, None], RAMP[None, :], np.uint8(100)))  # slopes, which lossy files keep
+
+
+def encoded(image: Image.Image | NDArray[np.uint8] | NDArray[np.uint16], kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file chunk by chunk, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in parts
+    )
+
+
+def grey_16_bit(*chunks: tuple[bytes, bytes]) -> bytes:
+    """Eight levels from black to white, side by side."""
+    row = b"\0" + (np.arange(8) * 9362).astype(">u2").tobytes()
+    return png(8, 8, 16, 0, row * 8, *chunks)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_an_image_of_its_own_size_is_not_touched(kind: str, options: dict[str, object]) -> None:
+    decoded = decode_image(encoded(PIXELS, kind, **options), 16)
+    assert decoded.pixels_SS3.dtype == np.uint8
+    assert np.array_equal(decoded.pixels_SS3, PIXELS)
+    assert decoded.warnings == ()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_lossy_image_is_close_to_what_was_encoded(kind: str) -> None:
+    decoded = decode_image(encoded(SMOOTH, kind, quality=95), 16).pixels_SS3
+    # quality 95 with halved colour resolution on a slope of 16 a pixel: an error of a step, never a swapped channel
+    assert np.abs(decoded.astype(int) - SMOOTH).mean() < 8
+
+
+def test_the_centre_square_is_what_a_network_sees() -> None:
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = (0, 255, 0)
+    for image in (wide, wide.transpose(1, 0, 2)):
+        pixels = decode_image(encoded(np.ascontiguousarray(image)), 8).pixels_SS3
+        assert (pixels[1:-1, 1:-1] == (0, 255, 0)).all()  # the outermost pixels blend with what lies beyond
+
+
+def test_scaling_down_averages_and_does_not_pick() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    # a triangle over 16 stripes gives their mean, 127.5 but for rounding; at the border the triangle is cut
+    np.testing.assert_allclose(decode_image(encoded(stripes), 8).pixels_SS3[:, 1:-1], 127.5, atol=2)
+
+
+STORED_AS = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: upright.transpose(1, 0, 2)[::-1],
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: upright.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_every_exif_orientation_gives_the_upright_pixels(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED_AS[orientation](PIXELS))
+    decoded = decode_image(encoded(stored, kind, exif=exif, lossless=True), 16)
+    assert np.array_equal(decoded.pixels_SS3, PIXELS)
+    assert decoded.warnings == (() if orientation == 1 else ("rotated as its EXIF orientation says",))
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0], rgba[0, 1], rgba[1, 0], rgba[1, 1] = (9, 9, 9, 0), (200, 0, 0, 255), (0, 0, 0, 51), (0, 255, 0, 0)
+    decoded = decode_image(encoded(rgba), 2)
+    assert decoded.pixels_SS3.tolist() == [[[255] * 3, [200, 0, 0]], [[204] * 3, [255] * 3]]  # 51 of 255 is a fifth
+    assert decoded.warnings == ("transparency was laid on white",)
+
+
+def test_an_alpha_channel_that_hides_nothing_is_no_warning() -> None:
+    decoded = decode_image(encoded(np.dstack([PIXELS, np.full((16, 16), 255, np.uint8)])), 16)
+    assert np.array_equal(decoded.pixels_SS3, PIXELS)
+    assert decoded.warnings == ()
+
+
+@pytest.mark.parametrize("clear", [1, b"\xff\x00"])
+def test_a_palette_becomes_rgb_and_its_transparent_entry_white(clear: int | bytes) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    image.putdata([0, 1])
+    opaque = decode_image(encoded(image.resize((2, 2), Image.Resampling.NEAREST)), 2)
+    assert (opaque.pixels_SS3[0].tolist(), opaque.warnings) == ([[200, 10, 20], [30, 40, 50]], ())
+    seen = decode_image(encoded(image.resize((2, 2), Image.Resampling.NEAREST), transparency=clear), 2)
+    assert seen.pixels_SS3[0].tolist() == [[200, 10, 20], [255, 255, 255]]
+    assert seen.warnings == ("transparency was laid on white",)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    decoded = decode_image(grey_16_bit(), 8)
+    assert decoded.pixels_SS3[0].tolist() == [[level] * 3 for level in (0, 36, 72, 109, 145, 182, 218, 254)]
+    assert decoded.warnings == ("16-bit grey was scaled to 8 bit",)
+
+
+def test_16_bit_grey_with_a_transparent_level_is_scaled_too() -> None:
+    decoded = decode_image(grey_16_bit((b"tRNS", struct.pack(">H", 9362))), 8)
+    assert decoded.pixels_SS3[0, :, 0].tolist() == [0, 255, 72, 109, 145, 182, 218, 254]
+    assert decoded.warnings == ("16-bit grey was scaled to 8 bit", "transparency was laid on white")
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "kind", "expected"),
+    [
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("L", 77, "PNG", (77, 77, 77)),
+        ("L", 77, "JPEG", (77, 77, 77)),
+        ("LA", (100, 0), "PNG", (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), "JPEG", (255, 0, 0)),
+    ],
+)
+def test_other_colour_modes_become_rgb(mode: str, colour: object, kind: str, expected: tuple[int, int, int]) -> None:
+    pixels = decode_image(encoded(Image.new(mode, (8, 8), colour), kind), 8).pixels_SS3  # type: ignore[arg-type]
+    np.testing.assert_allclose(pixels, np.full((8, 8, 3), expected), atol=2)  # JPEG rounds twice
+
+
+def test_16_bit_colour_keeps_its_high_bytes() -> None:
+    row = b"\0" + np.array([0x1234, 0x5678, 0x9ABC] * 2, ">u2").tobytes()
+    assert decode_image(png(2, 2, 16, 2, row * 2), 2).pixels_SS3[1, 1].tolist() == [0x12, 0x56, 0x9A]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
+    later = [Image.fromarray(PIXELS[::-1]), Image.fromarray(PIXELS.T[:3].transpose(1, 2, 0).copy())]
+    content = encoded(Image.fromarray(PIXELS), kind, save_all=True, append_images=later, lossless=True)
+    decoded = decode_image(content, 16)
+    assert np.array_equal(decoded.pixels_SS3, PIXELS)
+    assert decoded.warnings == ("animated: the first frame was used",)
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1)])
+def test_extreme_shapes_are_decoded(size: tuple[int, int]) -> None:
+    assert (decode_image(encoded(Image.new("RGB", size, (1, 2, 3))), 8).pixels_SS3 == (1, 2, 3)).all()
+
+
+# beyond Pillow's error limit, between it and its warning limit, below both
+@pytest.mark.parametrize("side_px", [20_000, 10_000, 8_000])
+def test_a_bomb_is_refused_from_its_header_and_no_pixel_is_allocated(side_px: int) -> None:
+    bomb = png(side_px, side_px, 1, 0, bytes(1_000_000))
+    assert len(bomb) < 4_000
+    Image.core.reset_stats()
+    with pytest.raises(ImageDecodeError, match="pixels, at most 50,000,000 are taken; scale it down"):
+        decode_image(bomb, 32)
+    assert Image.core.get_stats()["new_count"] == 0
+    decode_image(encoded(PIXELS), 16)
+    assert Image.core.get_stats()["new_count"] > 0  # else the count would prove nothing
+
+
+def test_the_limit_itself_is_still_taken() -> None:
+    content = encoded(Image.new("1", (40, 25)))
+    assert decode_image(content, 8, max_pixels=1000).pixels_SS3.shape == (8, 8, 3)
+    with pytest.raises(ImageDecodeError, match="40 x 25 pixels, at most 999"):
+        decode_image(content, 8, max_pixels=999)
+
+
+@pytest.mark.parametrize("content", [b"hello, I am a text", b"GIF89a" + bytes(50), b"BM" + bytes(50), b"RIFF1234WAVE"])
+def test_what_is_no_known_type_is_a_type_error(content: bytes) -> None:
+    with pytest.raises(ImageTypeError, match="not a JPEG, PNG or WebP image"):
+        decode_image(content, 8)
+
+
+def test_no_bytes_are_a_type_error() -> None:
+    with pytest.raises(ImageTypeError, match=r"empty \(0 bytes\)"):
+        decode_image(b"", 8)
+
+
+@pytest.mark.parametrize("start", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x04\0\0\0WEBP"])
+def test_a_right_beginning_without_an_image_is_said_in_words_for_people(start: bytes) -> None:
+    with pytest.raises(ImageDecodeError, match=r"damaged or truncated \(no readable header\); send the whole file"):
+        decode_image(start + b"hello", 8)
+
+
+def exif_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    return encoded(PIXELS, "JPEG", exif=exif)
+
+
+HEALTHY = {
+    "PNG": encoded(PIXELS),
+    "palette PNG": encoded(Image.fromarray(PIXELS).quantize(16), transparency=3),
+    "16-bit PNG": grey_16_bit(),
+    "JPEG": exif_jpeg(),
+    "progressive JPEG": encoded(PIXELS, "JPEG", progressive=True),
+    "CMYK JPEG": encoded(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"),
+    "WebP": encoded(PIXELS, "WEBP"),
+    "animated WebP": encoded(
+        Image.fromarray(PIXELS), "WEBP", save_all=True, append_images=[Image.new("RGB", (16, 16))]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_damage_never_raises_anything_but_an_image_error(name: str) -> None:
+    healthy, refused = HEALTHY[name], 0
+    dice = random.Random(name)
+    for _ in range(120):
+        content = bytearray(healthy)
+        for _ in range(dice.randint(1, 6)):
+            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        whole = dice.random() < 0.5
+        try:
+            decoded = decode_image(bytes(content if whole else content[: dice.randrange(len(content))]), 8)
+        except ImageError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert decoded.pixels_SS3.shape == (8, 8, 3)
+    assert refused > 30  # else the dice would be too kind
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_file_cut_in_half_is_refused(name: str) -> None:
+    with pytest.raises(ImageDecodeError):
+        decode_image(HEALTHY[name][: len(HEALTHY[name]) // 2], 8)
+
+
+def test_an_image_that_is_saved_is_loaded_with_the_same_pixels(tmp_path: Path) -> None:
+    save_image(PIXELS, tmp_path / "a.png")
+    assert np.array_equal(load_image(tmp_path / "a.png", 16), PIXELS)
+    assert image_size_px(tmp_path / "a.png") == (16, 16)
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "half.png").write_bytes(HEALTHY["PNG"][:200])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ImageTypeError, match=r"text\.png: not a JPEG"):
+        load_image(tmp_path / "text.png", 8)
+    with pytest.raises(ImageDecodeError, match=r"half\.png: the image is damaged"):
+        load_image(tmp_path / "half.png", 8)
+    with pytest.raises(ImageDecodeError, match=r"folder\.png: cannot be read \(Is a directory\)"):
+        load_image(tmp_path / "folder.png", 8)
+    with pytest.raises(ImageDecodeError, match=r"text\.png: no readable .* header"):
+        image_size_px(tmp_path / "text.png")
