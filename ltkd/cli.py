@@ -5,6 +5,7 @@ This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 
+# How long a thread of torch's OpenMP runtime waits for the others before it sleeps. The runtime's own 300,000 rounds
+# make training twenty times slower as soon as another process wants a core (docs/lab-book.md).
+SPIN_COUNT = "10000"
+
 
 def main() -> None:
     """Run a command; what the user can put right ends in one line on stderr and exit code 2."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

@@ -125,12 +125,12 @@ def compare(
         folder = out / f"seed{seed}"
         ce = method_config("ce")
         config = run_config(data_config, teacher_model, ce, recipe, seed=seed, device=device, teacher=None)
-        teacher = train_run(config, data, folder / TEACHER, console, f"teacher {teacher_model}, seed {seed}")
+        teacher = train_run(config, data, folder / TEACHER, console, f"teacher, seed {seed}")
         comparison = note(TEACHER, teacher)
         for name, method in method_configs.items():
             by = teacher if method_of(method).needs_teacher else None
             config = run_config(data_config, student_model, method, recipe, seed=seed, device=device, teacher=by)
-            run = train_run(config, data, folder / name, console, f"{name} {student_model}, seed {seed}")
+            run = train_run(config, data, folder / name, console, f"{name}, seed {seed}")
             comparison = note(name, run)
     return comparison
 

@@ -56,6 +56,7 @@ class TrainingDisplay:
         if report.accuracy is not None:
             by_group = "  ".join(f"{name} {100 * value:5.1f}" for name, value in report.accuracy.items())
             self._progress.console.print(
-                f"{self._title:<24} epoch {report.epoch:>3}/{self._epochs}  loss {report.loss:7.3f}  {by_group}",
+                f"{self._title:<16} epoch {report.epoch:>3}/{self._epochs}  loss {report.loss:6.3f}  {by_group}",
                 highlight=False,
+                soft_wrap=True,
             )

@@ -1,0 +1,135 @@
+"""The README is true: its commands run in order, and its file tree is the one on disk."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ltkd.cli import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TREE = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)[-1]
+NOT_LISTED = {".ci/run", ".dockerignore", ".gitignore", "py.typed"}
+
+
+def tracked() -> list[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so nothing says which files belong to the project")
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_file_tree_is_the_one_on_disk() -> None:
+    listed, folder = set(), ""
+    for line in TREE.splitlines():
+        name, purpose = line.split(maxsplit=1) if len(line.split()) > 1 else (line.strip(), "")
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        path = name if not line.startswith(" ") else folder + name
+        assert purpose or path in ("benchmarks/", "examples/", "docs/"), f"{path} has no purpose"
+        listed.add(path)
+    whole_folders = ("tests/", "docs/benchmarks/")
+    expected = set()
+    for path in tracked():
+        within = next((folder for folder in whole_folders if path.startswith(folder)), None)
+        if path in NOT_LISTED or Path(path).name in NOT_LISTED:
+            continue
+        expected.add(within or path)
+    files = {path for path in listed if not path.endswith("/") or path in whole_folders}
+    assert files == expected
+
+
+def test_every_command_shown_exists() -> None:
+    shown = set(re.findall(r"(?:^|[\s/`])ltkd ([a-z]+)", README))
+    assert shown >= {"train", "distill", "compare", "export", "verify", "serve", "classify"}
+    assert shown - {"trains", "distils"} <= set(cli.commands), "the README shows a command that does not exist"
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files alone, as a clone has them, with the environment that is installed already."""
+    if not (ROOT / ".venv" / ".installed").exists():
+        pytest.skip("the environment of `make install` is not there")
+    folder = tmp_path_factory.mktemp("readme") / "ltkd"
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def sh(block: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def serving(block: str, folder: Path, environment: dict[str, str], port: int) -> Iterator[None]:
+    with subprocess.Popen(block.split(), cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "serving demo" in process.stdout.readline()
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
+                assert client.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+            yield
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_commands_of_the_readme_work_in_order(checkout: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MAKEFLAGS")}
+    environment |= {"LTKD_PORT": str(port), "COLUMNS": "100"}
+    demo, serve, ask, look, example, tests = SHELL_BLOCKS
+    assert tests == "make check test\n"  # this very run
+
+    table = sh(demo, checkout, environment)
+    for said in (
+        "teacher resnet20",
+        "ce resnet8",
+        "kd resnet8",
+        "ltkd resnet8",
+        "head",
+        "medium",
+        "tail",
+        "3,384 images",
+    ):
+        assert said in table
+    assert "PASS" in table and "Serve it:   ltkd serve bundles/demo" in table
+    assert re.search(r"runs/demo/tail.png: \w+ \((head|medium|tail)\) with", table)
+
+    with serving(serve, checkout, environment, port):
+        answer = json.loads(sh(ask.replace(":8000", f":{port}"), checkout, environment))
+    (result,) = answer["results"]
+    assert sum(result["group_confidence"].values()) == pytest.approx(1)
+    assert len(result["top_k"]) == 5
+
+    looked = sh(look, checkout, environment)
+    assert "is whole and certified" in looked
+    assert f"runs/demo/tail.png: {result['label']} ({result['group']})" in looked
+    assert "step  80  loss" in sh(example, checkout, environment)
