@@ -85,13 +85,12 @@ def _affine(angle: float, slant: float) -> tuple[float, ...]:
 
 
 def _colours(random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Paper and ink, RGB 0..255, whose lightness differs by at least 0.4."""
-    paper_light = random.uniform(0.1, 0.9)
-    distance = random.uniform(0.4, 0.6)
-    ink_light = min(1.0, max(0.0, paper_light + distance * (1 if paper_light < 0.5 else -1)))
+    """Paper and ink, RGB 0..255; the ink is darker by 0.4 to 0.6 of the range of lightness."""
+    paper_light = random.uniform(0.6, 0.95)
+    ink_light = paper_light - random.uniform(0.4, 0.6)
     colours = [
         255 * np.array(colorsys.hls_to_rgb(random.random(), light, random.uniform(0, 0.6)), dtype=np.float32)
-        for light in (paper_light, ink_light)
+        for light in (paper_light, max(0.0, ink_light))
     ]
     return colours[0], colours[1]
 
