@@ -1,7 +1,9 @@
-"""The candidate as ONNX Runtime sees it: read defensively, opened on a named provider, run in batches.
+"""The candidate: what it says of itself; read defensively, opened on a named provider, run in batches.
 
 Shape legend: N images, S side in pixels, C classes.
 """
+
+import json
 
 import numpy as np
 import onnx
@@ -10,13 +12,28 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 from onnxruntime import InferenceSession, SessionOptions
 
-from export.convert import INPUT, OUTPUT
 from ltkd.errors import BundleError, DeviceError
+from ltkd.task import Task
 
 CPU = "CPUExecutionProvider"
+INPUT, OUTPUT = "image", "logits"
 DOMAINS = ("", "ai.onnx")
 MAX_BYTES = 1_000_000_000
 BATCH_SIZE = 256
+
+
+def model_metadata(task: Task) -> dict[str, str]:
+    """What the ONNX file says of itself, as JSON texts: enough to use it without the bundle around it."""
+    facts = {
+        "class_names": task.class_names,
+        "train_counts": task.train_counts,
+        "groups": task.groups.model_dump(mode="json"),
+        "preprocessing": {
+            "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
+            "inside": {"scale": "1/255", "mean": task.mean, "std": task.std},
+        },
+    }
+    return {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
 
 
 def read_model(content: bytes) -> ModelProto:

@@ -17,13 +17,11 @@ from export.candidate import CPU, open_session, run, runtime_version
 from export.convert import to_onnx
 from export.gates import (
     FP32_MARGINS,
-    SUM_ORDER_SHARE,
     GroupParity,
     Margins,
     compare,
     decisions,
     numeric,
-    span,
     structure,
     task_accuracy,
     worst,
@@ -35,19 +33,17 @@ from ltkd.bundle import (
     MANIFEST_FILE,
     MODEL_FILES,
     PARITY_FILE,
-    Bundle,
     Golden,
     Manifest,
     Source,
     check_replaceable,
-    open_bundle,
     record_of,
     staged_bundle,
 )
 from ltkd.data import ImageData, load_data
-from ltkd.errors import BundleError, DataError, RunError
+from ltkd.errors import DataError, RunError
 from ltkd.groups import ClassGroups
-from ltkd.records import read_record, sha256_of, write_record, write_whole
+from ltkd.records import sha256_of, write_record, write_whole
 from ltkd.runs import CONFIG_FILE, Run, open_run
 from ltkd.task import Task
 
@@ -169,34 +165,6 @@ def judge(
         gates=tuple(gates),
         groups=rows,
     )
-
-
-def verify_bundle(path: Path) -> Bundle:
-    """Check that a bundle is whole, sound, certified, and still answers as it did when it was made.
-
-    Raises:
-        BundleError: Something is off; the message names the first thing.
-    """
-    bundle = open_bundle(path)
-    report = read_record(path / bundle.manifest.parity.path, ParityReport, BundleError)
-    model = bundle.manifest.precisions["fp32"]
-    if (report.verdict, report.candidate_sha256) != ("PASS", model.sha256):
-        raise BundleError(
-            f"{path / PARITY_FILE} says {report.verdict} of a model {report.candidate_sha256[:12]}..., "
-            f"expected PASS of {model.path} ({model.sha256[:12]}...); export again."
-        )
-    content, golden = bundle.model_path("fp32").read_bytes(), bundle.golden()
-    gate = structure(content, bundle.manifest.task, golden.images_MSS3)
-    if gate.verdict != "PASS":
-        raise BundleError(f"{path / model.path}: {gate.findings[0]}")
-    logits_MC = run(open_session(content), golden.images_MSS3)
-    error, allowed = float(np.abs(logits_MC - golden.logits_MC).max()), SUM_ORDER_SHARE * span(golden.logits_MC)
-    if not error <= allowed:
-        raise BundleError(
-            f"{path / model.path} answers its golden images with logits that are {error:.2g} off, {allowed:.2g} is "
-            "rounding; this ONNX Runtime computes something else. Export again with it."
-        )
-    return bundle
 
 
 def golden_of(

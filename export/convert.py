@@ -4,18 +4,18 @@ Shape legend: N images (dynamic), S side in pixels, C classes.
 """
 
 import copy
-import json
 
 import onnx
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto
 from torch import Tensor, nn
 
+from export.candidate import INPUT, OUTPUT, model_metadata
 from ltkd.networks import Normalise
 from ltkd.task import Task
 
 OPSET, IR_VERSION = 18, 10
-INPUT, OUTPUT, BATCH = "image", "logits", "N"
+BATCH = "N"
 
 
 def to_onnx(network: nn.Module, task: Task) -> bytes:
@@ -54,20 +54,6 @@ def to_onnx(network: nn.Module, task: Task) -> bytes:
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString(deterministic=True)
     return content
-
-
-def model_metadata(task: Task) -> dict[str, str]:
-    """What the ONNX file says of itself, as JSON texts: enough to use it without the bundle around it."""
-    facts = {
-        "class_names": task.class_names,
-        "train_counts": task.train_counts,
-        "groups": task.groups.model_dump(mode="json"),
-        "preprocessing": {
-            "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
-            "inside": {"scale": "1/255", "mean": task.mean, "std": task.std},
-        },
-    }
-    return {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
 
 
 class PixelsToLogits(Normalise):

@@ -24,8 +24,7 @@ from onnx import ModelProto
 from onnxruntime import InferenceSession
 from pydantic import Field
 
-from export.candidate import open_session, read_model, run, tensors_of
-from export.convert import INPUT, OUTPUT, model_metadata
+from export.candidate import INPUT, OUTPUT, model_metadata, open_session, read_model, run, tensors_of
 from export.statistics import clopper_pearson_upper, images_needed, tango_lower, tango_upper
 from ltkd.errors import BundleError, DeviceError
 from ltkd.groups import ClassGroups

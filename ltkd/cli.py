@@ -252,7 +252,7 @@ def export(run: Path, out: Path) -> None:
 @path_argument("bundle")
 def verify(bundle: Path) -> None:
     """Check that BUNDLE is whole, sound and certified, and answers its golden images as it did when made."""
-    from export.certify import verify_bundle
+    from export.verify import verify_bundle
 
     manifest = verify_bundle(bundle).manifest
     click.echo(f"{bundle} is whole and certified ({', '.join(manifest.precisions)}), on {manifest.certified_on}.")

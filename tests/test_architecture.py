@@ -76,6 +76,10 @@ def test_the_ground_floor_runs_without_torch() -> None:
     assert not loaded_by(code) & HEAVY
 
 
+def test_verifying_a_bundle_needs_no_torch() -> None:
+    assert not loaded_by("import export.verify") & {"torch", "torchvision", "matplotlib", "fastapi"}
+
+
 def test_every_invariant_of_the_architecture_names_a_test_that_exists() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     invariants = [line for line in text.partition("## Invariants")[2].splitlines() if line.startswith("- ")]

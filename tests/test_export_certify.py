@@ -12,10 +12,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from export import certify as certify_module
-from export.certify import Export, certify, export_run, judge, spread_over_groups, verify_bundle
+from export.certify import Export, certify, export_run, judge, spread_over_groups
 from export.convert import to_onnx
 from export.gates import Margins
 from export.parity import EXIT_CODES, ParityReport, parity_table
+from export.verify import verify_bundle
 from ltkd.bundle import Manifest, open_bundle, record_of
 from ltkd.config import DataConfig, MethodConfig, Recipe, RunConfig
 from ltkd.data import ImageData

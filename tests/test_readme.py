@@ -17,8 +17,9 @@ from ltkd.cli import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-TREE = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)[-1]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+SHELL_BLOCKS = [text for language, text in BLOCKS if language == "sh"]
+TREE = BLOCKS[-1][1]
 NOT_LISTED = {".ci/run", ".dockerignore", ".gitignore", "py.typed"}
 
 
