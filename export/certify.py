@@ -89,7 +89,8 @@ def export_run(run_dir: Path, out: Path, margins: Margins = FP32_MARGINS, data: 
         raise RunError(
             f"{run_dir} was trained on other images or groups than {trained.config.data.name} has now; train again."
         )
-    description = f"the {len(data.test_labels):,} test images of {trained.config.data.name}"
+    source = trained.config.data
+    description = f"the {len(data.test_labels):,} test images of {source.root.name if source.root else source.name}"
     candidate, report = certify(
         trained.load_network(), trained.task, data.test_images, data.test_labels, description, margins
     )

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -73,18 +74,18 @@ def certify_data(description: str, images_NSS3: NDArray[np.uint8], label_N: NDAr
 def parity_table(report: ParityReport) -> Table:
     """The report for a console: one row a group, the gates below."""
     gates = "   ".join(f"{gate.name} {_styled(gate.verdict)}" for gate in report.gates)
-    title = f"{report.precision} against {report.reference}: {_styled(report.verdict)}"
-    table = Table(title=title, caption=gates)
-    table.add_column("group")
-    for heading in ("n", "reference", "candidate", "loss", "upper limit", "margin", "flips"):
+    title = f"{report.precision} against {report.reference}, accuracy in %: {_styled(report.verdict)}"
+    table = Table(title=title, caption=gates, box=SIMPLE_HEAD)
+    table.add_column("group", no_wrap=True)
+    for heading in ("n", "reference", "candidate", "loss", "upper\nlimit", "margin", "flips"):
         table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for row in report.groups:
         fractions = (row.reference_accuracy, row.candidate_accuracy, row.loss, row.loss_upper_limit, row.margin)
         table.add_row(
             escape(row.group),
             f"{row.num_images:,}",
-            *("-" if fraction is None else f"{100 * fraction:.2f} %" for fraction in fractions),
+            *("-" if fraction is None else f"{100 * fraction:.2f}" for fraction in fractions),
             f"{row.num_flips:,}",
             _styled(row.verdict),
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -117,7 +118,8 @@ def compare(
             rows=tuple(rows),
         )
         write_record(out / COMPARISON_FILE, comparison)
-        title = f"{data_config.name}, gamma {data_config.gamma or 'natural'}, recipe {recipe.name}"
+        tail = f"gamma {data_config.gamma:g}" if data_config.gamma else "as it is"
+        title = f"{data_config.name}, {tail}, recipe {recipe.name}, {_seeds(len({row.seed for row in rows}))}"
         plot_comparison(comparison.mean(), comparison.deviation(), title, out / PLOT_FILE)
         return comparison
 
@@ -139,11 +141,15 @@ def comparison_table(comparison: Comparison) -> Table:
     """Accuracy in percent by group; with several seeds the mean and one standard deviation."""
     mean, deviation = comparison.mean(), comparison.deviation()
     num_seeds = len({row.seed for row in comparison.rows})
-    table = Table(title=f"Test accuracy (%) after the last epoch, {comparison.num_test:,} images, {num_seeds} seed(s)")
-    table.add_column("network")
+    table = Table(
+        title=f"Test accuracy (%) after the last epoch, {comparison.num_test:,} images, {_seeds(num_seeds)}",
+        caption="* best epoch, chosen on the test set: not a result",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("network", no_wrap=True)
     for name in mean[TEACHER]:
         table.add_column(name, justify="right")
-    table.add_column("best epoch\n(chosen on test)", justify="right", style="dim")
+    table.add_column("best*", justify="right", style="dim")
     for network, accuracy in mean.items():
         model = next(row.model for row in comparison.rows if row.network == network)
         spread = deviation[network]
@@ -155,3 +161,7 @@ def comparison_table(comparison: Comparison) -> Table:
         style = "bold" if network == "ltkd" else None
         table.add_row(f"{network} {model}", *cells, f"{100 * best:.1f}", style=style)
     return table
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"

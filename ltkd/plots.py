@@ -22,6 +22,7 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], group_names: Sequence[st
         accuracies = [100 * line[f"accuracy_{name}"] for line in looks]
         accuracy_axes.plot([line["epoch"] for line in looks], accuracies, color=colour, marker=".", label=name)
     accuracy_axes.set_ylim(0, 100)
+    accuracy_axes.set_xlim(*loss_axes.get_xlim())
     _label(accuracy_axes, x="epoch", y="test accuracy (%)")
     accuracy_axes.legend(frameon=False)
     figure.suptitle(title)
@@ -50,14 +51,15 @@ def plot_comparison(
         heights = np.array([100 * mean[network][name] for network in networks])
         spreads = np.array([100 * deviation[network][name] for network in networks])
         left = np.arange(len(networks)) + (place - (len(group_names) - 1) / 2) * width
-        bars = axes.bar(left, heights, width * 0.92, color=colour, label=name)
+        axes.bar(left, heights, width * 0.92, color=colour, label=name)
         if spreads.any():
             axes.errorbar(left, heights, yerr=spreads, fmt="none", ecolor="#777777", capsize=2, lw=1)
-        axes.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=8, padding=2)
+        for x, height, spread in zip(left, heights, spreads, strict=True):
+            axes.text(x, height + spread + 1, f"{height:.0f}", ha="center", fontsize=8)
     axes.set_xticks(np.arange(len(networks)), networks)
     axes.set_ylim(0, 108)
     _label(axes, x="", y="test accuracy (%)")
-    axes.legend(frameon=False, ncols=len(group_names), loc="upper right")
+    figure.legend(frameon=False, ncols=len(group_names), loc="outside lower center")
     axes.set_title(title)
     _save(figure, out)
 
