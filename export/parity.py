@@ -75,7 +75,7 @@ def parity_table(report: ParityReport) -> Table:
     """The report for a console: one row a group, the gates below."""
     gates = "   ".join(f"{gate.name} {_styled(gate.verdict)}" for gate in report.gates)
     title = f"{report.precision} against {report.reference}, accuracy in %: {_styled(report.verdict)}"
-    table = Table(title=title, caption=gates, box=SIMPLE_HEAD)
+    table = Table(title=title, caption=gates, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("group", no_wrap=True)
     for heading in ("n", "reference", "candidate", "loss", "upper\nlimit", "margin", "flips"):
         table.add_column(heading, justify="right")

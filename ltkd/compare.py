@@ -142,7 +142,7 @@ def comparison_table(comparison: Comparison) -> Table:
     mean, deviation = comparison.mean(), comparison.deviation()
     num_seeds = len({row.seed for row in comparison.rows})
     table = Table(
-        title=f"Test accuracy (%) after the last epoch, {comparison.num_test:,} images, {_seeds(num_seeds)}",
+        title=f"Test accuracy (%), last epoch, {comparison.num_test:,} images, {_seeds(num_seeds)}",
         caption="* best epoch, chosen on the test set: not a result",
         box=SIMPLE_HEAD,
     )
