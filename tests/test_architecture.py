@@ -1,6 +1,7 @@
 """Who may import whom: the arrows of ARCHITECTURE.md, read from the source."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -78,6 +79,15 @@ def test_the_ground_floor_runs_without_torch() -> None:
 
 def test_verifying_a_bundle_needs_no_torch() -> None:
     assert not loaded_by("import export.verify") & {"torch", "torchvision", "matplotlib", "fastapi"}
+
+
+@pytest.mark.parametrize("module", ["export.candidate", "serve.engine"])
+def test_onnx_runtime_reports_nothing_to_its_makers(module: str, tmp_path: Path) -> None:
+    # imported by itself it writes a device id below the home directory, and later sends it with facts about the model
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env=environment)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_invariant_of_the_architecture_names_a_test_that_exists() -> None:
