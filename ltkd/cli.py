@@ -6,6 +6,7 @@ This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -355,9 +356,14 @@ def pipeline(
     click.echo(_sentence(sample, classify_files(bundle, [sample])[0]))
     click.echo(
         f"\nruns: {runs}   plot: {runs / 'compare.png'}   bundle: {bundle}\n"
-        f"Serve it:   ltkd serve {bundle}\n"
+        f"Serve it:   {_own_name()} serve {bundle}\n"
         f"Then ask:   curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/v1/classify"
     )
+
+
+def _own_name() -> str:
+    """What to type for this command: its plain name where the shell finds it."""
+    return "ltkd" if shutil.which("ltkd") else sys.argv[0]
 
 
 def _console() -> "Console":

@@ -15,7 +15,12 @@ from training_toys import NAMES, write_tree
 from ltkd.records import sha256_of
 from ltkd.runs import open_run
 
-LTKD = [sys.executable, "-c", "from ltkd.cli import main; main()"]
+# a shell that puts the tests into the background has them, and their children, ignore Ctrl-C
+LTKD = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ltkd.cli import main; main()",
+]
 
 
 def ltkd(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
