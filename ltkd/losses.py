@@ -149,7 +149,7 @@ class LTKDLoss(nn.Module):
     Args:
         groups: The partition of the classes.
         momentum: Share of the old average kept at each step, 0 <= momentum < 1; 0 uses each batch's own masses.
-        parameters: What ``ltkd_loss`` takes by name.
+        temperature: As in ``ltkd_loss``, like ``alpha``, ``beta`` and ``within_weight``.
     """
 
     average_mass_K: Tensor
@@ -172,7 +172,7 @@ class LTKDLoss(nn.Module):
 
     def forward(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """The distillation term for one batch; in training mode the running average is updated first."""
-        if self.training:
+        if self.training and self.momentum:
             log_mass_NK = F.log_softmax(self.groups.logsumexp(teacher_NC.detach().float() / self.temperature), dim=1)
             mass_K = log_mass_NK.exp().mean(0)
             keep = self.momentum if self.average_mass_K.any() else 0.0
