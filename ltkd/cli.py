@@ -66,13 +66,26 @@ def data_options(command: Callable[..., None]) -> Callable[..., None]:
     """Which images, how long a tail, which groups: the command is handed one ``data_config``."""
 
     @functools.wraps(command)
-    def with_data_config(data: str, gamma: float | None, groups: str, input_px: int | None, **others: Any) -> None:  # noqa: ANN401  # whatever else the command takes
+    def with_data_config(
+        data: str,
+        gamma: float | None,
+        groups: str,
+        input_px: int | None,
+        holdout: float,
+        **others: Any,  # noqa: ANN401  # whatever else the command takes
+    ) -> None:
         from ltkd.data import data_config
 
-        command(data_config=data_config(data, gamma, groups, input_px), **others)
+        command(data_config=data_config(data, gamma, groups, input_px, holdout), **others)
 
     wrapped: Callable[..., None] = with_data_config
     for option in (
+        click.option(
+            "--holdout",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            help="Measure on this share of the training images instead of the test set, to choose parameters.",
+        ),
         click.option("--input-px", type=int, help="Side of the square input; default: the images' own size."),
         click.option(
             "--groups", default="share", show_default=True, help="share (33/34/33), count, quantile:K or a JSON file."

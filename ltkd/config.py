@@ -17,6 +17,8 @@ class DataConfig(Record):
         name: A key of ltkd.data.DATASETS.
         root: Directory of the images, where the data set has one.
         gamma: Largest over smallest class after sampling; None keeps the training set as it is.
+        holdout: Share of every class that is taken out of the training set, before its tail is cut, and stands in
+            for the test set: what parameters are chosen on. 0 uses the whole training set and the test set.
         groups: ``share`` (33/34/33), ``count`` (many/medium/few), ``quantile:K`` or the path of a JSON mapping.
         input_px: Side of the square images; None takes the data set's own size.
     """
@@ -24,6 +26,7 @@ class DataConfig(Record):
     name: str = "glyphs"
     root: Path | None = None
     gamma: float | None = Field(default=None, ge=1)
+    holdout: float = Field(default=0.0, ge=0, lt=1)
     groups: str = "share"
     input_px: int | None = Field(default=None, gt=0)
 

@@ -5,7 +5,7 @@ Shape legend: N images, S pixels a side.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,8 @@ def load_data(config: DataConfig) -> ImageData:
     if config.name not in DATASETS:
         raise UsageError(f"unknown data set '{config.name}'; known: {', '.join(DATASETS)}, or the path of a directory.")
     source = DATASETS[config.name](config)
+    if config.holdout:
+        source = with_holdout(source, config.holdout)
     available = np.bincount(source.train_labels_N, minlength=len(source.class_names)).tolist()
     counts = available if config.gamma is None else long_tailed_counts(available, config.gamma)
     kept = long_tailed_indices(source.train_labels_N, counts)
@@ -97,7 +99,29 @@ def load_data(config: DataConfig) -> ImageData:
     return ImageData(task, train_images, source.train_labels_N[kept], test_images, source.test_labels_N, source.mirror)
 
 
-def data_config(data: str, gamma: float | None, groups: str, input_px: int | None) -> DataConfig:
+def with_holdout(source: Source, share: float) -> Source:
+    """The same training images with a share of every class as the test set; the real test set is never read.
+
+    Every class keeps at least one image, and gives at least one where it has two.
+    """
+    generator = np.random.RandomState(0)  # one fixed split, whatever the seed of a training
+    held_out = []
+    for label in range(len(source.class_names)):
+        positions = np.flatnonzero(source.train_labels_N == label)
+        generator.shuffle(positions)
+        held_out.append(positions[: min(math.ceil(share * len(positions)), len(positions) - 1)])
+    held = np.sort(np.concatenate(held_out))
+    kept = np.setdiff1d(np.arange(len(source.train_labels_N)), held)
+    return replace(
+        source,
+        train_labels_N=source.train_labels_N[kept],
+        test_labels_N=source.train_labels_N[held],
+        load_train=lambda positions_N: source.load_train(kept[positions_N]),
+        load_test=lambda positions_N: source.load_train(held[positions_N]),
+    )
+
+
+def data_config(data: str, gamma: float | None, groups: str, input_px: int | None, holdout: float = 0.0) -> DataConfig:
     """The configuration that a command's options stand for.
 
     ``data`` is the name of a data set or the path of a class-folder tree. Without ``gamma``, the balanced
@@ -107,15 +131,18 @@ def data_config(data: str, gamma: float | None, groups: str, input_px: int | Non
         raise UsageError(f"gamma is the largest over the smallest class, a number >= 1, got {gamma}.")
     if input_px is not None and input_px < 1:
         raise UsageError(f"--input-px is a side in pixels, at least 1, got {input_px}.")
+    if not 0 <= holdout < 1:
+        raise UsageError(f"--holdout is a share of the training images, at least 0 and below 1, got {holdout}.")
     if groups not in ("share", "count") and Path(groups).is_file():
         groups = str(Path(groups).resolve())  # a run is repeated from other directories, too
     if data in DATASETS and data != "folder":
-        return DataConfig(name=data, gamma=gamma or 100.0, groups=groups, input_px=input_px)
+        return DataConfig(name=data, gamma=gamma or 100.0, holdout=holdout, groups=groups, input_px=input_px)
     if not Path(data).is_dir():
         raise UsageError(
             f"'{data}' is no data set ({', '.join(n for n in DATASETS if n != 'folder')}) and no directory."
         )
-    return DataConfig(name="folder", root=Path(data).resolve(), gamma=gamma, groups=groups, input_px=input_px)
+    root = Path(data).resolve()
+    return DataConfig(name="folder", root=root, gamma=gamma, holdout=holdout, groups=groups, input_px=input_px)
 
 
 def glyphs_source(config: DataConfig) -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from training_toys import write_tree
 
 from ltkd import glyphs
 from ltkd.config import DataConfig
@@ -274,3 +275,14 @@ def test_photographs_are_loaded_at_their_own_size_and_with_the_published_tail(ph
         assert np.array_equal(data.train_images[place], load_image(files[position], 32))
     assert all(0.3 < mean < 0.8 for mean in data.task.mean)
     assert all(0.2 < std < 0.4 for std in data.task.std)
+
+
+def test_a_holdout_stands_in_for_the_test_set_and_no_image_is_in_both(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, train_counts=(20, 10, 2))
+    whole = load_data(data_config(str(root), None, "share", None))
+    held = load_data(data_config(str(root), None, "share", None, holdout=0.2))
+    assert held.task.train_counts == (1, 8, 16)  # blue, green, red
+    assert np.bincount(held.test_labels).tolist() == [1, 2, 4]
+    train, test = ({image.tobytes() for image in images} for images in (held.train_images, held.test_images))
+    assert not train & test
+    assert train | test == {image.tobytes() for image in whole.train_images}

@@ -7,7 +7,7 @@ from ltkd.cli import cli
 from ltkd.config import RunConfig
 from ltkd.task import Task
 
-DATA = {"--data", "--gamma", "--groups", "--input-px"}
+DATA = {"--data", "--gamma", "--groups", "--holdout", "--input-px"}
 OPTIONS = {
     "train": DATA | {"--model", "--recipe", "--device", "--seed", "--out"},
     "distill": {"--method", "--set", "--model", "--recipe", "--device", "--seed", "--out"},
