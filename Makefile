@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SUITE ?= tests
+DATA ?= cifar100
 
-.PHONY: install demo test check serve bench
+.PHONY: install demo test check serve paper bench
 
 install: .venv/.installed ## everything, at the exact versions of constraints.txt
 
@@ -29,5 +30,10 @@ check: install ## format, lint, types, import arrows
 serve: install ## the bundle that make demo left
 	$(BIN)/ltkd serve bundles/demo
 
-bench: install ## start-up, memory and duration of the journey, against their limits
+paper: install ## the published table, on a GPU: DATA=tree of CIFAR-100 or cifar100
+	$(BIN)/ltkd compare --data $(DATA) --gammas 100 --teacher-model resnet32x4 --student-model resnet8x4 \
+		--methods kd,dkd,ltkd,ltkd_plus --seeds 0,1,2 --recipe paper --device cuda --compile --out runs/paper
+
+bench: install ## the journey and the training loop, against their limits
 	$(BIN)/python benchmarks/journey.py
+	$(BIN)/python benchmarks/training.py

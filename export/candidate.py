@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 from onnxruntime import InferenceSession, SessionOptions
 
-from ltkd.errors import BundleError, DeviceError
+from ltkd.errors import BundleError, DeviceError, ImageError
+from ltkd.files import Images
 from ltkd.task import Task
 
 CPU = "CPUExecutionProvider"
@@ -84,17 +85,19 @@ def open_session(content: bytes) -> InferenceSession:
     return session
 
 
-def run(session: InferenceSession, images_NSS3: NDArray[np.uint8], batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
-    """Logits [N, C] of any number of images.
+def run(session: InferenceSession, images: Images, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
+    """Logits [N, C] of any number of images, of which one batch at a time is in memory.
 
     Raises:
         BundleError: The model opens but does not run on these images.
     """
-    batches = [images_NSS3[start : start + batch_size] for start in range(0, len(images_NSS3), batch_size)]
+    starts = range(0, len(images), batch_size)
     try:
-        return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+        return np.concatenate([session.run([OUTPUT], {INPUT: images[at : at + batch_size]})[0] for at in starts])
+    except ImageError:  # a file that became unreadable is not the model's fault
+        raise
     except Exception as reason:  # as above
-        sizes = sorted({len(batch) for batch in batches})
+        sizes = sorted({min(batch_size, len(images) - at) for at in starts})
         raise BundleError(f"the model does not run on batches of {sizes} images ({_first_line(reason)}).") from None
 
 

@@ -28,6 +28,7 @@ from export.gates import (
 )
 from export.parity import ParityReport, Runtime, certify_data
 from export.reference import torch_logits
+from export.views import topped_up
 from ltkd.bundle import (
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -42,6 +43,7 @@ from ltkd.bundle import (
 )
 from ltkd.data import ImageData, load_data
 from ltkd.errors import DataError, RunError
+from ltkd.files import Images
 from ltkd.groups import ClassGroups
 from ltkd.records import sha256_of, write_record, write_whole
 from ltkd.runs import CONFIG_FILE, Run, open_run
@@ -91,9 +93,10 @@ def export_run(run_dir: Path, out: Path, margins: Margins = FP32_MARGINS, data: 
         )
     source = trained.config.data
     description = f"the {len(data.test_labels):,} test images of {source.root.name if source.root else source.name}"
-    candidate, report = certify(
-        trained.load_network(), trained.task, data.test_images, data.test_labels, description, margins
-    )
+    images, label_N, num_views = topped_up(data, margins)
+    if num_views:
+        description += f", too few to certify alone, and {num_views:,} random views of them"
+    candidate, report = certify(trained.load_network(), trained.task, images, label_N, description, margins)
     if report.verdict != "PASS":
         return Export(report, _reject(out, candidate, report))
     golden = golden_of(candidate, trained.task.groups, data.test_images, data.test_labels)
@@ -105,7 +108,7 @@ def export_run(run_dir: Path, out: Path, margins: Margins = FP32_MARGINS, data: 
 def certify(
     network: nn.Module,
     task: Task,
-    images_NSS3: NDArray[np.uint8],
+    images: Images,
     label_N: NDArray[np.int64],
     description: str,
     margins: Margins = FP32_MARGINS,
@@ -115,7 +118,7 @@ def certify(
     Args:
         network: Takes normalised float32 [N, 3, S, S], gives logits [N, C].
         task: Its classes, groups and preprocessing.
-        images_NSS3: Images that chose nothing: neither weights nor settings.
+        images: Images that chose nothing: neither weights nor settings.
         label_N: Their classes.
         description: Which images these are, in words, for the report.
         margins: The loss of accuracy that is acceptable.
@@ -128,27 +131,27 @@ def certify(
         RunError: The network itself gives logits that are not finite.
     """
     candidate = to_onnx(network, task)
-    return candidate, judge(candidate, network, task, images_NSS3, label_N, description, margins)
+    return candidate, judge(candidate, network, task, images, label_N, description, margins)
 
 
 def judge(
     candidate: bytes,
     network: nn.Module,
     task: Task,
-    images_NSS3: NDArray[np.uint8],
+    images: Images,
     label_N: NDArray[np.int64],
     description: str,
     margins: Margins = FP32_MARGINS,
 ) -> ParityReport:
     """Put any ONNX file that claims to be the network through the gates; arguments are those of certify."""
-    _check_images(task, images_NSS3, label_N)
-    gates = [structure(candidate, task, images_NSS3)]
+    _check_images(task, images, label_N)
+    gates = [structure(candidate, task, images)]
     rows: tuple[GroupParity, ...] = ()
     if gates[0].verdict == "PASS":
-        reference_NC = torch_logits(network, task, images_NSS3, torch.float32)
-        candidate_NC = run(open_session(candidate), images_NSS3)
+        reference_NC = torch_logits(network, task, images, torch.float32)
+        candidate_NC = run(open_session(candidate), images)
         sample_M = spread_over_groups(label_N, task.groups, NUMERIC_IMAGES // len(task.groups.names) or 1)
-        oracle_MC = torch_logits(network, task, images_NSS3[sample_M], torch.float64)
+        oracle_MC = torch_logits(network, task, images[sample_M], torch.float64)
         rows = compare(reference_NC, candidate_NC, label_N, task.groups, margins)
         gates += [
             numeric(oracle_MC, reference_NC[sample_M], candidate_NC[sample_M]),
@@ -161,19 +164,18 @@ def judge(
         candidate_sha256=hashlib.sha256(candidate).hexdigest(),
         runtime=Runtime(onnxruntime=runtime_version(), provider=CPU),
         versions={name: importlib.metadata.version(name) for name in ("ltkd", "torch", "onnx", "onnxscript", "numpy")},
-        data=certify_data(description, images_NSS3, label_N),
+        data=certify_data(description, images, label_N),
         margins=margins,
         gates=tuple(gates),
         groups=rows,
     )
 
 
-def golden_of(
-    candidate: bytes, groups: ClassGroups, images_NSS3: NDArray[np.uint8], label_N: NDArray[np.int64]
-) -> Golden:
+def golden_of(candidate: bytes, groups: ClassGroups, images: Images, label_N: NDArray[np.int64]) -> Golden:
     """A few images of every group with the candidate's logits, for replay wherever the bundle is served."""
     sample_M = spread_over_groups(label_N, groups, GOLDEN_PER_GROUP)
-    return Golden(images_NSS3[sample_M], label_N[sample_M], run(open_session(candidate), images_NSS3[sample_M]))
+    images_MSS3 = images[sample_M]
+    return Golden(images_MSS3, label_N[sample_M], run(open_session(candidate), images_MSS3))
 
 
 def spread_over_groups(label_N: NDArray[np.int64], groups: ClassGroups, per_group: int) -> NDArray[np.int64]:
@@ -187,11 +189,13 @@ def spread_over_groups(label_N: NDArray[np.int64], groups: ClassGroups, per_grou
     return np.concatenate(picked)
 
 
-def _check_images(task: Task, images_NSS3: NDArray[np.uint8], label_N: NDArray[np.int64]) -> None:
+def _check_images(task: Task, images: Images, label_N: NDArray[np.int64]) -> None:
     expected = (len(label_N), task.input_px, task.input_px, 3)
-    if not len(label_N) or images_NSS3.dtype != np.uint8 or images_NSS3.shape != expected:
+    first = images[:1]
+    seen = (len(images), *first.shape[1:])
+    if not len(label_N) or first.dtype != np.uint8 or seen != expected:
         raise DataError(
-            f"the images are {images_NSS3.dtype} {list(images_NSS3.shape)}, expected uint8 {list(expected)} and at "
+            f"the images are {first.dtype} {list(seen)}, expected uint8 {list(expected)} and at "
             "least one; bring them to the task's size with ltkd.images."
         )
     if label_N.min() < 0 or label_N.max() >= len(task.class_names):

@@ -27,6 +27,7 @@ from pydantic import Field
 from export.candidate import INPUT, OUTPUT, model_metadata, open_session, read_model, run, tensors_of
 from export.statistics import clopper_pearson_upper, images_needed, tango_lower, tango_upper
 from ltkd.errors import BundleError, DeviceError
+from ltkd.files import Images
 from ltkd.groups import ClassGroups
 from ltkd.records import Record
 from ltkd.task import Task
@@ -98,23 +99,25 @@ class GroupParity(Record):
     verdict: Verdict
 
 
-def structure(candidate: bytes, task: Task, images_NSS3: NDArray[np.uint8]) -> Gate:
+def structure(candidate: bytes, task: Task, images: Images) -> Gate:
     """G0: the file is sound, says the right things of itself and treats images alike in batches of any size.
 
     Args:
         candidate: The ONNX file.
         task: What it should do.
-        images_NSS3: Real images, at least one.
+        images: Real ones, at least one.
     """
     try:
         model, session = read_model(candidate), open_session(candidate)
     except (BundleError, DeviceError) as reason:
         return Gate(name="G0 structure", verdict="FAIL", findings=(str(reason),))
+    most = max(BATCH_SIZES)
+    images_NSS3 = images[:most]
     findings = (
         *_signature(session, task),
         *_metadata(model, task),
         *_leaks(model),
-        *_batches(session, np.resize(images_NSS3, (max(BATCH_SIZES), *images_NSS3.shape[1:]))),
+        *_batches(session, np.resize(images_NSS3, (most, *images_NSS3.shape[1:]))),
     )
     return Gate(name="G0 structure", verdict="FAIL" if findings else "PASS", findings=findings)
 

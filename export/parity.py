@@ -11,10 +11,13 @@ from rich.table import Table
 from export.gates import Gate, GroupParity, Margins, Verdict
 from export.statistics import CONFIDENCE
 from ltkd.bundle import Precision
+from ltkd.files import Images
 from ltkd.records import Record, VersionedRecord
 
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 """What a command that certifies exits with; 2 is kept for usage and input."""
+
+HASHED_AT_ONCE = 256
 
 _STYLES: dict[Verdict, str] = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
 
@@ -64,11 +67,13 @@ class ParityReport(VersionedRecord):
     groups: tuple[GroupParity, ...]
 
 
-def certify_data(description: str, images_NSS3: NDArray[np.uint8], label_N: NDArray[np.int64]) -> CertifyData:
+def certify_data(description: str, images: Images, label_N: NDArray[np.int64]) -> CertifyData:
     """Describe images so that anybody who has them can tell whether they are the same."""
-    digest = hashlib.sha256(np.ascontiguousarray(images_NSS3).data)
+    digest = hashlib.sha256()
+    for start in range(0, len(images), HASHED_AT_ONCE):
+        digest.update(np.ascontiguousarray(images[start : start + HASHED_AT_ONCE]).data)
     digest.update(np.ascontiguousarray(label_N).data)
-    return CertifyData(description=description, num_images=len(images_NSS3), sha256=digest.hexdigest())
+    return CertifyData(description=description, num_images=len(images), sha256=digest.hexdigest())
 
 
 def parity_table(report: ParityReport) -> Table:

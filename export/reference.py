@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ltkd.errors import RunError
+from ltkd.files import Images
 from ltkd.task import Task
 
 BATCH_SIZE = 256
 
 
-def torch_logits(
-    network: nn.Module, task: Task, images_NSS3: NDArray[np.uint8], dtype: torch.dtype
-) -> NDArray[np.floating]:
+def torch_logits(network: nn.Module, task: Task, images: Images, dtype: torch.dtype) -> NDArray[np.floating]:
     """Logits [N, C] of the network in evaluation mode, computed in ``dtype`` on the CPU.
 
     The pixels are normalised here step by step, so that an error in the exported graph's folded form shows.
@@ -30,8 +29,8 @@ def torch_logits(
     mean, std = (torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) for values in (task.mean, task.std))
     batches = []
     with torch.inference_mode():
-        for start in range(0, len(images_NSS3), BATCH_SIZE):
-            pixels_NSS3 = torch.from_numpy(images_NSS3[start : start + BATCH_SIZE])
+        for start in range(0, len(images), BATCH_SIZE):
+            pixels_NSS3 = torch.from_numpy(images[start : start + BATCH_SIZE])
             normalised_N3SS = (pixels_NSS3.permute(0, 3, 1, 2).to(dtype) / 255 - mean) / std
             batches.append(judge(normalised_N3SS).numpy())
     logits_NC = np.concatenate(batches)

@@ -5,6 +5,7 @@ This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``
 """
 
 import functools
+import math
 import os
 import shutil
 import sys
@@ -15,16 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ltkd import __version__
-from ltkd.errors import LtkdError, UsageError
+from ltkd.errors import LtkdError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from export.certify import Export
-    from ltkd.config import DataConfig, Parameter
+    from ltkd.config import DataConfig, Execution, Parameter, Precision, RunConfig
+    from ltkd.ranks import Ranks
     from serve.answers import Answer, Refused
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Number = TypeVar("Number", int, float)
+
+MODEL_HELP = "A network of ltkd.networks.MODELS, torchvision/NAME, timm/NAME or your own package.module:function."
+METHODS_HELP = "ltkd, ltkd_plus, kd, dkd, bkd or reviewkd."
 
 INTERRUPTED = 130
 
@@ -41,6 +47,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except StoppedError as stop:
+        click.echo(str(stop), err=True)
+        sys.exit(128 + stop.signal_number)
     except LtkdError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -51,35 +60,44 @@ def main() -> None:
         click.echo(f"error: this command needs {error.name}; install it with: pip install 'ltkd[{extra}]'", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; whole epochs are kept: the same command goes on from the last one.", err=True)
+        click.echo("interrupted; what is complete is kept: the same command goes on from there.", err=True)
         sys.exit(INTERRUPTED)
 
 
 EXTRA_OF_PACKAGE = {
     **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
+    "tensorboard": "tensorboard",
     **dict.fromkeys(("onnx", "onnxscript", "scipy"), "export"),
     **dict.fromkeys(("onnxruntime", "fastapi", "uvicorn", "pydantic_settings", "prometheus_client"), "serve"),
 }
+
+
+DATA_PARAMETERS = ("data", "gamma", "groups", "input_px", "holdout", "skip_unreadable", "train_list", "test_list")
 
 
 def data_options(command: Callable[..., None]) -> Callable[..., None]:
     """Which images, how long a tail, which groups: the command is handed one ``data_config``."""
 
     @functools.wraps(command)
-    def with_data_config(
-        data: str,
-        gamma: float | None,
-        groups: str,
-        input_px: int | None,
-        holdout: float,
-        **others: Any,  # noqa: ANN401  # whatever else the command takes
-    ) -> None:
+    def with_data_config(**options: Any) -> None:  # noqa: ANN401  # whatever else the command takes
         from ltkd.data import data_config
 
-        command(data_config=data_config(data, gamma, groups, input_px, holdout), **others)
+        given = {name: options.pop(name) for name in DATA_PARAMETERS}
+        command(data_config=data_config(**given), **options)
 
     wrapped: Callable[..., None] = with_data_config
     for option in (
+        click.option(
+            "--test-list", type=click.Path(path_type=Path), help="The same of the test images; with --train-list."
+        ),
+        click.option(
+            "--train-list",
+            type=click.Path(path_type=Path),
+            help="File of lines 'path label' that names the training images below --data.",
+        ),
+        click.option(
+            "--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, instead of stopping."
+        ),
         click.option(
             "--holdout",
             type=click.FloatRange(0, 1, max_open=True),
@@ -97,18 +115,48 @@ def data_options(command: Callable[..., None]) -> Callable[..., None]:
             "--data",
             default="glyphs",
             show_default=True,
-            help="glyphs, cifar100, or the path of a tree with train/CLASS/ and test/CLASS/.",
+            help="glyphs, cifar100, or a directory: train/CLASS/ with test/CLASS/, or tiny-imagenet-200.",
         ),
     ):
         wrapped = option(wrapped)
     return wrapped
 
 
-def training_options(command: Command) -> Command:
-    """How long and where to train."""
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How long, where and how to train: the command is handed a ``recipe`` and one ``execution``."""
+
+    @functools.wraps(command)
+    def with_execution(
+        device: str,
+        precision: "Precision",
+        compiled: bool,
+        **others: Any,  # noqa: ANN401  # whatever else the command takes
+    ) -> None:
+        command(execution=_execution(device, precision, compiled), **others)
+
+    wrapped: Callable[..., None] = with_execution
     for option in (
+        click.option("--compile", "compiled", is_flag=True, help="Make the passes with torch.compile."),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+            help="Of the forward passes.",
+        ),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--recipe", default="short", show_default=True, help="demo, short or paper."),
+        click.option("--recipe", default="short", show_default=True, help="demo, short, paper or adopt."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def single_run_options(command: Command) -> Command:
+    """What belongs to one run."""
+    for option in (
+        out_option("run folder"),
+        click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too."),
+        seed_option,
     ):
         command = option(command)
     return command
@@ -147,68 +195,135 @@ def cli() -> None:
 
 @cli.command(short_help="Train a network from labels alone.")
 @data_options
-@click.option("--model", default="resnet20", show_default=True, help="A network of ltkd.networks.MODELS.")
+@click.option("--model", default="resnet20", show_default=True, help=MODEL_HELP)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Start with these: .safetensors or a torch state dict. With --recipe adopt, a teacher from elsewhere.",
+)
+@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A parameter of ce; repeatable.")
 @training_options
-@seed_option
-@out_option("run folder")
+@single_run_options
 def train(
     data_config: "DataConfig",
     model: str,
+    weights: Path | None,
+    changes: tuple[str, ...],
     recipe: str,
-    device: str,
+    execution: "Execution",
     seed: int,
+    tensorboard: bool,
     out: Path,
 ) -> None:
-    """Train a network from labels alone: a teacher, or a plain student.
+    r"""Train a network from labels alone: a teacher, or a plain student.
 
-    An interrupted training goes on when the same command is given again.
+    An interrupted training goes on when the same command is given again. On several devices:
+
+    \b
+        torchrun --nproc-per-node 4 -m ltkd train ...
     """
-    from ltkd.data import load_data
     from ltkd.methods import method_config
+    from ltkd.ranks import joined_ranks
     from ltkd.recipes import recipe_of
-    from ltkd.runs import run_config, train_run
+    from ltkd.runs import run_config
 
-    config = run_config(
-        data_config, model, method_config("ce"), recipe_of(recipe), seed=seed, device=device, teacher=None
-    )
-    train_run(config, load_data(data_config), out, _console(), f"{model}, seed {seed}")
-    click.echo(f"{out} is complete. Next: ltkd distill {out} --out STUDENT, or ltkd export {out} --out BUNDLE")
+    with joined_ranks(execution.device) as ranks:
+        config = run_config(
+            data_config,
+            model,
+            method_config("ce", _parameters(changes)),
+            recipe_of(recipe),
+            seed=seed,
+            execution=execution.model_copy(update={"num_devices": ranks.size}),
+            weights_from=weights,
+        )
+        _train(config, out, f"{model}, seed {seed}", ranks, tensorboard)
+        if ranks.leads:
+            click.echo(f"{out} is complete. Next: ltkd distill {out} --out STUDENT, or ltkd export {out} --out BUNDLE")
 
 
 @cli.command(short_help="Distil a teacher's run into a student.")
 @path_argument("teacher")
-@click.option("--method", default="ltkd", show_default=True, help="ltkd, kd or dkd.")
+@click.option("--method", default="ltkd", show_default=True, help=METHODS_HELP)
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
-@click.option("--model", default="resnet8", show_default=True, help="A network of ltkd.networks.MODELS.")
+@click.option("--model", default="resnet8", show_default=True, help=MODEL_HELP)
+@click.option(
+    "--teacher-views",
+    type=click.IntRange(min=1),
+    help="Show every image in this many fixed views and keep the teacher's logits of each.  [default: new ones each "
+    "epoch]",
+)
 @training_options
-@seed_option
-@out_option("run folder")
+@single_run_options
 def distill(
-    teacher: Path, method: str, changes: tuple[str, ...], model: str, recipe: str, device: str, seed: int, out: Path
+    teacher: Path,
+    method: str,
+    changes: tuple[str, ...],
+    model: str,
+    teacher_views: int | None,
+    recipe: str,
+    execution: "Execution",
+    seed: int,
+    tensorboard: bool,
+    out: Path,
 ) -> None:
-    """Distil the run TEACHER into a student.
+    r"""Distil the run TEACHER into a student.
 
-    Images and class groups are the teacher's. An interrupted training goes on when the same command is given again.
+    Images and class groups are the teacher's. An interrupted training goes on when the same command is given again. On
+    several devices:
+
+    \b
+        torchrun --nproc-per-node 4 -m ltkd distill TEACHER ...
     """
-    from ltkd.data import load_data
     from ltkd.methods import method_config
+    from ltkd.ranks import joined_ranks
     from ltkd.recipes import recipe_of
-    from ltkd.runs import open_run, run_config, train_run
+    from ltkd.runs import open_run, run_config
 
-    chosen = method_config(method, _parameters(changes))
-    schedule = recipe_of(recipe)
+    chosen, schedule = method_config(method, _parameters(changes)), recipe_of(recipe)
     taught_by = open_run(teacher)
-    config = run_config(taught_by.config.data, model, chosen, schedule, seed=seed, device=device, teacher=taught_by)
-    train_run(config, load_data(config.data), out, _console(), f"{method} {model}, seed {seed}")
-    click.echo(f"{out} is complete. Next: ltkd export {out} --out BUNDLE")
+    with joined_ranks(execution.device) as ranks:
+        config = run_config(
+            taught_by.config.data,
+            model,
+            chosen,
+            schedule,
+            seed=seed,
+            execution=execution.model_copy(update={"num_devices": ranks.size}),
+            teacher=taught_by,
+            teacher_views=teacher_views,
+        )
+        _train(config, out, f"{method} {model}, seed {seed}", ranks, tensorboard)
+        if ranks.leads:
+            click.echo(f"{out} is complete. Next: ltkd export {out} --out BUNDLE")
 
 
-@cli.command(short_help="Train by several methods and seeds; table and plot.")
+def _execution(device: str, precision: "Precision" = "float32", compiled: bool = False) -> "Execution":
+    from ltkd.config import Execution
+    from ltkd.training import device_of
+
+    return Execution(device=device_of(device).type, precision=precision, compiled=compiled)
+
+
+def _train(config: "RunConfig", out: Path, title: str, ranks: "Ranks", tensorboard: bool) -> None:
+    from ltkd.data import load_data
+    from ltkd.runs import train_run
+
+    train_run(config, load_data(config.data), out, _console(), title, ranks=ranks, tensorboard=tensorboard)
+
+
+@cli.command(short_help="Train by several methods, tails and seeds; tables and plots.")
 @data_options
-@click.option("--teacher-model", default="resnet20", show_default=True)
+@click.option("--teacher-model", default="resnet20", show_default=True, help=MODEL_HELP)
 @click.option("--student-model", default="resnet8", show_default=True)
-@click.option("--methods", default="ce,kd,dkd,ltkd", show_default=True, help="Methods, separated by commas.")
+@click.option(
+    "--methods",
+    default="ce,kd,dkd,ltkd",
+    show_default=True,
+    help="Methods, separated by commas; parameters after colons, as in ltkd:alpha=3:beta=2.",
+)
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas.")
+@click.option("--gammas", help="Several tails, separated by commas, in place of --gamma.")
 @training_options
 @out_option("folder of all runs")
 def compare(
@@ -217,35 +332,34 @@ def compare(
     student_model: str,
     methods: str,
     seeds: str,
+    gammas: str | None,
     recipe: str,
-    device: str,
+    execution: "Execution",
     out: Path,
 ) -> None:
-    """Train a teacher and a student by several methods and seeds; write a table, compare.json and compare.png.
+    """Train a teacher and a student by several methods, tails and seeds; write tables, compare.json and pictures.
 
     An interrupted comparison goes on when the same command is given again.
     """
+    from ltkd.compare import Experiment, comparison_tables, contestant
     from ltkd.compare import compare as run_comparison
-    from ltkd.compare import comparison_table
-    from ltkd.data import load_data
-    from ltkd.methods import method_config
     from ltkd.recipes import recipe_of
 
-    schedule, chosen_seeds = recipe_of(recipe), _seeds(seeds)
-    chosen = [method_config(name) for name in methods.split(",")]
-    comparison = run_comparison(
-        data_config,
-        load_data(data_config),
-        schedule,
-        out,
-        _console(),
+    console = _console()
+    experiment = Experiment(
+        data=data_config,
+        recipe=recipe_of(recipe),
         teacher_model=teacher_model,
         student_model=student_model,
-        methods=chosen,
-        seeds=chosen_seeds,
-        device=device,
+        contestants=[contestant(text) for text in methods.split(",")],
+        seeds=_numbers("--seeds", seeds, int, 0),
+        gammas=_numbers("--gammas", gammas, float, 1) if gammas else [data_config.gamma],
+        execution=execution,
     )
-    _console().print(comparison_table(comparison))
+    comparison = run_comparison(experiment, out, console)
+    for table in comparison_tables(comparison):
+        console.print(table)
+    console.print(f"everything in {out}", highlight=False)
 
 
 @cli.command(short_help="Certify a run per class group and bundle it as ONNX.")
@@ -331,12 +445,13 @@ def pipeline(
     Trains a teacher and students by CE, KD and LTKD, certifies the LTKD student, classifies one image of a tail
     class, and ends with what a reader needs to know.
     """
+    import numpy as np
+
     from export.certify import export_run
+    from ltkd.compare import Experiment, comparison_tables, contestant
     from ltkd.compare import compare as run_comparison
-    from ltkd.compare import comparison_table
     from ltkd.data import load_data
     from ltkd.images import save_image
-    from ltkd.methods import method_config
     from ltkd.recipes import recipe_of
     from serve.main import classify_files
 
@@ -344,23 +459,23 @@ def pipeline(
     runs, bundle = Path("runs") / name, Path("bundles") / name
     schedule = recipe_of(recipe)
     images = load_data(data_config)
-    comparison = run_comparison(
-        data_config,
-        images,
-        schedule,
-        runs,
-        console,
+    experiment = Experiment(
+        data=data_config,
+        recipe=schedule,
         teacher_model=teacher_model,
         student_model=student_model,
-        methods=[method_config(method) for method in ("ce", "kd", "ltkd")],
+        contestants=[contestant(method) for method in ("ce", "kd", "ltkd")],
         seeds=[seed],
-        device=device,
+        gammas=[data_config.gamma],
+        execution=_execution(device),
     )
-    console.print(comparison_table(comparison))
+    comparison = run_comparison(experiment, runs, console, load=lambda config: images)
+    for table in comparison_tables(comparison):
+        console.print(table)
     _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images))
     rarest = images.task.train_counts.index(min(images.task.train_counts))
     sample = runs / "tail.png"
-    save_image(images.test_images[images.test_labels == rarest][0], sample)
+    save_image(images.test_images[np.flatnonzero(images.test_labels == rarest)[:1]][0], sample)
     console.print(
         f"\nOne image of the rarest class, {images.task.class_names[rarest]} "
         f"({images.task.train_counts[rarest]} training images):",
@@ -394,6 +509,7 @@ def _conclude(export: "Export") -> None:
     for gate in export.report.gates:
         if gate.verdict != "PASS":
             console.print(f"{gate.name} {gate.verdict}: {'; '.join(gate.findings)}", highlight=False)
+    console.print(f"certified on {export.report.data.description}", highlight=False, soft_wrap=True)
     passed = export.report.verdict == "PASS"
     console.print(
         f"{'certified: ' if passed else 'no bundle; the candidate and its report: '}{export.path}", highlight=False
@@ -419,8 +535,14 @@ def _parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":
     return {name: value for name, _, value in pairs}
 
 
-def _seeds(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise UsageError(f"--seeds takes different whole numbers separated by commas, got '{text}'; such as 0,1,2.")
-    return [int(part) for part in parts]
+def _numbers(option: str, text: str, kind: type[Number], least: int) -> list[Number]:
+    """Different numbers separated by commas."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(set(numbers)) != len(numbers) or not all(least <= number < math.inf for number in numbers):
+        raise UsageError(
+            f"{option} takes different numbers from {least} on, separated by commas, got '{text}'; such as 1,10,100."
+        )
+    return numbers

@@ -8,6 +8,7 @@ from pydantic import Field
 from ltkd.records import Record, VersionedRecord
 
 Parameter = float | int | bool | str
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class DataConfig(Record):
@@ -21,6 +22,10 @@ class DataConfig(Record):
             for the test set: what parameters are chosen on. 0 uses the whole training set and the test set.
         groups: ``share`` (33/34/33), ``count`` (many/medium/few), ``quantile:K`` or the path of a JSON mapping.
         input_px: Side of the square images; None takes the data set's own size.
+        skip_unreadable: Leave out image files that cannot be read, instead of refusing the data set.
+        train_list: Lines of ``path label`` that name the training images below the root, where the data set is
+            given by lists.
+        test_list: The same of the test images.
     """
 
     name: str = "glyphs"
@@ -29,6 +34,9 @@ class DataConfig(Record):
     holdout: float = Field(default=0.0, ge=0, lt=1)
     groups: str = "share"
     input_px: int | None = Field(default=None, gt=0)
+    skip_unreadable: bool = False
+    train_list: Path | None = None
+    test_list: Path | None = None
 
 
 class Recipe(Record):
@@ -37,12 +45,13 @@ class Recipe(Record):
     Attributes:
         schedule: ``one-cycle`` (linear up over a quarter of the steps, cosine down to zero) or ``steps``
             (times 0.1 after each milestone).
+        epochs: 0 takes a network as it is.
         milestones: Epochs after which ``steps`` lowers the rate.
         eval_every: Epochs between two looks at the test set; the last epoch is always looked at.
     """
 
     name: str
-    epochs: int = Field(gt=0)
+    epochs: int = Field(ge=0)
     batch_size: int = Field(default=64, gt=0)
     peak_learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -59,13 +68,32 @@ class MethodConfig(Record):
     parameters: dict[str, Parameter]
 
 
+class Execution(Record):
+    """Where and how the passes of a training are made.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: Of the forward passes, by autocast; the loss and the weights are float32.
+        compiled: Whether torch.compile makes the passes.
+        num_devices: Processes that share every batch.
+    """
+
+    device: str = "cpu"
+    precision: Precision = "float32"
+    compiled: bool = False
+    num_devices: int = Field(default=1, gt=0)
+
+
 class RunConfig(VersionedRecord):
     """Everything needed to repeat a run.
 
     Attributes:
-        model: A key of ltkd.networks.MODELS.
+        model: A name that ltkd.networks.model_of knows.
+        weights_from: A file of weights that the network starts with; None starts with random ones.
+        weights_from_sha256: Which weights these were.
         teacher: The teacher's run folder; None when a network learns from labels alone.
         teacher_weights_sha256: Which weights the teacher had.
+        teacher_views: Fixed views of every image, whose teacher logits are kept; None draws a fresh one each epoch.
         versions: Package name to version at training time.
     """
 
@@ -74,7 +102,10 @@ class RunConfig(VersionedRecord):
     method: MethodConfig
     recipe: Recipe
     seed: int
-    device: str
+    execution: Execution
+    weights_from: Path | None = None
+    weights_from_sha256: str | None = None
     teacher: Path | None = None
     teacher_weights_sha256: str | None = None
+    teacher_views: int | None = Field(default=None, gt=0)
     versions: dict[str, str]

@@ -1,77 +1,74 @@
-"""Data sets by name: labelled images in memory, long-tailed where asked, with their class groups.
+"""Data sets by name: labelled images, long-tailed where asked, with their class groups.
 
-Shape legend: N images, S pixels a side.
+Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from ltkd import glyphs
 from ltkd.config import DataConfig
-from ltkd.errors import DataError, ImageError, UsageError
+from ltkd.errors import DataError, UsageError
+from ltkd.files import FileImages, Images, channel_levels, look_at, unreadable
+from ltkd.folders import is_tiny_imagenet, is_utf8
 from ltkd.groups import ClassGroups, groups_by_count, groups_by_mapping, groups_by_quantile, groups_by_share
-from ltkd.images import SUFFIXES, image_size_px, load_image
 from ltkd.longtail import long_tailed_counts, long_tailed_indices
+from ltkd.sources import (
+    Source,
+    Statistics,
+    cifar100_source,
+    folder_source,
+    glyphs_source,
+    lists_source,
+    tiny_imagenet_source,
+)
 from ltkd.task import Task
 
-LoadImages = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-FALLBACK_INPUT_PX = 64
+IN_MEMORY_PX = 96
+"""Images of at most this side are held in memory; larger ones are read from their files whenever they are needed."""
+BENCHMARK_GAMMA = 100.0
 
 _MAPPING = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set whose labels are known and whose images are made or read when asked for.
-
-    Attributes:
-        class_names: C names, in label order.
-        train_labels_N: Class of every training image there is.
-        test_labels_N: Class of every test image.
-        load_train: Positions to images, uint8 [N, S, S, 3].
-        load_test: The same of the test set.
-        mirror: Whether a mirrored image still shows its class.
-        mean_std: Channel statistics by custom; None computes them from the training images that are kept.
-    """
-
-    class_names: list[str]
-    train_labels_N: NDArray[np.int64]
-    test_labels_N: NDArray[np.int64]
-    load_train: LoadImages
-    load_test: LoadImages
-    mirror: bool
-    mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
-
-
-@dataclass(frozen=True)
 class ImageData:
-    """Images in memory and the task they define.
+    """Images and the task they define.
 
     Attributes:
         task: Classes, groups and preprocessing.
-        train_images: uint8 [N, S, S, 3].
+        train_images: N training images; an array where they are in memory.
         train_labels: int64 [N].
-        test_images: uint8 [N, S, S, 3].
-        test_labels: int64 [N].
+        test_images: The test images, likewise.
+        test_labels: int64, one a test image.
         mirror: Whether training may mirror the images.
+        train_files: The file of every training image, where there are files.
+        skipped: Files of both sets that were left out because they cannot be read.
     """
 
     task: Task
-    train_images: NDArray[np.uint8]
+    train_images: Images
     train_labels: NDArray[np.int64]
-    test_images: NDArray[np.uint8]
+    test_images: Images
     test_labels: NDArray[np.int64]
     mirror: bool
+    train_files: tuple[Path, ...] | None = None
+    skipped: int = 0
 
 
-def load_data(config: DataConfig) -> ImageData:
+def load_data(config: DataConfig, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageData:
     """Load a data set, cut its tail as asked, and group its classes by what is left.
+
+    Every file that will be used is decoded once here, so a damaged one ends the command now and not in the night.
+
+    Args:
+        config: Which data set and how.
+        on_file: Told after every file how many are done, of how many.
 
     Raises:
         UsageError: The data set or the partition is not known.
@@ -80,52 +77,79 @@ def load_data(config: DataConfig) -> ImageData:
     if config.name not in DATASETS:
         raise UsageError(f"unknown data set '{config.name}'; known: {', '.join(DATASETS)}, or the path of a directory.")
     source = DATASETS[config.name](config)
-    if config.holdout:
-        source = with_holdout(source, config.holdout)
-    available = np.bincount(source.train_labels_N, minlength=len(source.class_names)).tolist()
+    num_classes = len(source.class_names)
+    train_rows, test_rows = np.arange(len(source.train_labels_N)), np.arange(len(source.test_labels_N))
+    test_images, test_labels = source.test_images, source.test_labels_N
+    if config.holdout:  # the real test set is never read
+        train_rows, test_rows = held_out(source.train_labels_N, num_classes, config.holdout)
+        test_images, test_labels = source.train_images, source.train_labels_N
+    available = np.bincount(source.train_labels_N[train_rows], minlength=num_classes).tolist()
     counts = available if config.gamma is None else long_tailed_counts(available, config.gamma)
-    kept = long_tailed_indices(source.train_labels_N, counts)
-    train_images = source.load_train(kept)
-    mean, std = source.mean_std or _channel_statistics(train_images)
+    kept = train_rows[long_tailed_indices(source.train_labels_N[train_rows], counts)]
+
+    total = len(kept) + len(test_rows)
+    train = _read(
+        source.train_images,
+        source.train_labels_N,
+        kept,
+        levels=source.mean_std is None,
+        on_file=lambda done: on_file(done, total),
+    )
+    test = _read(
+        test_images, test_labels, test_rows, levels=False, on_file=lambda done: on_file(len(kept) + done, total)
+    )
+    problems = (*train.problems, *test.problems)
+    if problems and not config.skip_unreadable:
+        raise unreadable(problems, total)
+    _refuse_lost_classes(source.class_names, train=train, test=test)
+    counts = np.bincount(train.labels_N, minlength=num_classes).tolist()
+    mean, std = source.mean_std or _statistics(train)
     task = Task(
-        class_names=tuple(source.class_names),
+        class_names=source.class_names,
         train_counts=tuple(counts),
-        groups=_groups(config.groups, counts, source.class_names),
-        input_px=train_images.shape[1],
+        groups=_groups(config.groups, counts, list(source.class_names)),
+        input_px=train.images[:1].shape[1],
         mean=mean,
         std=std,
     )
-    test_images = source.load_test(np.arange(len(source.test_labels_N)))
-    return ImageData(task, train_images, source.train_labels_N[kept], test_images, source.test_labels_N, source.mirror)
+    return ImageData(
+        task, train.images, train.labels_N, test.images, test.labels_N, source.mirror, train.files, len(problems)
+    )
 
 
-def with_holdout(source: Source, share: float) -> Source:
-    """The same training images with a share of every class as the test set; the real test set is never read.
+def held_out(
+    labels_N: NDArray[np.int64], num_classes: int, share: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split positions into those that stay and a share of every class that stands in for the test set, both sorted.
 
     Every class keeps at least one image, and gives at least one where it has two.
     """
     generator = np.random.RandomState(0)  # one fixed split, whatever the seed of a training
-    held_out = []
-    for label in range(len(source.class_names)):
-        positions = np.flatnonzero(source.train_labels_N == label)
+    given = []
+    for label in range(num_classes):
+        positions = np.flatnonzero(labels_N == label)
         generator.shuffle(positions)
-        held_out.append(positions[: min(math.ceil(share * len(positions)), len(positions) - 1)])
-    held = np.sort(np.concatenate(held_out))
-    kept = np.setdiff1d(np.arange(len(source.train_labels_N)), held)
-    return replace(
-        source,
-        train_labels_N=source.train_labels_N[kept],
-        test_labels_N=source.train_labels_N[held],
-        load_train=lambda positions_N: source.load_train(kept[positions_N]),
-        load_test=lambda positions_N: source.load_train(held[positions_N]),
-    )
+        given.append(positions[: min(math.ceil(share * len(positions)), len(positions) - 1)])
+    held = np.sort(np.concatenate(given))
+    return np.setdiff1d(np.arange(len(labels_N)), held), held
 
 
-def data_config(data: str, gamma: float | None, groups: str, input_px: int | None, holdout: float = 0.0) -> DataConfig:
+def data_config(
+    data: str,
+    gamma: float | None,
+    groups: str,
+    input_px: int | None,
+    holdout: float = 0.0,
+    *,
+    skip_unreadable: bool = False,
+    train_list: Path | None = None,
+    test_list: Path | None = None,
+) -> DataConfig:
     """The configuration that a command's options stand for.
 
-    ``data`` is the name of a data set or the path of a class-folder tree. Without ``gamma``, the balanced
-    benchmarks are given a tail of 100 and a tree of the user's own is left as it is.
+    ``data`` is the name of a data set or the path of a directory: a class-folder tree, TinyImageNet as its archive
+    unpacks, or what the paths in the two lists are below. Without ``gamma``, the balanced benchmarks are given a
+    tail of 100 and images of the user's own are left as they are.
     """
     if gamma is not None and not 1 <= gamma < math.inf:
         raise UsageError(f"gamma is the largest over the smallest class, a number >= 1, got {gamma}.")
@@ -133,139 +157,94 @@ def data_config(data: str, gamma: float | None, groups: str, input_px: int | Non
         raise UsageError(f"--input-px is a side in pixels, at least 1, got {input_px}.")
     if not 0 <= holdout < 1:
         raise UsageError(f"--holdout is a share of the training images, at least 0 and below 1, got {holdout}.")
+    if not is_utf8(data):
+        raise UsageError(f"the path {data!r} is not valid UTF-8 and cannot be written to a run's files; rename it.")
     if groups not in ("share", "count") and Path(groups).is_file():
         groups = str(Path(groups).resolve())  # a run is repeated from other directories, too
-    if data in DATASETS and data != "folder":
-        return DataConfig(name=data, gamma=gamma or 100.0, holdout=holdout, groups=groups, input_px=input_px)
+    chosen = DataConfig(
+        name=data, gamma=gamma, holdout=holdout, groups=groups, input_px=input_px, skip_unreadable=skip_unreadable
+    )
+    if train_list is not None or test_list is not None:
+        return _by_lists(chosen, train_list, test_list)
+    if data in _BY_NAME:
+        return chosen.model_copy(update={"gamma": gamma or BENCHMARK_GAMMA})
+    root = _directory(data)
+    if is_tiny_imagenet(root):
+        return chosen.model_copy(update={"name": "tinyimagenet", "root": root, "gamma": gamma or BENCHMARK_GAMMA})
+    return chosen.model_copy(update={"name": "folder", "root": root})
+
+
+def _by_lists(chosen: DataConfig, train_list: Path | None, test_list: Path | None) -> DataConfig:
+    if train_list is None or test_list is None:
+        given, other = ("train", "test") if test_list is None else ("test", "train")
+        raise UsageError(f"the {given} list is given without a {other} list; both name images below --data.")
+    lists = {"train_list": train_list.resolve(), "test_list": test_list.resolve()}
+    return chosen.model_copy(update={"name": "lists", "root": _directory(chosen.name), **lists})
+
+
+def _directory(data: str) -> Path:
     if not Path(data).is_dir():
-        raise UsageError(
-            f"'{data}' is no data set ({', '.join(n for n in DATASETS if n != 'folder')}) and no directory."
-        )
-    root = Path(data).resolve()
-    return DataConfig(name="folder", root=root, gamma=gamma, holdout=holdout, groups=groups, input_px=input_px)
-
-
-def glyphs_source(config: DataConfig) -> Source:
-    """The embedded default: 47 classes of rendered characters, 24 x 24."""
-    if config.input_px not in (None, glyphs.SIZE_PX):
-        raise UsageError(
-            f"glyphs are {glyphs.SIZE_PX} px wide, got --input-px {config.input_px}; leave the option out."
-        )
-    class_names = glyphs.class_names()
-
-    def labels(per_class: int) -> NDArray[np.int64]:
-        return np.repeat(np.arange(len(class_names)), per_class)
-
-    def load(positions_N: NDArray[np.int64], per_class: int, split: int) -> NDArray[np.uint8]:
-        return glyphs.render_glyphs(positions_N // per_class, positions_N % per_class, split)
-
-    return Source(
-        class_names,
-        labels(glyphs.TRAIN_PER_CLASS),
-        labels(glyphs.TEST_PER_CLASS),
-        load_train=lambda positions_N: load(positions_N, glyphs.TRAIN_PER_CLASS, split=0),
-        load_test=lambda positions_N: load(positions_N, glyphs.TEST_PER_CLASS, split=1),
-        mirror=False,
-    )
-
-
-def cifar100_source(config: DataConfig) -> Source:
-    """CIFAR-100 through torchvision; downloaded into ``data/`` where a network allows it."""
-    from torchvision.datasets import CIFAR100  # noqa: PLC0415  # only this data set needs torchvision
-
-    if config.input_px not in (None, 32):
-        raise UsageError(f"CIFAR-100 is 32 px wide, got --input-px {config.input_px}; leave the option out.")
-    root = config.root or Path("data")
-    try:
-        train, test = (CIFAR100(str(root), train=is_train, download=True) for is_train in (True, False))
-    except (OSError, RuntimeError) as reason:
-        raise DataError(
-            f"CIFAR-100 is not in {root} and could not be downloaded ({reason}). Put the directory "
-            f"cifar-100-python there, or give --data the path of a tree with train/CLASS/ and test/CLASS/."
-        ) from None
-    return Source(
-        list(train.classes),
-        np.array(train.targets),
-        np.array(test.targets),
-        load_train=lambda positions_N: np.asarray(train.data[positions_N]),
-        load_test=lambda positions_N: np.asarray(test.data[positions_N]),
-        mirror=True,
-        mean_std=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    )
-
-
-def folder_source(config: DataConfig) -> Source:
-    """A tree with ``train/CLASS/*`` and ``test/CLASS/*``; images are brought to one square size.
-
-    The size is ``input_px``; without it the images' own where the first of every class agree on a square of at
-    most 224, otherwise 64.
-    """
-    assert config.root is not None, "data_config sets the root of a tree"
-    train, test = _class_folders(config.root / "train"), _class_folders(config.root / "test")
-    if train.keys() != test.keys():
-        only = {"train": sorted(train.keys() - test.keys()), "test": sorted(test.keys() - train.keys())}
-        seen = "; ".join(f"only in {split}: {', '.join(names[:5])}" for split, names in only.items() if names)
-        raise DataError(f"{config.root}: train and test have different classes ({seen}); give both the same folders.")
-    if len(train) < 2:
-        raise DataError(f"{config.root / 'train'} has {len(train)} class folder; a classifier needs at least two.")
-    size_px = config.input_px or _own_size_px([files[0] for files in train.values()])
-    train_files, test_files = ([path for files in split.values() for path in files] for split in (train, test))
-    return Source(
-        list(train),
-        np.repeat(np.arange(len(train)), [len(files) for files in train.values()]),
-        np.repeat(np.arange(len(test)), [len(files) for files in test.values()]),
-        load_train=lambda positions_N: _load_files([train_files[p] for p in positions_N], size_px),
-        load_test=lambda positions_N: _load_files([test_files[p] for p in positions_N], size_px),
-        mirror=True,
-    )
+        raise UsageError(f"'{data}' is no data set ({', '.join(_BY_NAME)}) and no directory.")
+    return Path(data).resolve()
 
 
 DATASETS: dict[str, Callable[[DataConfig], Source]] = {
     "glyphs": glyphs_source,
     "cifar100": cifar100_source,
     "folder": folder_source,
+    "tinyimagenet": tiny_imagenet_source,
+    "lists": lists_source,
 }
+_BY_NAME = ("glyphs", "cifar100")  # the others need a path
 
 
-def _class_folders(split: Path) -> dict[str, list[Path]]:
-    """Class name to image files, both sorted."""
-    if not split.is_dir():
-        raise DataError(f"{split} does not exist; a tree needs train/CLASS/ and test/CLASS/ folders of images.")
-    folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = {
-        folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) for folder in folders
-    }
-    empty = [name for name, files in classes.items() if not files]
-    if empty:
-        raise DataError(
-            f"{split} has classes without a single image ({', '.join(SUFFIXES)}): {', '.join(empty[:5])}; "
-            "add images or remove the folders."
-        )
-    return classes
+@dataclass(frozen=True)
+class _Read:
+    """The usable ones of some images, after every one of them was looked at."""
+
+    images: Images
+    labels_N: NDArray[np.int64]
+    levels_3L: NDArray[np.int64] | None
+    files: tuple[Path, ...] | None = None
+    problems: tuple[str, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
-def _own_size_px(samples: list[Path]) -> int:
-    sizes = {image_size_px(path) for path in samples}
-    if len(sizes) == 1:
-        width, height = sizes.pop()
-        if width == height <= 224:
-            return width
-    return FALLBACK_INPUT_PX
+def _read(
+    images: Images,
+    labels_N: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    *,
+    levels: bool,
+    on_file: Callable[[int], None],
+) -> _Read:
+    """The asked images, in memory where they are small; every one that cannot be read is found."""
+    if not isinstance(images, FileImages):
+        pixels_NSS3 = images[rows]
+        levels_3L = sum(map(channel_levels, pixels_NSS3), np.zeros((3, 256), dtype=np.int64)) if levels else None
+        return _Read(pixels_NSS3, labels_N[rows], levels_3L)
+    files = images.take(rows)
+    look = look_at(files, keep=images.size_px <= IN_MEMORY_PX, levels=levels, on_file=on_file)
+    readable = np.setdiff1d(np.arange(len(rows)), list(look.problems))
+    usable = files.take(readable) if look.problems else files
+    kept: Images = usable
+    if look.images_NSS3 is not None:
+        kept = look.images_NSS3[readable] if look.problems else look.images_NSS3
+    return _Read(
+        kept,
+        labels_N[rows[readable]],
+        look.levels_3L,
+        usable.paths,
+        tuple(look.problems.values()),
+        lost=tuple(np.setdiff1d(labels_N[rows], labels_N[rows[readable]]).tolist()),
+    )
 
 
-def _load_files(paths: list[Path], size_px: int) -> NDArray[np.uint8]:
-    """Decode files; every unreadable one is found before the error names them."""
-    images_NSS3 = np.empty((len(paths), size_px, size_px, 3), dtype=np.uint8)
-    problems = []
-    for place, path in enumerate(paths):
-        try:
-            images_NSS3[place] = load_image(path, size_px)
-        except ImageError as error:
-            problems.append(str(error))
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise DataError(f"{len(problems)} unreadable image(s); repair or remove: {' | '.join(problems[:3])}{more}")
-    return images_NSS3
+def _refuse_lost_classes(class_names: tuple[str, ...], **splits: _Read) -> None:
+    for split, read in splits.items():
+        if read.lost:
+            names = ", ".join(class_names[label] for label in read.lost[:5])
+            raise DataError(f"no {split} image of {len(read.lost)} class(es) can be read: {names}; repair them.")
 
 
 def _groups(asked: str, counts: list[int], class_names: list[str]) -> ClassGroups:
@@ -288,14 +267,11 @@ def _groups(asked: str, counts: list[int], class_names: list[str]) -> ClassGroup
     )
 
 
-def _channel_statistics(
-    images_NSS3: NDArray[np.uint8],
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _statistics(read: _Read) -> Statistics:
     """Channel means and standard deviations of images scaled to 0..1, rounded to four digits."""
-    histogram_3L = np.zeros((3, 256))  # not the pixels as floats, which take 8 times the memory of the images
-    for image_SS3 in images_NSS3:
-        histogram_3L += [np.bincount(image_SS3[..., channel].ravel(), minlength=256) for channel in range(3)]
-    share_3L, level_L = histogram_3L / histogram_3L.sum(1, keepdims=True), np.arange(256) / 255
+    levels_3L = read.levels_3L
+    assert levels_3L is not None, "levels are counted where no statistics are given"
+    share_3L, level_L = levels_3L / levels_3L.sum(1, keepdims=True), np.arange(256) / 255
     mean = share_3L @ level_L
     variance = (share_3L * (level_L - mean[:, None]) ** 2).sum(1)
     std = np.maximum(np.sqrt(variance), 1e-3)  # images of one colour must not divide by zero

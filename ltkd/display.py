@@ -1,11 +1,13 @@
 """What a person sees on the terminal while a network trains."""
 
+import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
-from ltkd.training import EpochReport
+from ltkd.training import EpochReport, Progress
 
 
 class TrainingDisplay:
@@ -15,48 +17,64 @@ class TrainingDisplay:
         console: Where to print.
         title: What is trained.
         epochs: Epochs of the recipe.
-        images_per_epoch: Training images.
-        epochs_done: Epochs that a checkpoint already has.
+        steps_per_epoch: Steps of an epoch.
+        start: Where a checkpoint stands.
     """
 
-    def __init__(self, console: Console, title: str, epochs: int, images_per_epoch: int, epochs_done: int) -> None:
-        self._title, self._epochs = title, epochs
-        self._progress = Progress(
+    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int, start: Progress) -> None:
+        self._title, self._epochs, self._steps_per_epoch = title, epochs, steps_per_epoch
+        self._bar = ProgressBar(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[rate]}"),
+            TextColumn("epoch {task.fields[epoch]}, step {task.fields[step]}, {task.fields[rate]:,.0f} images/s, left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
         )
-        self._bar = self._progress.add_task(
-            title, total=epochs * images_per_epoch, completed=epochs_done * images_per_epoch, rate=""
+        self._task = self._bar.add_task(
+            title,
+            total=epochs * steps_per_epoch,
+            completed=self._steps(start),
+            epoch=f"{start.epoch + 1}/{epochs}",
+            step=f"{start.step}/{steps_per_epoch}",
+            rate=0.0,
         )
-        if epochs_done:
-            self._progress.console.print(f"{title}: going on after epoch {epochs_done} of {epochs}")
+        self._since, self._images = time.perf_counter(), 0
+        if self._steps(start):
+            self._bar.console.print(f"{title}: going on after {self._steps(start):,} steps")
 
     def __enter__(self) -> "TrainingDisplay":
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
-    def step(self, num_images: int) -> None:
-        """Move the bar on by one step's images."""
-        self._progress.advance(self._bar, num_images)
+    def step(self, progress: Progress, num_images: int) -> None:
+        """Move the bar to where the training stands; the rate is that of the running epoch."""
+        self._images += num_images
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        self._bar.update(
+            self._task,
+            completed=self._steps(progress),
+            epoch=f"{min(progress.epoch + 1, self._epochs)}/{self._epochs}",
+            step=f"{progress.step}/{self._steps_per_epoch}",
+            rate=self._images / elapsed,
+        )
+        if progress.step == 0:
+            self._since, self._images = time.perf_counter(), 0
 
     def epoch(self, report: EpochReport) -> None:
-        """Note an epoch; print its accuracies when the test set was looked at."""
-        rate = f"epoch {report.epoch}/{self._epochs}, {report.images_per_s:,.0f} images/s"
-        self._progress.update(self._bar, rate=rate)
+        """Print an epoch's accuracies when the test set was looked at."""
         if report.accuracy is not None:
             by_group = "  ".join(f"{name} {100 * value:5.1f}" for name, value in report.accuracy.items())
-            self._progress.console.print(
+            self._bar.console.print(
                 f"{self._title:<16} epoch {report.epoch:>3}/{self._epochs}  loss {report.loss:6.3f}  {by_group}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _steps(self, progress: Progress) -> int:
+        return progress.epoch * self._steps_per_epoch + progress.step

@@ -7,12 +7,13 @@
     │       ├── ImageTypeError      bytes of no image type that is read
     │       └── ImageDecodeError    damaged, truncated or too large
     ├── TrainingError       a loss that is not finite
+    ├── StoppedError        a training that was asked to stop, and is saved
     ├── RunError            a run folder
     ├── BundleError         a bundle
     └── DeviceError         an execution device that is not there
 
 A message says what was seen, what was expected and what to do. Commands print it in one line and exit
-with 2; any other exception is a bug and shows its traceback.
+with 2 (a stopped training with 128 plus the signal); any other exception is a bug and shows its traceback.
 """
 
 
@@ -42,6 +43,19 @@ class ImageDecodeError(ImageError):
 
 class TrainingError(LtkdError):
     """A training that cannot go on."""
+
+
+class StoppedError(LtkdError):
+    """A training that was asked to stop by a signal, and was saved first.
+
+    Args:
+        message: Where it stopped and how to go on.
+        signal_number: What asked.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class RunError(LtkdError):

@@ -7,10 +7,12 @@ no division of probabilities.
 Shape legend: N images in the batch, C classes, K class groups.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -106,6 +108,9 @@ def ltkd_loss(
     teacher's were rescaled so that, summed over the batch, every group counts alike; *within* is the KL inside the
     groups with one constant weight. It is the distillation term alone; add the cross-entropy of the labels.
 
+    In data-parallel training (``torch.distributed`` is initialised) the teacher's masses are summed over all ranks, so
+    that N ranks with b images each give the gradients of one with N * b; every rank must then call it at every step.
+
     Source: S. Kim, "Distilling Balanced Knowledge from a Biased Teacher", CVPR 2026, arXiv 2506.18496.
 
     Args:
@@ -121,7 +126,7 @@ def ltkd_loss(
             ``alpha = beta`` is plain distillation.
         target: What the rescaled batch is to weigh: every group alike, or each by its share of the classes.
         teacher_mass_K: The teacher's group masses to divide by, up to a common factor: a running average or a prior,
-            for small batches. None takes the sums over this batch.
+            for small batches. None takes the sums over this batch, on all ranks.
 
     Returns:
         A scalar, the mean over the batch.
@@ -130,7 +135,7 @@ def ltkd_loss(
     log_target_NK = split.teacher_log_mass_NK
     if calibrate:
         if teacher_mass_K is None:
-            log_sum_K = split.teacher_log_mass_NK.logsumexp(0)
+            log_sum_K = _log_sum_over_ranks(split.teacher_log_mass_NK)
         else:
             log_sum_K = teacher_mass_K.to(log_target_NK).log()
         log_scale_K = -log_sum_K
@@ -145,6 +150,8 @@ def ltkd_loss(
 
 class LTKDLoss(nn.Module):
     """``ltkd_loss`` for a training loop of one's own, with a running average of the teacher's group masses.
+
+    Until its first step in training mode the average is the uniform one, so nothing is rescaled.
 
     Args:
         groups: The partition of the classes.
@@ -174,9 +181,10 @@ class LTKDLoss(nn.Module):
         """The distillation term for one batch; in training mode the running average is updated first."""
         if self.training and self.momentum:
             log_mass_NK = F.log_softmax(self.groups.logsumexp(teacher_NC.detach().float() / self.temperature), dim=1)
-            mass_K = log_mass_NK.exp().mean(0)
-            keep = self.momentum if self.average_mass_K.any() else 0.0
-            self.average_mass_K.lerp_(mass_K, 1 - keep)
+            batch_mass_K = _log_sum_over_ranks(log_mass_NK).softmax(0)
+            keep = torch.where(self.average_mass_K.any(), self.momentum, 0.0)  # on the device: no wait for it
+            self.average_mass_K.copy_(keep * self.average_mass_K + (1 - keep) * batch_mass_K)
+        mass_K = torch.where(self.average_mass_K.any(), self.average_mass_K, 1.0) if self.momentum else None
         return ltkd_loss(
             student_NC,
             teacher_NC,
@@ -185,7 +193,7 @@ class LTKDLoss(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
             within_weight=self.within_weight,
-            teacher_mass_K=self.average_mass_K if self.momentum else None,
+            teacher_mass_K=mass_K,
         )
 
 
@@ -229,10 +237,86 @@ def dkd_loss(
     return temperature**2 * (alpha * tckd_N + beta * nckd_N).mean()
 
 
+def bkd_loss(student_NC: Tensor, teacher_NC: Tensor, class_weight_C: Tensor, *, temperature: float = 2.0) -> Tensor:
+    """Balanced distillation: plain distillation from teacher probabilities that were multiplied by class weights.
+
+    Source: Zhang et al., "Balanced Knowledge Distillation for Long-Tailed Learning", arXiv 2104.10510.
+
+    Args:
+        student_NC: Raw student logits.
+        teacher_NC: Raw teacher logits.
+        class_weight_C: Positive weights, such as ``effective_number_weights``; a common factor cancels.
+        temperature: Softmax temperature, dimensionless, > 0.
+    """
+    student_NC, teacher_NC = _scaled(student_NC, teacher_NC, temperature)
+    target_NC = F.log_softmax(teacher_NC + class_weight_C.to(teacher_NC).log(), dim=1)
+    return temperature**2 * _kl_terms(target_NC, F.log_softmax(student_NC, dim=1)).sum(1).mean()
+
+
+def effective_number_weights(train_count_C: Tensor, *, beta: float = 0.9999) -> Tensor:
+    """Class weights ``(1 - beta) / (1 - beta**n)``, scaled to a mean of 1 over the training images; float64 [C].
+
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555.
+    """
+    weight_C = (1 - beta) / -torch.expm1(train_count_C.double() * math.log(beta))
+    return weight_C * train_count_C.sum() / (weight_C * train_count_C).sum()
+
+
+def log_prior(train_count_C: Tensor) -> Tensor:
+    """Log of each class's share of the training images, float64 [C]."""
+    return (train_count_C.double() / train_count_C.sum()).log()
+
+
+def adjusted_cross_entropy(
+    logits_NC: Tensor,
+    labels_N: Tensor,
+    log_prior_C: Tensor,
+    *,
+    strength: float = 1.0,
+    class_weight_C: Tensor | None = None,
+) -> Tensor:
+    """Logit-adjusted cross-entropy; with strength 1 it is the balanced softmax.
+
+    The log prior is added to the logits in training only, so that the plain logits are right for balanced classes.
+    Sources: Menon et al., arXiv 2007.07314; Ren et al., arXiv 2007.10740.
+
+    Args:
+        logits_NC: Raw logits.
+        labels_N: True classes, int64.
+        log_prior_C: ``log_prior`` of the training counts.
+        strength: What the prior is multiplied by; 0 is plain cross-entropy.
+        class_weight_C: Each image's loss is multiplied by the weight of its class; a plain mean over the batch follows.
+    """
+    logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
+    if strength:
+        logits_NC = logits_NC + strength * log_prior_C.to(logits_NC)
+    if class_weight_C is None:
+        return F.cross_entropy(logits_NC, labels_N)
+    return (class_weight_C[labels_N] * F.cross_entropy(logits_NC, labels_N, reduction="none")).mean()
+
+
+def without_prior(logits_NC: Tensor, log_prior_C: Tensor, *, strength: float = 1.0) -> Tensor:
+    """Logits less ``strength`` times the log prior: post-hoc logit adjustment, for a teacher or an answer.
+
+    Source: Menon et al., "Long-Tail Learning via Logit Adjustment", arXiv 2007.07314.
+    """
+    return logits_NC - strength * log_prior_C.to(logits_NC) if strength else logits_NC
+
+
 def _scaled(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Both logits over the temperature, at least in float32, the teacher's cut from the graph."""
     dtype = torch.promote_types(student_NC.dtype, torch.float32)
     return student_NC.to(dtype) / temperature, teacher_NC.detach().to(dtype) / temperature
+
+
+def _log_sum_over_ranks(log_mass_NK: Tensor) -> Tensor:
+    """Log of the masses summed over the batch, [K], and over the ranks where there are several."""
+    log_sum_K = log_mass_NK.logsumexp(0)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return log_sum_K
+    gathered = [torch.empty_like(log_sum_K) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, log_sum_K.contiguous())
+    return torch.stack(gathered).logsumexp(0)  # gathered, not reduced: masses stay in the log domain
 
 
 def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

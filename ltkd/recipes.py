@@ -23,7 +23,12 @@ def paper() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper": paper}
+def adopt() -> Recipe:
+    """No training: the network as its weights are, measured; for a teacher from elsewhere."""
+    return Recipe(name="adopt", epochs=0, peak_learning_rate=0.1, schedule="one-cycle")
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper": paper, "adopt": adopt}
 
 
 def recipe_of(name: str) -> Recipe:

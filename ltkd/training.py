@@ -1,27 +1,87 @@
-"""The training loop, for teachers and students alike.
+"""The training loop, for teachers and students alike, on one device or as one of several ranks.
 
 Shape legend: B images in the batch, N images in the set, S pixels a side, C classes.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ltkd.config import Recipe
+from ltkd.batches import Batches
+from ltkd.config import Execution, Recipe
 from ltkd.data import ImageData
 from ltkd.errors import DeviceError, TrainingError
-from ltkd.losses import GroupIndex
-from ltkd.methods import AnyMethod, Batch
+from ltkd.files import Images
+from ltkd.methods import CE, Batch, Classes
 from ltkd.metrics import accuracy_by_group
 from ltkd.networks import Normalise
+from ltkd.ranks import Ranks
+from ltkd.review import ReviewFusion
+from ltkd.teacher import Teacher, autocast
 
 EVAL_BATCH = 256
+LOOK_EVERY = 200  # steps between two looks at the losses; each one waits for the device
+
+
+class Student(nn.Module):
+    """A network that learns, with the layers that its method adds for the time of the training.
+
+    Args:
+        network: Takes normalised images and gives logits.
+        fusion: Brings its feature maps to the teacher's shapes, for methods that compare features.
+    """
+
+    def __init__(self, network: nn.Module, fusion: ReviewFusion | None = None) -> None:
+        super().__init__()
+        self.network, self.fusion = network, fusion
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits [N, C] and, where there is a fusion, the fused feature maps."""
+        if self.fusion is None:
+            return self.network(image), ()
+        features = self.network.features(image)  # type: ignore[operator]
+        return self.network.classifier(features[-1]), self.fusion(features)  # type: ignore[operator]
+
+    def is_finite(self) -> bool:
+        """Whether every weight and running statistic is finite; other buffers, such as masks, may be infinite."""
+        running = [buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        return all(bool(tensor.isfinite().all()) for tensor in (*self.parameters(), *running))
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A student and what moves it.
+
+    Attributes:
+        student: What is trained.
+        optimizer: Over the student's parameters; its learning rate is set before every step.
+        scaler: Scales the gradients of float16; disabled for other precisions.
+    """
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Progress:
+    """Where a training stands; a checkpoint has it.
+
+    Attributes:
+        epoch: Whole epochs done.
+        step: Steps done of the next one.
+        losses: Of those steps.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -54,100 +114,164 @@ class EpochReport:
 
 
 def train(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     data: ImageData,
-    method: AnyMethod,
+    batches: Batches,
+    method: CE,
     recipe: Recipe,
     *,
-    teacher: nn.Module | None,
-    seed: int,
-    device: torch.device,
-    epochs_done: int = 0,
-    on_step: Callable[[int], None] = lambda num_images: None,
+    teacher: Teacher | None,
+    execution: Execution,
+    ranks: Ranks | None = None,
+    start: Progress | None = None,
+    on_step: Callable[[Progress, int], None] = lambda progress, num_images: None,
 ) -> Iterator[EpochReport]:
-    """Train a network in place and report after every epoch.
-
-    Order and augmentation of an epoch depend on (seed, epoch) alone, so a training that goes on from a checkpoint
-    ends where one that was never interrupted ends.
+    """Train a student in place and report after every epoch.
 
     Args:
-        network: What is trained; its parameters are those of ``optimizer``.
-        optimizer: Its learning rate is set before every step.
-        data: Training and test images.
+        learner: What is trained. It is on the device already.
+        data: Labels, groups and the test images.
+        batches: Training images. What an epoch shows depends on its number alone, so a training that goes on from
+            a checkpoint ends where one that was never interrupted ends.
         method: What is minimised.
         recipe: How long and how fast.
-        teacher: Gives logits where the method needs them; never updated.
-        seed: Seed of order and augmentation.
-        device: Where everything happens.
-        epochs_done: Epochs that a checkpoint already has.
-        on_step: Told the number of images of every step.
+        teacher: Gives logits where the method needs them.
+        execution: Where everything happens, and in which precision the forward passes are made.
+        ranks: The processes that share every batch; None where there is one.
+        start: Where a checkpoint stands.
+        on_step: Told after every step where the training stands and how many images the step had.
 
     Raises:
         TrainingError: The loss is no longer finite.
     """
-    images_NSS3 = torch.from_numpy(data.train_images).to(device)
+    ranks = ranks or Ranks()
+    device = torch.device(execution.device)
+    student, optimizer, scaler = learner.student, learner.optimizer, learner.scaler
     labels_N = torch.from_numpy(data.train_labels).to(device)
-    groups = GroupIndex(data.task.groups).to(device)
+    classes = Classes(data.task).to(device)
     normalise = Normalise(data.task).to(device)
-    network.to(device).to(memory_format=torch.channels_last)
-    if teacher is not None:
-        teacher.to(device).to(memory_format=torch.channels_last).eval()
-    steps_per_epoch = math.ceil(len(labels_N) / recipe.batch_size)
+    parallel = ranks.parallel(student, device)
+    steps_per_epoch = batches.steps_per_epoch
     num_steps = recipe.epochs * steps_per_epoch
+    start = start or Progress()
+    loss_so_far = start.losses
 
-    for epoch in range(epochs_done, recipe.epochs):
-        network.train()
-        random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order_N = torch.randperm(len(labels_N), generator=random).to(device)
-        loss_sum = torch.zeros((), device=device)
-        start = time.perf_counter()
-        for step, rows_B in enumerate(torch.split(order_N, recipe.batch_size), start=epoch * steps_per_epoch):
-            image_B3SS = normalise(augment(images_NSS3[rows_B], data.mirror, random))
-            with torch.no_grad():
-                teacher_BC = teacher(image_B3SS) if teacher is not None else None
-            student_BC = network(image_B3SS)
-            loss = method(Batch(student_BC, teacher_BC, labels_N[rows_B], groups, progress=step / num_steps))
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(recipe, step, steps_per_epoch)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            loss_sum += loss.detach()
-            on_step(len(rows_B))
-        mean_loss = float(loss_sum) / steps_per_epoch  # the one wait for the device in an epoch
-        if not math.isfinite(mean_loss):
-            raise TrainingError(
-                f"the loss became {mean_loss} in epoch {epoch + 1}, at learning rate "
-                f"{optimizer.param_groups[0]['lr']:.3g}; lower the recipe's peak learning rate or check the images."
+    for epoch in range(start.epoch, recipe.epochs):
+        student.train()
+        first_step = len(loss_so_far)
+        losses = torch.zeros(steps_per_epoch, device=device)
+        losses[:first_step] = loss_so_far.to(device)
+        loss_so_far = torch.zeros(0)
+        if teacher is not None:
+            teacher.start_epoch(epoch)
+        shown: dict[int, Tensor] = {}
+        num_images, begin = 0, time.perf_counter()
+        for step, (pixels_BSS3, rows_B) in enumerate(batches.epoch(epoch, first_step), start=first_step):
+            steps_done = epoch * steps_per_epoch + step
+            image_B3SS = normalise(pixels_BSS3)
+            taught_BC, taught_features = teacher(image_B3SS, rows_B) if teacher is not None else (None, ())
+            with autocast(device, execution.precision):
+                logits_BC, features = parallel(image_B3SS)
+            loss = method(
+                Batch(
+                    logits_BC,
+                    taught_BC,
+                    labels_N[rows_B.to(device, non_blocking=True)],
+                    classes,
+                    progress=steps_done / num_steps,
+                    student_features=features,
+                    teacher_features=taught_features,
+                )
             )
-        images_per_s = len(labels_N) / (time.perf_counter() - start)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(recipe, steps_done, steps_per_epoch)
+            optimizer.zero_grad()
+            loss = ranks.share_of(loss, len(rows_B))
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            losses[step] = loss.detach()
+            shown[step] = rows_B
+            num_images += len(rows_B)
+            if (step + 1) % LOOK_EVERY == 0:
+                ranks.raise_together(_not_finite(losses[: step + 1], epoch, shown, data, optimizer))
+            if step + 1 < steps_per_epoch:  # the report of an epoch is part of its last step
+                on_step(Progress(epoch, step + 1, losses[: step + 1]), ranks.size * len(rows_B))
+        ranks.raise_together(_not_finite(losses, epoch, shown, data, optimizer))
+        if not student.is_finite():
+            raise TrainingError(
+                f"the weights are no longer finite after epoch {epoch + 1}, though its losses were: the learning rate "
+                "is too high; lower the recipe's peak."
+            )
+        if teacher is not None:
+            teacher.end_epoch()
+        images_per_s = ranks.size * num_images / (time.perf_counter() - begin)
         look = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs
         yield EpochReport(
             epoch=epoch + 1,
-            loss=mean_loss,
+            loss=ranks.mean(losses.mean()),
             learning_rate=optimizer.param_groups[0]["lr"],
             images_per_s=images_per_s,
-            accuracy=evaluate(network, data, device) if look else None,
+            accuracy=evaluate(student.network, data, device, ranks) if look else None,
         )
+        on_step(Progress(epoch + 1), ranks.size * len(rows_B))
 
 
-def evaluate(network: nn.Module, data: ImageData, device: torch.device) -> dict[str, float]:
-    """Accuracy on the test set by group and over all."""
-    logits_NC = predict(nn.Sequential(Normalise(data.task), network).to(device), data.test_images)
-    return accuracy_by_group(logits_NC.argmax(1), data.test_labels, data.task.groups)
+def _not_finite(
+    losses: Tensor, epoch: int, shown: dict[int, Tensor], data: ImageData, optimizer: torch.optim.Optimizer
+) -> TrainingError | None:
+    """What is most likely wrong at the first step whose loss is not finite; None where all are.
+
+    ``shown`` has the rows of every step since the training was started or went on.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if not len(bad):
+        return None
+    step = int(bad[0])
+    before = losses[max(0, step - 20) : step].tolist()
+    rows = shown[step]
+    images = [str(data.train_files[row]) if data.train_files else f"number {row}" for row in rows[:3].tolist()]
+    if epoch == 0 and step == 0:
+        cause = "it is the first of all: the weights of teacher or student are damaged, or a parameter is huge"
+    elif before and before[-1] > 2 * min(before):
+        cause = "the loss was rising before it: the learning rate is too high; lower the recipe's peak"
+    else:
+        cause = "it came without warning: look at the images, and at the precision if it is not float32"
+    return TrainingError(
+        f"the loss became {float(losses[step])} in epoch {epoch + 1}, step {step + 1}, at "
+        f"learning rate {optimizer.param_groups[0]['lr']:.3g}, on a batch of {len(rows)} training images (the first: "
+        f"{', '.join(images)}). Losses before it: {', '.join(f'{loss:.3g}' for loss in before[-5:]) or 'none'}. "
+        f"Likely cause: {cause}."
+    )
+
+
+def evaluate(network: nn.Module, data: ImageData, device: torch.device, ranks: Ranks | None = None) -> dict[str, float]:
+    """Accuracy on the test set by group and over all; several ranks share the images."""
+    ranks = ranks or Ranks()
+    ranks.equalise(network)
+    whole = nn.Sequential(Normalise(data.task), network).to(device)
+    rows_N = np.arange(ranks.rank, len(data.test_labels), ranks.size)
+    predicted_N = ranks.interleaved(predict(whole, data.test_images, rows_N).argmax(1))
+    return accuracy_by_group(predicted_N, data.test_labels, data.task.groups)
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, images_NSS3: NDArray[np.uint8]) -> NDArray[np.floating]:
-    """Logits [N, C] of a network that takes uint8 pixels, in evaluation mode; its mode is restored."""
+def predict(network: nn.Module, images: Images, rows_N: NDArray[np.int64] | None = None) -> NDArray[np.floating]:
+    """Logits [N, C] of a network that takes uint8 pixels, in evaluation mode; its mode is restored.
+
+    Args:
+        network: Takes uint8 [B, S, S, 3].
+        images: Those to look at.
+        rows_N: Which of them; None is all.
+    """
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
-    logits = [
-        network(torch.from_numpy(images_NSS3[start : start + EVAL_BATCH]).to(device)).cpu()
-        for start in range(0, len(images_NSS3), EVAL_BATCH)
-    ]
+    starts = range(0, len(images) if rows_N is None else len(rows_N), EVAL_BATCH)
+    logits = []
+    for start in starts:
+        chosen = slice(start, start + EVAL_BATCH) if rows_N is None else rows_N[start : start + EVAL_BATCH]
+        logits.append(network(torch.from_numpy(images[chosen]).to(device)).float().cpu())
     network.train(was_training)
     return np.asarray(torch.cat(logits).numpy())
 
@@ -162,28 +286,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if step < rise:
         return peak * (step + 1) / (rise + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (num_steps - rise)))
-
-
-def augment(pixels_BSS3: Tensor, mirror: bool, random: torch.Generator) -> Tensor:
-    """Crop at random from a border of S / 8 black pixels and, where allowed, mirror half of the images.
-
-    Args:
-        pixels_BSS3: uint8 images.
-        mirror: Whether mirrored images still show their class.
-        random: A generator on the CPU, so that every device sees the same images.
-    """
-    batch, size_px = pixels_BSS3.shape[:2]
-    border = size_px // 8
-    top_B, left_B = torch.randint(0, 2 * border + 1, (2, batch), generator=random)
-    along = torch.arange(size_px)
-    rows_BS, columns_BS = top_B[:, None] + along, left_B[:, None] + along
-    if mirror:
-        mirrored_B1 = torch.rand((batch, 1), generator=random) < 0.5
-        columns_BS = torch.where(mirrored_B1, columns_BS.flip(1), columns_BS)
-    device = pixels_BSS3.device
-    padded = nn.functional.pad(pixels_BSS3, (0, 0, border, border, border, border))
-    image_B11 = torch.arange(batch, device=device)[:, None, None]
-    return padded[image_B11, rows_BS.to(device)[:, :, None], columns_BS.to(device)[:, None, :]]
 
 
 def device_of(asked: str) -> torch.device:

@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training_toys import write_tree
 
+from export import certify
 from ltkd import cli
+from ltkd.networks import build_network
+from ltkd.runs import open_run
 
 Result = tuple[int, str, str]
 
@@ -53,13 +57,13 @@ def test_help_teaches_the_journey(ltkd: Ltkd) -> None:
 
 def test_an_unknown_model_is_answered_with_the_known_ones(ltkd: Ltkd, tmp_path: Path) -> None:
     result = ltkd("train", "--data", write_tree(tmp_path / "t"), "--model", "resnet9", "--out", tmp_path / "run")
-    one_line(result, "unknown model 'resnet9'; known: resnet8, resnet14, resnet20", "resnet32x4")
+    one_line(result, "unknown model 'resnet9'", "resnet8", "torchvision/NAME", "package.module:function")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones(ltkd: Ltkd, tmp_path: Path) -> None:
     result = ltkd("distill", tmp_path, "--method", "lktd", "--out", tmp_path / "run")
-    one_line(result, "unknown method 'lktd'; known: ce, kd, dkd, ltkd")
+    one_line(result, "unknown method 'lktd'; known: ce, kd, dkd, bkd, reviewkd, ltkd, ltkd_plus")
 
 
 def test_a_comparison_with_an_unknown_method_trains_nothing(ltkd: Ltkd, tmp_path: Path) -> None:
@@ -81,7 +85,41 @@ def test_a_parameter_without_a_value_is_explained(ltkd: Ltkd, tmp_path: Path, wo
 
 def test_seeds_that_are_no_numbers_or_repeat_are_explained(ltkd: Ltkd, tmp_path: Path) -> None:
     for seeds in ("one", "0,0", "0,,1", "-1"):
-        one_line(ltkd("compare", "--seeds", seeds, "--out", tmp_path / "c"), "--seeds takes different whole numbers")
+        one_line(
+            ltkd("compare", "--seeds", seeds, "--out", tmp_path / "c"), "--seeds takes different numbers from 0 on"
+        )
+    for gammas in ("0.5", "100,100", "inf", "x"):
+        one_line(
+            ltkd("compare", "--gammas", gammas, "--out", tmp_path / "c"), "--gammas takes different numbers from 1"
+        )
+
+
+def test_a_contestant_named_twice_or_with_a_broken_parameter_is_explained(ltkd: Ltkd, tmp_path: Path) -> None:
+    one_line(ltkd("compare", "--methods", "kd,kd", "--out", tmp_path / "c"), "a method is named twice: kd, kd")
+    one_line(
+        ltkd("compare", "--methods", "ltkd:alpha", "--out", tmp_path / "c"), "a parameter is NAME=VALUE, got 'alpha'"
+    )
+    one_line(ltkd("compare", "--methods", "ltkd:gamma=2", "--out", tmp_path / "c"), "no parameter 'gamma'")
+
+
+def test_a_teacher_from_elsewhere_is_adopted_as_it_is_and_distilled(ltkd: Ltkd, tmp_path: Path) -> None:
+    tree, weights = write_tree(tmp_path / "tree"), tmp_path / "w.pt"
+    one_line(
+        ltkd("train", "--data", tree, "--recipe", "adopt", "--out", tmp_path / "t"), "give its weights with --weights"
+    )
+    one_line(
+        ltkd("train", "--data", tree, "--recipe", "adopt", "--weights", weights, "--out", tmp_path / "t"), "is no file"
+    )
+    own = build_network("resnet8", 3, seed=5)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in own.state_dict().items()}}, weights)
+    words = ("--model", "resnet8", "--recipe", "adopt", "--weights", weights, "--out", tmp_path / "teacher")
+    assert ltkd("train", "--data", tree, *words)[0] == 0
+    adopted = open_run(tmp_path / "teacher")
+    assert all(
+        torch.equal(tensor, own.state_dict()[name]) for name, tensor in adopted.load_network().state_dict().items()
+    )
+    assert set(adopted.accuracy()) == {"head", "medium", "tail", "all"}
+    assert ltkd("distill", tmp_path / "teacher", "--recipe", "demo", "--out", tmp_path / "student")[0] == 0
 
 
 def test_a_run_folder_without_weights_is_not_exported(ltkd: Ltkd, tmp_path: Path) -> None:
@@ -102,11 +140,16 @@ def test_folders_that_are_no_runs_and_no_bundles_are_told_apart(ltkd: Ltkd, tmp_
 def test_an_unreadable_image_is_named_and_nothing_is_written(ltkd: Ltkd, tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     (tree / "train" / "green" / "3.png").write_bytes(b"no image")
-    one_line(ltkd("train", "--data", tree, "--out", tmp_path / "run"), "1 unreadable image", "green", "3.png")
+    one_line(
+        ltkd("train", "--data", tree, "--out", tmp_path / "run"), "1 of 55 images are unreadable", "green", "3.png"
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_test_images_end_inconclusive_with_code_3_and_without_a_bundle(ltkd: Ltkd, tmp_path: Path) -> None:
+def test_an_inconclusive_export_ends_with_code_3_and_without_a_bundle(
+    ltkd: Ltkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "topped_up", lambda data, margins: (data.test_images, data.test_labels, 0))
     tree, run = write_tree(tmp_path / "tree"), tmp_path / "run"
     assert ltkd("train", "--data", tree, "--recipe", "demo", "--model", "resnet8", "--out", run)[0] == 0
     code, out, _ = ltkd("export", run, "--out", tmp_path / "bundles" / "b")
@@ -116,6 +159,19 @@ def test_too_few_test_images_end_inconclusive_with_code_3_and_without_a_bundle(l
     rejected = tmp_path / "bundles" / "rejected" / "b"
     assert json.loads((rejected / "parity.json").read_text())["verdict"] == "INCONCLUSIVE"
     assert not list(rejected.glob("model*"))
+
+
+def test_forty_images_with_a_class_of_two_go_the_whole_way_without_an_option(ltkd: Ltkd, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "photos", train_counts=(25, 13, 2), num_test=4)
+    teacher, student, bundle = tmp_path / "teacher", tmp_path / "student", tmp_path / "bundle"
+    assert ltkd("train", "--data", tree, "--out", teacher)[0] == 0
+    assert ltkd("distill", teacher, "--out", student)[0] == 0
+    code, out, _ = ltkd("export", student, "--out", bundle)
+    assert code == 0
+    assert "the 12 test images of photos, too few to certify alone, and 1,605 random views of them" in out
+    assert ltkd("verify", bundle)[0] == 0
+    code, out, _ = ltkd("classify", bundle, *(tree / "test" / "red").iterdir())
+    assert code == 0 and out.count("by group: head") == 4
 
 
 def test_a_missing_package_is_answered_with_the_extra_that_has_it(ltkd: Ltkd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ltkd.config import DataConfig, MethodConfig, Recipe, RunConfig
+from ltkd.config import DataConfig, Execution, MethodConfig, Recipe, RunConfig
 
 CONFIG = RunConfig(
     data=DataConfig(name="folder", root=Path("photos"), gamma=50, input_px=32),
@@ -12,7 +12,7 @@ CONFIG = RunConfig(
     method=MethodConfig(name="ltkd", parameters={"alpha": 6.0, "beta": 1, "warm_up": True, "target": "uniform"}),
     recipe=Recipe(name="steps", epochs=3, peak_learning_rate=0.1, schedule="steps", milestones=(1, 2)),
     seed=0,
-    device="cpu",
+    execution=Execution(device="cpu"),
     teacher=Path("runs/teacher"),
     versions={"ltkd": "0.0.0"},
 )
@@ -30,7 +30,7 @@ def test_a_configuration_comes_back_from_json_with_the_types_it_had() -> None:
         ("data", "gamma", 0.5),
         ("data", "gama", 10),
         ("data", "input_px", 0),
-        ("recipe", "epochs", 0),
+        ("recipe", "epochs", -1),
         ("recipe", "schedule", "cosine"),
     ],
 )

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from training_toys import write_tree
 
 from ltkd import glyphs
+from ltkd.batches import batches_of
 from ltkd.config import DataConfig
-from ltkd.data import DATASETS, ImageData, cifar100_source, data_config, glyphs_source, load_data
+from ltkd.data import DATASETS, ImageData, data_config, load_data
 from ltkd.errors import DataError, UsageError
+from ltkd.files import FileImages
 from ltkd.images import load_image
 from ltkd.longtail import long_tailed_counts, long_tailed_indices
+from ltkd.sources import cifar100_source, glyphs_source
 
 COUNTS = {"ant": 6, "bee": 2, "cat": 4}
 
@@ -40,7 +44,7 @@ def load(data: Path | str, gamma: float | None = None, groups: str = "share", in
 
 
 def levels(data: ImageData) -> list[int]:
-    return sorted(data.train_images[:, 0, 0, 0].tolist())
+    return sorted(data.train_images[:][:, 0, 0, 0].tolist())
 
 
 def test_a_tree_is_loaded_as_it_is(tree: Path) -> None:
@@ -50,8 +54,8 @@ def test_a_tree_is_loaded_as_it_is(tree: Path) -> None:
     assert [data.task.group_name(label) for label in range(3)] == ["head", "tail", "medium"]
     assert data.task.input_px == 12
     assert levels(data) == [0, 1, 2, 3, 4, 5, 40, 41, 80, 81, 82, 83]
-    assert np.array_equal(data.train_images[:, 0, 0, 0] // 40, data.train_labels)
-    assert data.test_images.shape == (3, 12, 12, 3)
+    assert np.array_equal(data.train_images[:][:, 0, 0, 0] // 40, data.train_labels)
+    assert data.test_images[:].shape == (3, 12, 12, 3)
     assert data.test_labels.tolist() == [0, 1, 2]
     assert data.mirror
 
@@ -66,7 +70,7 @@ def test_a_tree_is_given_a_tail_when_asked(tree: Path) -> None:
 def test_the_statistics_of_the_channels_are_those_of_the_images_that_are_kept(tree: Path) -> None:
     for gamma in (None, 6):
         data = load(tree, gamma=gamma)
-        unit = data.train_images.reshape(-1, 3) / 255
+        unit = data.train_images[:].reshape(-1, 3) / 255
         assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
         # channels of one value must not divide by zero
         assert data.task.std == pytest.approx(np.maximum(unit.std(axis=0), 1e-3), abs=5e-5)
@@ -82,27 +86,87 @@ def test_images_of_one_square_size_keep_it_and_others_are_brought_to_64(tmp_path
 
 def test_the_size_can_be_asked_for(tree: Path) -> None:
     data = load(tree, input_px=9)
-    assert (data.task.input_px, data.train_images.shape) == (9, (12, 9, 9, 3))
+    assert (data.task.input_px, data.train_images[:].shape) == (9, (12, 9, 9, 3))
 
 
-def test_every_unreadable_image_is_counted_and_the_first_are_named(tree: Path) -> None:
-    for name, content in {"ant/001.png": b"text", "bee/000.png": b"\x89PNG\r\n\x1a\n"}.items():
-        (tree / "train" / name).write_bytes(content)
-    with pytest.raises(DataError, match=r"no readable .* header"):  # the first of a class decides on the size
-        load(tree)
-    with pytest.raises(DataError, match=r"2 unreadable image\(s\); .*ant/001\.png: not a.*bee/000\.png: the"):
-        load(tree, input_px=12)
-    for number in range(6):
-        (tree / "train" / "ant" / f"{number:03}.png").write_bytes(b"text")
-    with pytest.raises(DataError, match=r"7 unreadable image\(s\).*\(and 4 more\)"):
-        load(tree, input_px=12)
-
-
-def test_an_unreadable_test_image_and_a_folder_named_like_an_image_are_found_too(tree: Path) -> None:
+@pytest.mark.parametrize("input_px", [None, 12, 128])
+def test_every_unreadable_image_of_both_sets_is_counted_and_the_first_ten_are_named(
+    tree: Path, input_px: int | None
+) -> None:
+    for name, content in {"train/ant/001.png": b"text", "train/bee/000.png": b"\x89PNG\r\n\x1a\n"}.items():
+        (tree / name).write_bytes(content)
     (tree / "test" / "cat" / "000.png").unlink()
     (tree / "test" / "cat" / "000.png").mkdir()
-    with pytest.raises(DataError, match=r"1 unreadable image.*test/cat/000\.png: cannot be read"):
-        load(tree)
+    expected = r"3 of 15 images are unreadable; .*ant/001\.png: not a.*bee/000\.png: the.*test/cat/000\.png: cannot be"
+    with pytest.raises(DataError, match=expected) as error:
+        load(tree, input_px=input_px)
+    assert "\n" not in str(error.value)
+    for path in tree.glob("train/*/*.png"):
+        path.write_bytes(b"text")
+    with pytest.raises(DataError, match=r"13 of 15 images are unreadable") as error:
+        load(tree, input_px=input_px)
+    assert str(error.value).count(".png: ") == 10
+    assert str(error.value).endswith("\n  and 3 more")
+
+
+@pytest.mark.parametrize("input_px", [12, 128])
+def test_unreadable_images_are_left_out_when_asked(tree: Path, input_px: int) -> None:
+    whole = load(tree, input_px=input_px)
+    for name in ("train/ant/001.png", "train/ant/005.png", "train/cat/000.png"):
+        (tree / name).write_bytes(b"text")
+    data = load_data(data_config(str(tree), None, "share", input_px, skip_unreadable=True))
+    assert (whole.skipped, data.skipped) == (0, 3)
+    assert data.task.train_counts == (4, 2, 3)
+    assert data.train_labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    assert levels(data) == [0, 2, 3, 4, 40, 41, 81, 82, 83]
+    assert data.train_files is not None
+    assert whole.train_files is not None
+    assert len(data.train_files) == 9
+    assert set(whole.train_files) - set(data.train_files) == {
+        tree / "train" / "ant" / "001.png", tree / "train" / "ant" / "005.png", tree / "train" / "cat" / "000.png",
+    }  # fmt: skip
+    unit = data.train_images[:].reshape(-1, 3) / 255
+    assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_that_has_no_readable_image_is_refused_though_others_are_left_out(tree: Path, split: str) -> None:
+    for path in (tree / split / "bee").iterdir():
+        path.write_bytes(b"text")
+    with pytest.raises(DataError, match=rf"no {split} image of 1 class\(es\) can be read: bee"):
+        load_data(data_config(str(tree), None, "share", None, skip_unreadable=True))
+
+
+def test_images_that_the_tail_leaves_out_are_not_opened(tree: Path) -> None:
+    kept = load(tree, gamma=6)
+    assert kept.train_files is not None
+    for path in set(tree.glob("train/*/*.png")) - set(kept.train_files):
+        path.write_bytes(b"text")
+    assert load(tree, gamma=6, input_px=12).task == kept.task
+
+
+def test_the_files_of_training_images_are_known_by_position(tree: Path) -> None:
+    data = load(tree, gamma=3)
+    assert data.train_files is not None
+    for row, path in enumerate(data.train_files):
+        assert np.array_equal(data.train_images[row : row + 1][0], load_image(path, 12))
+
+
+def test_small_images_are_held_in_memory_and_larger_ones_stay_on_disk_with_the_same_pixels(tree: Path) -> None:
+    assert isinstance(load(tree, input_px=96).train_images, np.ndarray)
+    data = load(tree, input_px=97)
+    for images, files in ((data.train_images, data.train_files), (data.test_images, None)):
+        assert isinstance(images, FileImages)
+        assert files is None or images.paths == files
+        np.testing.assert_array_equal(images[:], [load_image(path, 97) for path in images.paths])
+    unit = data.train_images[:].reshape(-1, 3) / 255
+    assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
+
+
+def test_somebody_who_waits_is_told_how_many_files_are_done(tree: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load_data(data_config(str(tree), None, "share", None), lambda done, total: told.append((done, total)))
+    assert told == [(done, 15) for done in range(1, 16)]
 
 
 def test_files_that_are_no_images_are_passed_over(tree: Path) -> None:
@@ -127,9 +191,93 @@ def test_different_classes_in_train_and_test_are_refused(tree: Path) -> None:
 def test_a_directory_without_train_or_test_is_refused(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train does not exist; a tree needs train/CLASS/ and test/CLASS/"):
         load(tmp_path)
-    (tree / "test").rename(tree / "val")
+    (tree / "test").rename(tree / "elsewhere")
     with pytest.raises(DataError, match="test does not exist"):
         load(tree)
+
+
+def test_a_tree_with_val_and_no_test_is_tested_on_val(tree: Path) -> None:
+    (tree / "test").rename(tree / "val")
+    data = load(tree)
+    assert (data.task.train_counts, data.test_labels.tolist()) == ((6, 2, 4), [0, 1, 2])
+
+
+def test_tiny_imagenet_is_recognised_by_its_layout(tmp_path: Path) -> None:
+    root = tmp_path / "tiny-imagenet-200"
+    wnids = ("n03", "n01", "n02")
+    for wnid in wnids:
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    for number in range(3):
+        Image.new("L", (64, 64), number).save(root / "val" / "images" / f"val_{number}.JPEG")  # some are grey
+    (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in wnids))
+    annotations = [f"val_{number}.JPEG\t{wnid}\t0\t0\t63\t63\n" for number, wnid in enumerate(wnids)]
+    (root / "val" / "val_annotations.txt").write_text("".join(annotations))
+    config = data_config(str(root), None, "share", None)
+    assert (config.name, config.gamma, config.root) == ("tinyimagenet", 100, root)
+    data = load_data(config)
+    assert data.task.class_names == ("n01", "n02", "n03")
+    assert (data.task.input_px, data.task.train_counts) == (64, (5, 1, 1))
+    assert data.test_labels.tolist() == [2, 0, 1]
+    assert load(root, gamma=1, input_px=32).task.train_counts == (5, 5, 5)
+
+
+def test_lists_name_the_images_below_the_root_and_are_found_again_from_elsewhere(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "train.txt").write_text(
+        "".join(f"train/ant/00{n}.png 2\n" for n in range(5)) + "train/bee/000.png 0\ntrain/cat/001.png 1\n"
+    )
+    (tree / "test.txt").write_text("test/ant/000.png 2\ntest/bee/000.png 0\ntest/cat/000.png 1\n")
+    monkeypatch.chdir(tree)
+    config = data_config(".", None, "share", None, train_list=Path("train.txt"), test_list=Path("test.txt"))
+    monkeypatch.chdir(tree.parent)
+    assert (config.name, config.gamma) == ("lists", None)  # such lists are long-tailed already
+    assert DataConfig.model_validate_json(config.model_dump_json()) == config
+    data = load_data(config)
+    assert (data.task.class_names, data.task.train_counts) == (("bee", "cat", "ant"), (1, 1, 5))
+    assert levels(data) == [0, 1, 2, 3, 4, 40, 81]
+    assert data.test_labels.tolist() == [2, 0, 1]
+    held = load_data(config.model_copy(update={"holdout": 0.4}))
+    assert (held.task.train_counts, held.test_labels.tolist()) == ((1, 1, 3), [2, 2])
+
+
+def test_one_list_without_the_other_and_lists_below_no_directory_are_refused(tree: Path) -> None:
+    with pytest.raises(UsageError, match="the train list is given without a test list"):
+        data_config(str(tree), None, "share", None, train_list=tree / "train.txt")
+    with pytest.raises(UsageError, match="the test list is given without a train list"):
+        data_config(str(tree), None, "share", None, test_list=tree / "test.txt")
+    with pytest.raises(UsageError, match=r"'glyphs' is no data set .* and no directory"):
+        data_config("glyphs", None, "share", None, train_list=tree / "a", test_list=tree / "b")
+    (tree / "one.txt").write_text("train/ant/000.png 0\n")
+    one = data_config(str(tree), None, "share", None, train_list=tree / "one.txt", test_list=tree / "one.txt")
+    with pytest.raises(DataError, match=r"one\.txt has one class"):
+        load_data(one)
+
+
+def test_a_path_that_is_no_utf_8_is_refused_in_a_line_that_can_be_printed() -> None:
+    with pytest.raises(UsageError, match=r"'caf\\udce9' is not valid UTF-8") as error:
+        data_config("caf\udce9", None, "share", None)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("input_px", [None, 100])
+def test_a_small_tree_of_ones_own_with_a_class_of_two_works_with_and_without_a_holdout(
+    tmp_path: Path, holdout: float, input_px: int | None
+) -> None:
+    root = write_tree(tmp_path, train_counts=(26, 12, 2), num_test=3)
+    data = load_data(data_config(str(root), None, "share", input_px, holdout))
+    assert min(data.task.train_counts) >= 1
+    assert min(np.bincount(data.test_labels, minlength=3)) >= 1
+    assert data.task.groups.names == ("head", "medium", "tail")
+    assert np.bincount(data.train_labels).tolist() == list(data.task.train_counts)
+    batches = batches_of(data, batch_size=64, seed=0, device=torch.device("cpu"), workers=0)
+    ((pixels, rows),) = batches.epoch(0)
+    assert pixels.shape == (len(data.train_labels), *data.train_images[:1].shape[1:])
+    assert sorted(rows.tolist()) == list(range(len(data.train_labels)))
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
@@ -213,13 +361,13 @@ def test_glyphs_are_loaded_to_the_same_bytes_every_time(monkeypatch: pytest.Monk
     monkeypatch.setattr(glyphs, "TEST_PER_CLASS", 1)
     first, again = load("glyphs", gamma=3), load("glyphs", gamma=3)
     assert first.task == again.task
-    assert first.train_images.tobytes() == again.train_images.tobytes()
-    assert first.test_images.tobytes() == again.test_images.tobytes()
+    assert first.train_images[:].tobytes() == again.train_images[:].tobytes()
+    assert first.test_images[:].tobytes() == again.test_images[:].tobytes()
     assert (len(first.train_labels), len(first.test_labels)) == (sum(first.task.train_counts), 47)
-    shown = {image.tobytes() for image in np.concatenate([first.train_images, first.test_images])}
+    shown = {image.tobytes() for image in np.concatenate([first.train_images[:], first.test_images[:]])}
     assert len(shown) == len(first.train_labels) + 47  # no test image was trained on
     kept = long_tailed_indices(np.repeat(np.arange(47), 3), first.task.train_counts)[0]
-    assert np.array_equal(first.train_images[0], glyphs.render_glyphs(np.array([0]), np.array([kept]), split=0)[0])
+    assert np.array_equal(first.train_images[:][0], glyphs.render_glyphs(np.array([0]), np.array([kept]), split=0)[0])
 
 
 @pytest.mark.parametrize(("name", "size_px"), [("glyphs", 24), ("cifar100", 32)])
@@ -272,7 +420,7 @@ def test_photographs_are_loaded_at_their_own_size_and_with_the_published_tail(ph
     assert (data.task.train_counts, data.task.input_px, len(data.test_labels)) == ((500, 158, 50), 32, 300)
     files = sorted((photographs / "train" / "apple").iterdir())
     for place, position in enumerate([90, 254, 283]):  # where the published subsets of class 0 begin
-        assert np.array_equal(data.train_images[place], load_image(files[position], 32))
+        assert np.array_equal(data.train_images[:][place], load_image(files[position], 32))
     assert all(0.3 < mean < 0.8 for mean in data.task.mean)
     assert all(0.2 < std < 0.4 for std in data.task.std)
 
@@ -283,6 +431,6 @@ def test_a_holdout_stands_in_for_the_test_set_and_no_image_is_in_both(tmp_path: 
     held = load_data(data_config(str(root), None, "share", None, holdout=0.2))
     assert held.task.train_counts == (1, 8, 16)  # blue, green, red
     assert np.bincount(held.test_labels).tolist() == [1, 2, 4]
-    train, test = ({image.tobytes() for image in images} for images in (held.train_images, held.test_images))
+    train, test = ({image.tobytes() for image in images} for images in (held.train_images[:], held.test_images[:]))
     assert not train & test
-    assert train | test == {image.tobytes() for image in whole.train_images}
+    assert train | test == {image.tobytes() for image in whole.train_images[:]}

@@ -18,7 +18,7 @@ from export.gates import Margins
 from export.parity import EXIT_CODES, ParityReport, parity_table
 from export.verify import verify_bundle
 from ltkd.bundle import Manifest, open_bundle, record_of
-from ltkd.config import DataConfig, MethodConfig, Recipe, RunConfig
+from ltkd.config import DataConfig, Execution, MethodConfig, Recipe, RunConfig
 from ltkd.data import ImageData
 from ltkd.errors import BundleError, DataError, RunError
 from ltkd.networks import build_network
@@ -40,7 +40,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             method=MethodConfig(name="ce", parameters={}),
             recipe=Recipe(name="one", epochs=1, peak_learning_rate=0.1, schedule="one-cycle"),
             seed=0,
-            device="cpu",
+            execution=Execution(device="cpu"),
             versions={},
         ),
     )

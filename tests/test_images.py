@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ltkd import images
 from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
-from ltkd.images import decode_image, image_size_px, load_image, save_image
+from ltkd.images import decode_image, image_size_px, load_crop, load_image, save_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 RAMP = np.arange(16, dtype=np.uint8) * 16
@@ -264,3 +265,86 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         load_image(tmp_path / "folder.png", 8)
     with pytest.raises(ImageDecodeError, match=r"text\.png: no readable .* header"):
         image_size_px(tmp_path / "text.png")
+
+
+def photograph(path: Path, size_px: tuple[int, int], orientation: int = 1) -> Path:
+    """Smooth shades, which a JPEG keeps almost as they are."""
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    coarse.resize(size_px, Image.Resampling.BICUBIC).save(path, exif=exif, quality=95)
+    return path
+
+
+def test_a_draft_is_close_to_the_whole_image_and_finds_the_same_damage(tmp_path: Path) -> None:
+    path = photograph(tmp_path / "large.jpg", (1030, 770))
+    whole, draft = load_image(path, 64), load_image(path, 64, draft=True)
+    # the decoder's own filter and its rounding of 770 / 8 upwards, on shades that run through all levels in 200 pixels
+    assert np.abs(whole.astype(int) - draft).mean() < 3
+    assert not np.array_equal(whole, draft)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ImageDecodeError, match=r"large\.jpg: the image is damaged or truncated"):
+        load_image(path, 64, draft=True)
+
+
+def test_a_draft_of_what_is_no_jpeg_or_not_larger_is_the_whole_image(tmp_path: Path) -> None:
+    for name, size_px in (("a.png", (1030, 770)), ("a.webp", (1030, 770)), ("a.jpg", (126, 90))):
+        path = photograph(tmp_path / name, size_px)
+        np.testing.assert_array_equal(load_image(path, 64, draft=True), load_image(path, 64))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_box_is_cut_out_of_the_upright_image(tmp_path: Path, kind: str, orientation: int) -> None:
+    path = photograph(tmp_path / f"turned.{kind}", (403, 301), orientation)
+    asked: list[tuple[int, int]] = []
+
+    def choose(width: int, height: int) -> tuple[int, int, int, int]:
+        asked.append((width, height))
+        return 10, 20, 200, 160
+
+    cut = load_crop(path, 32, choose)
+    with Image.open(path) as opened:
+        upright = ImageOps.exif_transpose(opened.convert("RGB"))
+    assert asked == [upright.size] == [(301, 403) if orientation > 4 else (403, 301)]
+    exact = np.asarray(upright.crop((10, 20, 210, 180)).resize((32, 32), Image.Resampling.BILINEAR))
+    if kind == "png":
+        np.testing.assert_array_equal(cut, exact)
+    else:
+        # the decoder scaled down by 4 and rounded 403 / 4 up, so a turned box lies up to a pixel of the result aside;
+        # a box that was turned the wrong way differs by some 60 levels
+        assert np.abs(cut.astype(int) - exact).mean() < 8
+
+
+def test_a_cut_keeps_its_resolution_whatever_the_decoder_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = photograph(tmp_path / "large.jpg", (800, 600))
+    decoded: list[tuple[int, int]] = []
+    upright = images._upright
+
+    def watched(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+        rgb, warnings = upright(image)
+        decoded.append(rgb.size)
+        return rgb, warnings
+
+    monkeypatch.setattr(images, "_upright", watched)
+    for side_px in (32, 63, 64, 127, 128, 255, 256, 599):
+        box = (0, 0, side_px, side_px)
+        load_crop(path, 32, lambda width, height, box=box: box)  # type: ignore[misc]
+    # a box of 128 pixels may shrink to a quarter, one of 127 only by half
+    assert decoded == [(800, 600), (800, 600), (400, 300), (400, 300), (200, 150), (200, 150), (100, 75), (100, 75)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3000, 7)])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_box_of_extreme_shape_is_cut(tmp_path: Path, size: tuple[int, int], kind: str) -> None:
+    path = photograph(tmp_path / f"thin.{kind}", size)
+    assert load_crop(path, 16, lambda width, height: (0, 0, width, height)).shape == (16, 16, 3)
+    assert load_crop(path, 16, lambda width, height: (width - 1, height - 1, 1, 1)).shape == (16, 16, 3)
+
+
+def test_a_cut_of_a_damaged_file_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(ImageTypeError, match=r"a\.png: not a JPEG"):
+        load_crop(tmp_path / "a.png", 8, lambda width, height: (0, 0, width, height))

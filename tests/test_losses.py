@@ -8,12 +8,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ltkd.groups import ClassGroups
-from ltkd.losses import GroupIndex, LTKDLoss, dkd_loss, group_kl, kd_loss, ltkd_loss
+from ltkd.losses import (
+    GroupIndex,
+    LTKDLoss,
+    adjusted_cross_entropy,
+    bkd_loss,
+    dkd_loss,
+    effective_number_weights,
+    group_kl,
+    kd_loss,
+    log_prior,
+    ltkd_loss,
+    without_prior,
+)
 
 # float64 sums of a few dozen terms: far above rounding, far below any real error
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 # the same sums in float32
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
+
+
+COUNTS = torch.tensor([500, 300, 180, 110, 60, 40, 20, 12, 7, 5])
 
 
 def partition(num_classes: int, num_groups: int) -> ClassGroups:
@@ -196,14 +211,16 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert student.grad is not None and teacher.grad is None
 
 
-@pytest.mark.parametrize("loss", ["kd", "dkd", "ltkd"])
+@pytest.mark.parametrize("loss", ["kd", "dkd", "bkd", "ltkd", "adjusted"])
 def test_the_gradient_is_that_of_the_value(loss: str) -> None:
     student, teacher, labels = random_logits(9, num=3, num_classes=5)
     groups = GroupIndex(partition(5, 2))
     functions = {
         "kd": lambda s: kd_loss(s, teacher),
         "dkd": lambda s: dkd_loss(s, teacher, labels),
+        "bkd": lambda s: bkd_loss(s, teacher, effective_number_weights(COUNTS[:5])),
         "ltkd": lambda s: ltkd_loss(s, teacher, groups),
+        "adjusted": lambda s: adjusted_cross_entropy(s, labels, log_prior(COUNTS[:5])),
     }
     assert torch.autograd.gradcheck(functions[loss], student.requires_grad_())
 
@@ -244,3 +261,49 @@ def test_the_modules_running_average_follows_the_teachers_masses() -> None:
     before = module.average_mass_K.clone()
     module(*batches[0][:2])
     assert torch.equal(module.average_mass_K, before)
+
+
+def test_the_module_rescales_nothing_before_its_first_step_of_training() -> None:
+    student, teacher, _ = random_logits(13)
+    groups = partition(10, 3)
+    expected = ltkd_loss(student, teacher, GroupIndex(groups), calibrate=False)
+    torch.testing.assert_close(LTKDLoss(groups, momentum=0.9).eval()(student, teacher), expected, **EXACT)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_bkd_is_distillation_from_weighted_and_renormalised_probabilities(temperature: float) -> None:
+    student, teacher, _ = random_logits(14)
+    weight = (1 - 0.9999) / (1 - 0.9999 ** COUNTS.numpy().astype(float))
+    target = probabilities(teacher, temperature) * weight
+    target /= target.sum(1, keepdims=True)
+    expected = temperature**2 * plain_kl(target, probabilities(student, temperature)).mean()
+    found = bkd_loss(student, teacher, effective_number_weights(COUNTS), temperature=temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_effective_number_weights_average_to_one_over_the_images() -> None:
+    weight = effective_number_weights(COUNTS)
+    assert (weight * COUNTS).sum().item() == pytest.approx(COUNTS.sum().item())
+    by_hand = [(1 - 0.9999) / (1 - 0.9999**count) for count in (500, 5)]
+    assert (weight[9] / weight[0]).item() == pytest.approx(by_hand[1] / by_hand[0], rel=1e-10)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_adjusted_cross_entropy_multiplies_probabilities_by_the_prior(strength: float) -> None:
+    logits, _, labels = random_logits(15)
+    prior = COUNTS.numpy() / COUNTS.sum().item()
+    weighted = np.exp(logits.numpy()) * prior**strength
+    expected = -np.log(weighted[np.arange(7), labels.numpy()] / weighted.sum(1))
+    found = adjusted_cross_entropy(logits, labels, log_prior(COUNTS), strength=strength)
+    assert found.item() == pytest.approx(expected.mean(), rel=1e-10)
+    weight = effective_number_weights(COUNTS)
+    found = adjusted_cross_entropy(logits, labels, log_prior(COUNTS), strength=strength, class_weight_C=weight)
+    assert found.item() == pytest.approx((weight.numpy()[labels.numpy()] * expected).mean(), rel=1e-10)
+
+
+def test_logits_without_the_prior_rank_classes_by_likelihood() -> None:
+    logits, _, _ = random_logits(16)
+    likelihood = probabilities(logits, 1.0) / COUNTS.numpy()
+    found = probabilities(without_prior(logits, log_prior(COUNTS)), 1.0)
+    np.testing.assert_allclose(found, likelihood / likelihood.sum(1, keepdims=True), rtol=1e-10)
+    assert without_prior(logits, log_prior(COUNTS), strength=0.0) is logits

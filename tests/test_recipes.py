@@ -18,5 +18,5 @@ def test_the_recipe_of_the_benchmark_is_the_published_one() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"unknown recipe 'long'; known: demo, short, paper\."):
+    with pytest.raises(UsageError, match=r"unknown recipe 'long'; known: demo, short, paper, adopt\."):
         recipe_of("long")

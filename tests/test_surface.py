@@ -7,11 +7,15 @@ from ltkd.cli import cli
 from ltkd.config import RunConfig
 from ltkd.task import Task
 
-DATA = {"--data", "--gamma", "--groups", "--holdout", "--input-px"}
+DATA = {
+    "--data", "--gamma", "--groups", "--holdout", "--input-px", "--skip-unreadable", "--train-list", "--test-list",
+}  # fmt: skip
+TRAINING = {"--recipe", "--device", "--precision", "--compile"}
+RUN = {"--seed", "--tensorboard", "--out"}
 OPTIONS = {
-    "train": DATA | {"--model", "--recipe", "--device", "--seed", "--out"},
-    "distill": {"--method", "--set", "--model", "--recipe", "--device", "--seed", "--out"},
-    "compare": DATA | {"--teacher-model", "--student-model", "--methods", "--seeds", "--recipe", "--device", "--out"},
+    "train": DATA | TRAINING | RUN | {"--model", "--weights", "--set"},
+    "distill": TRAINING | RUN | {"--method", "--set", "--model", "--teacher-views"},
+    "compare": DATA | TRAINING | {"--teacher-model", "--student-model", "--methods", "--seeds", "--gammas", "--out"},
     "export": {"--out"},
     "verify": set(),
     "serve": {"--host", "--port", "--device", "--max-body-bytes"},
@@ -33,8 +37,8 @@ def test_the_files_on_disk_have_these_fields_and_no_others() -> None:
         "schema_version", "class_names", "train_counts", "groups", "input_px", "mean", "std",
     }  # fmt: skip
     assert set(RunConfig.model_fields) == {
-        "schema_version", "data", "model", "method", "recipe", "seed", "device", "teacher", "teacher_weights_sha256",
-        "versions",
+        "schema_version", "data", "model", "method", "recipe", "seed", "execution", "weights_from",
+        "weights_from_sha256", "teacher", "teacher_weights_sha256", "teacher_views", "versions",
     }  # fmt: skip
     assert set(Manifest.model_fields) == {
         "schema_version", "name", "task", "precisions", "parity", "golden", "certified_on", "source",

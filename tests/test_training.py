@@ -3,27 +3,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_toys import RECIPE, ToyNet, toy_data
+from torch import Tensor, nn
+from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_learner, toy_training
 
-from ltkd.config import Recipe
+from ltkd.config import Execution, Precision, Recipe
 from ltkd.errors import DeviceError, TrainingError
-from ltkd.methods import CE, KD, LTKD, AnyMethod
+from ltkd.methods import BKD, CE, KD, LTKD, Batch, LTKDPlus
 from ltkd.networks import Normalise
 from ltkd.recipes import RECIPES
-from ltkd.training import EpochReport, augment, device_of, learning_rate, predict, train
-
-CPU = torch.device("cpu")
+from ltkd.training import EpochReport, device_of, learning_rate, predict
 
 
 def trained(
-    method: AnyMethod, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None
-) -> tuple[ToyNet, list[EpochReport]]:
+    method: CE, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None, execution: Execution = CPU
+) -> tuple[nn.Module, list[EpochReport]]:
     torch.manual_seed(1)
-    network = ToyNet()
+    learner = toy_learner()
     teacher = ToyNet() if method.needs_teacher else None
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     recipe = recipe if peak is None else recipe.model_copy(update={"peak_learning_rate": peak})
-    return network, list(train(network, optimizer, toy_data(), method, recipe, teacher=teacher, seed=seed, device=CPU))
+    reports = toy_training(learner, method, recipe=recipe, seed=seed, teacher=teacher, execution=execution)
+    return learner.student.network, reports
 
 
 def test_a_network_learns_colours_and_reports_every_epoch() -> None:
@@ -40,8 +39,8 @@ def test_the_test_set_is_looked_at_as_often_as_the_recipe_says_and_after_the_las
     assert [report.accuracy is not None for report in reports] == [False, True, False, True, True]
 
 
-@pytest.mark.parametrize("method", [CE(), KD(), LTKD()])
-def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(method: AnyMethod) -> None:
+@pytest.mark.parametrize("method", [CE(), KD(), BKD(), LTKDPlus()])
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(method: CE) -> None:
     first, again, other = (trained(method, seed=seed)[0].state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -49,16 +48,62 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others
 
 def test_the_teacher_is_not_changed() -> None:
     torch.manual_seed(0)
-    network, teacher = ToyNet(), ToyNet()
+    teacher = ToyNet()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    list(train(network, optimizer, toy_data(), LTKD(), RECIPE, teacher=teacher, seed=0, device=CPU))
+    toy_training(toy_learner(), LTKD(), teacher=teacher)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
-def test_a_loss_that_explodes_stops_with_the_epoch_and_the_rate() -> None:
-    with pytest.raises(TrainingError, match=r"became (nan|inf) in epoch \d+, at learning rate .*; lower the recipe"):
-        trained(CE(), peak=1e30)
+def test_a_loss_that_rises_until_it_is_not_finite_stops_with_step_batch_and_learning_rate() -> None:
+    with pytest.raises(
+        TrainingError,
+        match=r"became (nan|inf) in epoch \d+, step \d+, at learning rate .* on a batch of \d training images "
+        r"\(the first: number \d+, .*\)\. Losses before it: .*\. Likely cause: the loss was rising .*lower the",
+    ):
+        trained(CE(), peak=1e5)
+
+
+def test_a_damaged_teacher_is_the_likely_cause_of_a_first_loss_that_is_not_finite() -> None:
+    teacher = ToyNet()
+    teacher.classifier.bias.data[1] = math.nan
+    with pytest.raises(
+        TrainingError, match=r"epoch 1, step 1, .*before it: none\. Likely cause: .* weights of teacher"
+    ):
+        toy_training(toy_learner(), KD(), teacher=teacher)
+
+
+def test_a_loss_that_is_suddenly_not_finite_points_at_the_images() -> None:
+    class Sudden(ToyNet):
+        calls = 0
+
+        def forward(self, image: Tensor) -> Tensor:
+            self.calls += self.training
+            logits = super().forward(image)
+            return logits * math.inf if self.calls == 4 else logits
+
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4, .*Likely cause: it came without warning: look at the"):
+        toy_training(toy_learner(Sudden()), CE())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_colours_and_keeps_float32_weights(precision: Precision) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 12})
+    execution = Execution(device="cpu", precision=precision)
+    network, reports = trained(LTKDPlus(), recipe, execution=execution)
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert reports[-1].loss < reports[0].loss
+
+
+def test_deferred_weights_and_warm_ups_follow_the_share_of_the_training_done() -> None:
+    seen = []
+
+    class Spy(CE):
+        def __call__(self, batch: Batch) -> Tensor:
+            seen.append(batch.progress)
+            return super().__call__(batch)
+
+    toy_training(toy_learner(), Spy())
+    assert seen == pytest.approx(np.arange(20) / 20)
 
 
 def test_one_cycle_rises_over_a_quarter_and_falls_to_nearly_zero() -> None:
@@ -76,20 +121,6 @@ def test_the_papers_schedule_divides_by_ten_after_each_milestone() -> None:
     assert at == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.00005, 0.00005])
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_augmentation_crops_from_a_black_border_and_mirrors_half_where_allowed(mirror: bool) -> None:
-    pixels = torch.randint(1, 255, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    out = augment(pixels.expand(400, 16, 16, 3).contiguous(), mirror, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(pixels, (0, 0, 2, 2, 2, 2))
-    crops = {padded[top : top + 16, left : left + 16].numpy().tobytes() for top in range(5) for left in range(5)}
-    plain = [image.numpy().tobytes() for image in out if image.numpy().tobytes() in crops]
-    mirrored = [image for image in out.flip(2) if image.contiguous().numpy().tobytes() in crops]
-    assert len(plain) + len(mirrored) == 400
-    assert set(plain) == crops
-    # 400 fair coins: five standard deviations are 50
-    assert abs(len(mirrored) - 200) < 50 if mirror else not mirrored
-
-
 def test_predicting_leaves_the_network_in_its_mode_and_its_statistics() -> None:
     data = toy_data()
     network = torch.nn.Sequential(Normalise(data.task), ToyNet()).train()
@@ -101,11 +132,8 @@ def test_predicting_leaves_the_network_in_its_mode_and_its_statistics() -> None:
 
 
 def test_a_smaller_batch_than_the_recipes_trains_too() -> None:
-    data = toy_data(train_counts=(3, 2, 1))
-    network = ToyNet()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     recipe = RECIPE.model_copy(update={"batch_size": 64})
-    reports = list(train(network, optimizer, data, CE(), recipe, teacher=None, seed=0, device=CPU))
+    reports = toy_training(toy_learner(), CE(), data=toy_data(train_counts=(3, 2, 1)), recipe=recipe)
     assert math.isfinite(reports[-1].loss)
 
 
@@ -113,4 +141,4 @@ def test_a_smaller_batch_than_the_recipes_trains_too() -> None:
 def test_cuda_where_there_is_none_is_refused() -> None:
     with pytest.raises(DeviceError, match="asked for cuda, but torch sees no CUDA device; give --device cpu"):
         device_of("cuda")
-    assert device_of("auto") == CPU
+    assert device_of("auto") == torch.device("cpu")

@@ -3,17 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ltkd.config import DataConfig, Recipe, RunConfig
+from ltkd.batches import batches_of
+from ltkd.config import DataConfig, Execution, Recipe, RunConfig
 from ltkd.data import ImageData
 from ltkd.groups import groups_by_share
 from ltkd.images import save_image
-from ltkd.methods import method_config
+from ltkd.methods import CE, method_config
 from ltkd.runs import Run, run_config
 from ltkd.task import Task
+from ltkd.teacher import Teacher
+from ltkd.training import EpochReport, Learner, Student, train
 
+CPU = Execution(device="cpu")
 RECIPE = Recipe(name="toy", epochs=4, batch_size=8, peak_learning_rate=0.05, schedule="one-cycle", eval_every=2)
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 NAMES = ("red", "green", "blue")
@@ -67,7 +72,15 @@ class ToyNet(nn.Module):
         return self.classifier(self.bn(self.hidden(image.mean((2, 3)))).relu())
 
 
-def toy_config(method: str = "ce", *, seed: int = 0, recipe: Recipe = RECIPE, teacher: Run | None = None) -> RunConfig:
+def toy_config(
+    method: str = "ce",
+    *,
+    seed: int = 0,
+    recipe: Recipe = RECIPE,
+    teacher: Run | None = None,
+    teacher_views: int | None = None,
+    execution: Execution = CPU,
+) -> RunConfig:
     """A configuration of the smallest real network on the toy data."""
     return run_config(
         DataConfig(name="glyphs"),
@@ -75,6 +88,31 @@ def toy_config(method: str = "ce", *, seed: int = 0, recipe: Recipe = RECIPE, te
         method_config(method),
         recipe,
         seed=seed,
-        device="cpu",
+        execution=execution,
         teacher=teacher,
+        teacher_views=teacher_views,
     )
+
+
+def toy_learner(network: nn.Module | None = None) -> Learner:
+    """A network with plain SGD."""
+    student = Student(network or ToyNet())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    return Learner(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def toy_training(
+    learner: Learner,
+    method: CE,
+    *,
+    data: ImageData | None = None,
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    execution: Execution = CPU,
+) -> list[EpochReport]:
+    """Train to the last epoch, on the toy data where no other is given."""
+    data = data or toy_data()
+    batches = batches_of(data, batch_size=recipe.batch_size, seed=seed, device=torch.device("cpu"))
+    taught_by = None if teacher is None else Teacher(teacher, execution)
+    return list(train(learner, data, batches, method, recipe, teacher=taught_by, execution=execution))

@@ -1,0 +1,410 @@
+"""Speed and memory of distillation by ltkd, against a loop as it is usually written and against its own limits.
+
+    python -m benchmarks.training [--compile] [--quick]
+
+Prints a table and writes docs/benchmarks/training.json: every single value, medians, and ratios with their lowest and
+highest. What is compared runs in one go on one machine and in turn (A B A B ...), and a ratio is taken between
+neighbours. Every loop has a process of its own. On CUDA the loops are timed there, and compiled with bfloat16 as well.
+
+The images are made here. Those of 32 px are random noise in memory, as CIFAR lies in memory; noise is no slower and no
+faster than photographs there, because nothing is decoded. Those of 224 px are cut out of JPEG files of 500 x 375 pixels
+and about 40 kB, noise of many scales with about the detail of a photograph.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loops import NUM_CLASSES, PLAIN_WORKERS, Loop, Measured, ltkd_epochs, measured
+from ltkd.batches import Shard, default_workers
+from ltkd.groups import groups_by_share
+from ltkd.longtail import long_tailed_counts
+from ltkd.methods import METHODS, Batch, Classes
+from ltkd.task import Task
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "docs" / "benchmarks" / "training.json"
+
+PLAIN = "plain loop"
+LOSSES = ("kd", "ltkd", "dkd", "bkd")  # the first is what the others are compared with
+TREE_CLASSES = 4
+PHOTO_PX = (500, 375)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        narrow: resnet20 to resnet8 at 32 px.
+        photos: resnet18 to itself at 224 px, from JPEG files.
+        narrow_repeats: Times that every loop of the narrow pair is timed.
+        photo_repeats: The same of the photos.
+        step_rounds: Times that an epoch is trained with every loss, after one that warms up.
+        step_steps: Steps of such an epoch.
+        loss_rounds: Times that every loss alone is timed.
+        loss_calls: Calls that one such time is the mean of.
+        apart: Whether every loop has a process of its own; without that, memory says nothing.
+    """
+
+    narrow: Loop
+    photos: Loop
+    narrow_repeats: int
+    photo_repeats: int
+    step_rounds: int
+    step_steps: int
+    loss_rounds: int
+    loss_calls: int
+    apart: bool = True
+
+
+def full(device: str) -> Plan:
+    """What is reported."""
+    on_gpu = device == "cuda"
+    return Plan(
+        narrow=Loop("ltkd", "resnet20", "resnet8", 32, 64, steps=800 if on_gpu else 100, device=device),
+        photos=Loop(
+            "ltkd",
+            "torchvision/resnet18",
+            "torchvision/resnet18",
+            224,
+            16,
+            steps=100 if on_gpu else 8,
+            device=device,
+        ),
+        narrow_repeats=7,
+        photo_repeats=3,
+        step_rounds=20,
+        step_steps=200 if on_gpu else 20,
+        loss_rounds=15,
+        loss_calls=200,
+    )
+
+
+def quick(device: str) -> Plan:
+    """A smoke test: everything once, at sizes that measure nothing."""
+    return Plan(
+        narrow=Loop("ltkd", "resnet8", "resnet8", 32, 4, steps=2, device=device),
+        photos=Loop("ltkd", "torchvision/resnet18", "torchvision/resnet18", 112, 2, steps=2, workers=0, device=device),
+        narrow_repeats=1,
+        photo_repeats=1,
+        step_rounds=2,
+        step_steps=2,
+        loss_rounds=2,
+        loss_calls=2,
+        apart=False,
+    )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a ratio should be.
+
+    Attributes:
+        at_least: Lowest good ratio; None where lower is better.
+        at_most: Highest good ratio.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __str__(self) -> str:
+        return f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
+
+
+CIFAR_ON_CUDA = Limit(at_least=5)
+LTKD_OVER_KD = Limit(at_most=1.03)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was measured.
+
+    Attributes:
+        part: What it belongs to.
+        what: Its name there.
+        unit: Of the values.
+        values: Every single one.
+        to: What the ratios are taken to, if any.
+        ratios: One a repeat, value over neighbouring value.
+        limit: What the median ratio should be.
+    """
+
+    part: str
+    what: str
+    unit: str
+    values: Sequence[float]
+    to: str | None = None
+    ratios: Sequence[float] = ()
+    limit: Limit | None = None
+
+    def as_record(self) -> dict[str, object]:
+        """Its form in the JSON."""
+        record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **_spread(self.values)}
+        if self.to is not None:
+            record["ratio"] = {
+                "to": self.to,
+                **_spread(self.ratios),
+                "limit": str(self.limit) if self.limit else None,
+            }
+        return record
+
+
+def _spread(values: Sequence[float]) -> dict[str, object]:
+    return {
+        "median": statistics.median(values),
+        "lowest": min(values),
+        "highest": max(values),
+        "values": list(values),
+    }
+
+
+def variants(loop: Loop, *, compiled: bool) -> dict[str, Loop]:
+    """The loops to compare, in the order in which they take turns."""
+    loops = {PLAIN: replace(loop, kind="plain"), "ltkd": loop}
+    if loop.tree is None:
+        loops["ltkd, kept teacher logits"] = replace(loop, views=1)
+    if compiled and loop.device == "cpu":
+        loops["ltkd, compiled"] = replace(loop, compiled=True)
+    if loop.device == "cuda":
+        loops["ltkd, bfloat16, compiled"] = replace(loop, compiled=True, precision="bfloat16")
+    return loops
+
+
+def in_turn(
+    loops: Mapping[str, Loop], repeats: int, *, apart: bool, say: Callable[[str], None]
+) -> dict[str, list[Measured]]:
+    """Time every loop ``repeats`` times: all of them once, then all of them again."""
+    found: dict[str, list[Measured]] = {name: [] for name in loops}
+    for repeat in range(repeats):
+        for name, loop in loops.items():
+            say(f"{loop.teacher} to {loop.student}, {name}, {repeat + 1} of {repeats}")
+            found[name].append(_apart(loop) if apart else measured(loop))
+    return found
+
+
+def _apart(loop: Loop) -> Measured:
+    command = [sys.executable, "-m", "benchmarks.loops", json.dumps(asdict(loop))]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def loop_rows(part: str, found: Mapping[str, Sequence[Measured]], limits: Mapping[str, Limit]) -> list[Row]:
+    """Throughput and memory of every loop beside the plain one."""
+    rows = []
+    for name, runs in found.items():
+        speeds = [run.images_per_s for run in runs]
+        ratios = [run.images_per_s / plain.images_per_s for run, plain in zip(runs, found[PLAIN], strict=True)]
+        compared = (PLAIN, ratios, limits.get(name)) if name != PLAIN else (None, (), None)
+        rows.append(Row(part, name, "images/s", speeds, *compared))
+    for name, runs in found.items():
+        whole = [run.process_mib + run.workers_mib for run in runs]
+        ratios = [mib / (plain.process_mib + plain.workers_mib) for mib, plain in zip(whole, found[PLAIN], strict=True)]
+        compared = (PLAIN, ratios, None) if name != PLAIN else (None, (), None)
+        rows.append(Row(part, f"{name}, peak memory with its workers", "MiB", whole, *compared))
+        rows.append(Row(part, f"{name}, of that its workers", "MiB", [run.workers_mib for run in runs]))
+    return rows
+
+
+def step_milliseconds(loop: Loop, rounds: int) -> dict[str, list[float]]:
+    """A step with every loss: trainings of the same images side by side, an epoch of each in turn."""
+    trainings = {name: ltkd_epochs(replace(loop, method=name), rounds + 2) for name in LOSSES}
+    times: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for round_ in range(rounds + 1):
+        for name in LOSSES if round_ % 2 == 0 else reversed(LOSSES):
+            report = next(trainings[name])
+            if round_ > 0:  # the first warms up
+                times[name].append(1000 * loop.batch_size / report.images_per_s)
+    return times
+
+
+def loss_microseconds(device: str, rounds: int, calls: int, batch_size: int = 64) -> dict[str, list[float]]:
+    """Every loss alone, forwards and backwards, the cross-entropy in it too."""
+    counts = long_tailed_counts([500] * NUM_CLASSES, 100)
+    task = Task(
+        class_names=tuple(map(str, range(NUM_CLASSES))),
+        train_counts=tuple(counts),
+        groups=groups_by_share(counts),
+        input_px=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    classes = Classes(task).to(device)
+    random = torch.Generator().manual_seed(0)
+    student_NC, teacher_NC = torch.randn(2, batch_size, NUM_CLASSES, generator=random).to(device)
+    labels_N = torch.randint(NUM_CLASSES, (batch_size,), generator=random).to(device)
+    batch = Batch(student_NC.clone().requires_grad_(), teacher_NC, labels_N, classes, progress=0.5)
+    times: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for round_ in range(rounds + 1):
+        for name in LOSSES if round_ % 2 == 0 else reversed(LOSSES):
+            method = METHODS[name]()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                batch.student_NC.grad = None
+                method(batch).backward()  # type: ignore[no-untyped-call]
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_ > 0:  # the first warms up
+                times[name].append(1e6 * (time.perf_counter() - begin) / calls)
+    return times
+
+
+def loss_rows(steps: Mapping[str, Sequence[float]], alone: Mapping[str, Sequence[float]]) -> list[Row]:
+    """What a loss costs: in a whole step, alone, and what the second says of the first."""
+    part, kd = "the loss", LOSSES[0]
+    rows = []
+    for what, unit, times in (("a step with", "ms", steps), ("alone:", "us", alone)):
+        for name, values in times.items():
+            ratios = [value / plain for value, plain in zip(values, times[kd], strict=True)]
+            limit = LTKD_OVER_KD if name == "ltkd" and unit == "ms" else None
+            compared = (f"{what} {kd}", ratios, limit) if name != kd else (None, (), None)
+            rows.append(Row(part, f"{what} {name}", unit, values, *compared))
+    # a step varies by more than a loss takes; what the losses alone differ by, over a median step, does not
+    step_us = 1000 * statistics.median(steps[kd])
+    added = [1 + (ltkd - plain) / step_us for ltkd, plain in zip(alone["ltkd"], alone[kd], strict=True)]
+    differences = [ltkd - plain for ltkd, plain in zip(alone["ltkd"], alone[kd], strict=True)]
+    rows.append(
+        Row(part, "ltkd less kd, alone", "us", differences, f"a step with {kd}, plus that", added, LTKD_OVER_KD)
+    )
+    return rows
+
+
+def write_photos(root: Path, num_train: int) -> None:
+    """A tree of class folders with ``num_train`` training images and a test image a class."""
+    for split, count, seed in (("train", num_train, 0), ("test", TREE_CLASSES, 1)):
+        for number in range(count):
+            folder = root / split / f"class{number % TREE_CLASSES}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = photo(np.random.default_rng((seed, number)))
+            Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=85)
+
+
+def photo(random: np.random.Generator) -> NDArray[np.uint8]:
+    """Noise of many scales, strongest where it is coarsest, uint8 [375, 500, 3]."""
+    width, height = PHOTO_PX
+    image_HW3 = 128 + random.normal(0, 6, (height, width, 3))
+    for across, strength in ((4, 60), (8, 40), (24, 22), (72, 20)):
+        coarse = random.normal(0, strength, (3, across * 3 // 4, across)).astype(np.float32)
+        layers = [np.asarray(Image.fromarray(layer).resize(PHOTO_PX, Image.Resampling.BICUBIC)) for layer in coarse]
+        image_HW3 += np.stack(layers, axis=2)
+    return image_HW3.clip(0, 255).astype(np.uint8)
+
+
+def measure(plan: Plan, *, compiled: bool, say: Callable[[str], None]) -> list[Row]:
+    """Everything of a plan."""
+    on_gpu = plan.narrow.device == "cuda"
+    limits = {"ltkd, bfloat16, compiled": CIFAR_ON_CUDA} if on_gpu else {}
+    loops = variants(plan.narrow, compiled=compiled)
+    rows = loop_rows(_named(plan.narrow), in_turn(loops, plan.narrow_repeats, apart=plan.apart, say=say), limits)
+    with tempfile.TemporaryDirectory() as tree:
+        say("making photos")
+        write_photos(Path(tree), plan.photos.num_images)
+        loops = variants(replace(plan.photos, tree=tree), compiled=compiled)
+        rows += loop_rows(_named(plan.photos), in_turn(loops, plan.photo_repeats, apart=plan.apart, say=say), {})
+    say("a step with every loss")
+    steps = step_milliseconds(replace(plan.narrow, steps=plan.step_steps), plan.step_rounds)
+    say("every loss alone")
+    return rows + loss_rows(steps, loss_microseconds(plan.narrow.device, plan.loss_rounds, plan.loss_calls))
+
+
+def _named(loop: Loop) -> str:
+    return f"{loop.teacher} to {loop.student}, {loop.size_px} px, batch {loop.batch_size}"
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """The rows for reading."""
+    table = Table(title="Distillation, against the plain loop and its limits")
+    for column in ("what", "median", "lowest to highest", "ratio", "lowest to highest", "limit"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    part = None
+    for row in rows:
+        if row.part != part:
+            table.add_section()
+            table.add_row(f"[bold]{row.part}")
+            part = row.part
+        ratio = [f"{statistics.median(row.ratios):.3f}", _range(row.ratios, 3)] if row.ratios else ["", ""]
+        table.add_row(
+            row.what,
+            f"{statistics.median(row.values):,.1f} {row.unit}",
+            _range(row.values, 1),
+            *ratio,
+            str(row.limit or ""),
+        )
+    return table
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
+
+
+def hardware(device: str) -> str:
+    """The kind of machine, and nothing that names this one."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    parts = [found[1].strip() if found else platform.machine(), f"{len(os.sched_getaffinity(0))} cores"]
+    return ", ".join([*parts, torch.cuda.get_device_name()] if device == "cuda" else parts)
+
+
+def report(rows: Sequence[Row], plan: Plan, command: str) -> dict[str, object]:
+    """What is written."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "hardware": hardware(plan.narrow.device),
+        "torch_threads": torch.get_num_threads(),
+        "workers": {"plain loop": PLAIN_WORKERS, "ltkd, from files": default_workers(Shard())},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "plan": asdict(plan),
+        "rows": [row.as_record() for row in rows],
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
+    parser.add_argument("--compile", action="store_true", help="on the CPU too, time our loop compiled")
+    parser.add_argument("--quick", action="store_true", help="run everything once at sizes that measure nothing")
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; --quick writes it only where it is given")
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not given.quick else "cpu"
+    plan = quick(device) if given.quick else full(device)
+    console = Console(width=150)
+    rows = measure(plan, compiled=given.compile, say=lambda what: console.print(f"[dim]{what}"))
+    console.print(table_of(rows))
+    if given.quick and given.out == OUT:
+        return
+    flags = [flag for flag, asked in (("--compile", given.compile), ("--quick", given.quick)) if asked]
+    content = report(rows, plan, " ".join(["python -m benchmarks.training", *flags]))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

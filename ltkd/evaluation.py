@@ -1,0 +1,98 @@
+"""What a complete run does on the test images, class by class and against its teacher; kept in the run folder.
+
+Shape legend: N images, C classes, K class groups.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ltkd.data import ImageData
+from ltkd.errors import RunError
+from ltkd.losses import GroupIndex, group_kl, log_prior, without_prior
+from ltkd.networks import Normalise
+from ltkd.records import VersionedRecord, read_record, write_record
+from ltkd.runs import Run, open_run
+from ltkd.training import predict
+
+EVALUATION_FILE = "evaluation.json"
+TEMPERATURE = 4.0  # at which masses and divergences are measured, the temperature of the distillation
+MASS_BATCH = 64  # images in a sum of group masses, the paper's batch
+
+
+class Evaluation(VersionedRecord):
+    """A network on the test images.
+
+    Attributes:
+        class_accuracy: Fraction right of each class's images; None for a class without one.
+        adjusted_class_accuracy: The same after post-hoc logit adjustment of strength 1 (arXiv 2007.07314).
+        batch_masses: For consecutive batches of shuffled test images, the probability that the network gives each
+            group, softened by the temperature and summed over the batch.
+        teacher_kl: For a distilled student, by true group and over all, the mean KL(teacher || student) in nats.
+    """
+
+    class_accuracy: tuple[float | None, ...]
+    adjusted_class_accuracy: tuple[float | None, ...]
+    batch_masses: tuple[tuple[float, ...], ...]
+    teacher_kl: dict[str, float] | None
+
+
+def evaluation_of(run: Run, data: ImageData) -> Evaluation:
+    """Read what was measured before, or measure and keep it.
+
+    Raises:
+        RunError: The run was trained on other images or groups.
+    """
+    if run.task != data.task:
+        raise RunError(f"{run.path} was trained on other images or groups than these; load the data of its config.")
+    path = run.path / EVALUATION_FILE
+    if path.is_file():
+        return read_record(path, Evaluation, RunError)
+    device = torch.device(run.config.execution.device)
+    logits_NC = torch.from_numpy(_logits(run, data, device))
+    teacher = None if run.config.teacher is None else open_run(run.config.teacher)
+    evaluation = Evaluation(
+        class_accuracy=class_accuracy(logits_NC.argmax(1).numpy(), data),
+        adjusted_class_accuracy=class_accuracy(
+            without_prior(logits_NC, log_prior(torch.tensor(data.task.train_counts))).argmax(1).numpy(), data
+        ),
+        batch_masses=_batch_masses(logits_NC, data),
+        teacher_kl=None if teacher is None else _teacher_kl(logits_NC, _logits(teacher, data, device), data),
+    )
+    write_record(path, evaluation)
+    return evaluation
+
+
+def class_accuracy(predicted_N: NDArray[np.int64], data: ImageData) -> tuple[float | None, ...]:
+    """Fraction right of each class's test images; None for a class without one."""
+    num_classes = len(data.task.class_names)
+    total_C = np.bincount(data.test_labels, minlength=num_classes)
+    right_C = np.bincount(data.test_labels[predicted_N == data.test_labels], minlength=num_classes)
+    return tuple(float(right) / int(total) if total else None for right, total in zip(right_C, total_C, strict=True))
+
+
+def _logits(run: Run, data: ImageData, device: torch.device) -> NDArray[np.floating]:
+    network = nn.Sequential(Normalise(data.task), run.load_network()).to(device).to(memory_format=torch.channels_last)
+    return predict(network, data.test_images)
+
+
+def _batch_masses(logits_NC: torch.Tensor, data: ImageData) -> tuple[tuple[float, ...], ...]:
+    mass_NK = GroupIndex(data.task.groups).sum((logits_NC / TEMPERATURE).softmax(1))
+    order_N = torch.randperm(len(mass_NK), generator=torch.Generator().manual_seed(0))
+    whole = [part for part in torch.split(mass_NK[order_N], MASS_BATCH) if len(part) == MASS_BATCH]
+    return tuple(tuple(part.sum(0).tolist()) for part in whole)
+
+
+def _teacher_kl(student_NC: torch.Tensor, teacher: NDArray[np.floating], data: ImageData) -> dict[str, float]:
+    groups = data.task.groups
+    split = group_kl(student_NC, torch.from_numpy(teacher), GroupIndex(groups), temperature=TEMPERATURE)
+    mass_NK = split.teacher_log_mass_NK.exp()
+    across_N = (mass_NK * (split.teacher_log_mass_NK - split.student_log_mass_NK)).sum(1)
+    kl_N = (across_N + (mass_NK * split.within_NK).sum(1)).numpy()
+    group_N = groups.index[data.test_labels]
+    present = [group for group in range(len(groups.names)) if (group_N == group).any()]
+    return {
+        **{groups.names[group]: float(kl_N[group_N == group].mean()) for group in present},
+        "all": float(kl_N.mean()),
+    }

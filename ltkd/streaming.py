@@ -1,0 +1,154 @@
+"""Large images from disk to batches: worker processes decode and cut, a few batches ahead of the training.
+
+Shape legend: B images in the batch, S pixels a side.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from types import FrameType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ltkd.errors import DataError, ImageError
+from ltkd.files import FileImages
+from ltkd.images import Box, load_crop
+
+LEAST_SHARE = 0.25
+"""Of an image's area that a random cut keeps; the customary 0.08 leaves small networks too little to see."""
+
+GRACE_S = 10
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Asked = tuple[int, list[int]]
+"""A batch that is asked of a worker: the epoch and the rows."""
+
+
+def mixed(*numbers: int) -> int:
+    """A seed that is a function of all of them and spread over 64 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class Cuts(Dataset[Tensor | str]):
+    """Random cuts of images on disk; an item is a whole batch.
+
+    Args:
+        files: Which images.
+        mirror: Whether half of the cuts are mirrored.
+        seed: The cut of an image is a function of this, the epoch and its row.
+    """
+
+    def __init__(self, files: FileImages, mirror: bool, seed: int) -> None:
+        from torchvision.transforms.v2 import RandomResizedCrop  # noqa: PLC0415  # takes seconds, only needed here
+
+        self._files, self._mirror, self._seed = files, mirror, seed
+        self._crop = RandomResizedCrop(files.size_px, scale=(LEAST_SHARE, 1.0), antialias=True)
+
+    def __getitem__(self, asked: Asked) -> Tensor | str:
+        """uint8 [B, S, S, 3], or what is wrong with a file: an exception would bring a worker's traceback along."""
+        epoch, rows = asked
+        pixels_BSS3 = np.empty((len(rows), self._files.size_px, self._files.size_px, 3), dtype=np.uint8)
+        try:
+            for place, row in enumerate(rows):
+                pixels_BSS3[place] = self.cut(epoch, row)
+        except ImageError as error:
+            return str(error)
+        return torch.from_numpy(pixels_BSS3)
+
+    def cut(self, epoch: int, row: int) -> NDArray[np.uint8]:
+        """What one image shows in an epoch, uint8 [S, S, 3]; the caller's random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed(self._seed, epoch, row))
+
+            def choose(width: int, height: int) -> Box:
+                # torchvision asks an image for its size and nothing else; this one has no pixels
+                box = self._crop.make_params([torch.empty((1, height, width), device="meta")])
+                return box["left"], box["top"], box["width"], box["height"]
+
+            pixels_SS3 = load_crop(self._files.paths[row], self._files.size_px, choose)
+            mirrored = self._mirror and bool(torch.rand(1) < 0.5)
+        return pixels_SS3[:, ::-1] if mirrored else pixels_SS3
+
+
+class Stream:
+    """Worker processes that fill batches in the order they are asked for; they end when this object does.
+
+    Args:
+        cuts: What a batch is made of.
+        workers: How many processes; with 0 the batches are made here when they are asked for.
+        pinned: Hand the batches over in memory that a GPU copies from by itself.
+    """
+
+    def __init__(self, cuts: Cuts, workers: int, *, pinned: bool) -> None:
+        self._queue = _Queue()
+        apart = workers > 0
+        self._loader = DataLoader(
+            cuts,
+            batch_size=None,  # an item is a batch already
+            sampler=self._queue,
+            num_workers=workers,
+            multiprocessing_context=_context() if apart else None,
+            worker_init_fn=_outlast_signals if apart else None,
+            persistent_workers=apart,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # it draws a seed, which must not come from the caller's random state
+        )
+
+    def batches(self, epoch: int, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Batch after batch, uint8 [B, S, S, 3].
+
+        Raises:
+            DataError: A file has become unreadable; the message names it.
+        """
+        self._queue.asked = [(epoch, rows_B.tolist()) for rows_B in rows]
+        for pixels_BSS3 in self._loader:
+            if isinstance(pixels_BSS3, str):
+                raise DataError(pixels_BSS3)
+            yield pixels_BSS3
+
+
+class _Queue:
+    """What the loader asks of its workers, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+
+    def __iter__(self) -> Iterator[Asked]:
+        return iter(self.asked)
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+
+def _context() -> str:
+    """How workers are started: never by a fork of this process, which has threads, locks and perhaps CUDA."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    # a server that has imported torch once forks each worker in a moment
+    multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
+    resource_tracker.ensure_running()  # first, because it unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the server inherits it, see _outlast_signals
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return "forkserver"
+
+
+def _outlast_signals(worker: int) -> None:
+    """A signal to all processes of a training asks it to stop after its step, for which it needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, _end_soon)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    """End in a while, or at once when told again: the end of a program tells its workers twice and waits."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(GRACE_S)
