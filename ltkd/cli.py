@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so ``--help`` answers at once, 
 This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``.
 """
 
+import ctypes
 import functools
 import math
 import os
@@ -37,6 +38,10 @@ INTERRUPTED = 130
 # How long a thread of torch's OpenMP runtime waits for the others before it sleeps. The runtime's own 300,000 rounds
 # make training twenty times slower as soon as another process wants a core (docs/lab-book.md).
 SPIN_COUNT = "10000"
+
+
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def main() -> None:
@@ -132,6 +137,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
         compiled: bool,
         **others: Any,  # noqa: ANN401  # whatever else the command takes
     ) -> None:
+        _keep_freed_memory()
         command(execution=_execution(device, precision, compiled), **others)
 
     wrapped: Callable[..., None] = with_execution
@@ -298,6 +304,14 @@ def distill(
             click.echo(f"{out} is complete. Next: ltkd export {out} --out BUNDLE")
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep the pages of freed tensors: the kernel's part of a step's time is gone (docs/lab-book.md)."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # glibc alone has it
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            allocator.mallopt(option, 2**30)
+
+
 def _execution(device: str, precision: "Precision" = "float32", compiled: bool = False) -> "Execution":
     from ltkd.config import Execution
     from ltkd.training import device_of
@@ -455,6 +469,7 @@ def pipeline(
     from ltkd.recipes import recipe_of
     from serve.main import classify_files
 
+    _keep_freed_memory()
     console = _console()
     runs, bundle = Path("runs") / name, Path("bundles") / name
     schedule = recipe_of(recipe)

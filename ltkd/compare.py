@@ -1,5 +1,6 @@
 """Methods against each other: teachers and students over several tails and seeds, as tables, one JSON and pictures."""
 
+import functools
 import platform
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +18,15 @@ from rich.table import Table
 from ltkd.config import DataConfig, Execution, MethodConfig, Parameter, Recipe
 from ltkd.data import ImageData, load_data
 from ltkd.errors import DataError, RunError, UsageError
-from ltkd.evaluation import EVALUATION_FILE, MASS_BATCH, TEMPERATURE, Evaluation, evaluation_of
+from ltkd.evaluation import (
+    EVALUATION_FILE,
+    MASS_BATCH,
+    TEMPERATURE,
+    Evaluation,
+    TestLogits,
+    evaluation_of,
+    logits_on_test,
+)
 from ltkd.figures import (
     plot_class_accuracy,
     plot_comparison,
@@ -193,8 +202,8 @@ def compare(
     rows: list[Row] = []
     train_counts: list[tuple[int, ...]] = []
 
-    def note(network: str, run: Run, data: ImageData) -> Comparison:
-        rows.append(_row(network, run, data, out))
+    def note(network: str, run: Run, data: ImageData, teacher_logits: TestLogits) -> Comparison:
+        rows.append(_row(network, run, evaluation_of(run, data, teacher_logits), data, out))
         comparison = Comparison(
             data=experiment.data.model_copy(update={"gamma": gammas[0]}),
             recipe=recipe,
@@ -228,7 +237,8 @@ def compare(
                 execution=experiment.execution,
             )
             teacher = train_run(config, data, folder / TEACHER, console, f"teacher, {title}")
-            comparison = note(TEACHER, teacher, data)
+            teacher_logits = functools.cache(functools.partial(logits_on_test, teacher, data))
+            comparison = note(TEACHER, teacher, data, teacher_logits)
             for each in contestants:
                 taught = method_of(each.method).needs_teacher
                 config = run_config(
@@ -242,7 +252,7 @@ def compare(
                     teacher_views=views if taught and not method_of(each.method).needs_features else None,
                 )
                 run = train_run(config, data, folder / each.folder, console, f"{each.name}, {title}")
-                comparison = note(each.name, run, data)
+                comparison = note(each.name, run, data, teacher_logits)
             _draw(comparison, data.test_labels, out, several_tails=len(gammas) > 1)
     return comparison
 
@@ -261,8 +271,7 @@ def _views(recipe: Recipe, data: ImageData, contestants: Sequence[Contestant]) -
     return recipe.epochs if num_taught > 1 and in_memory and logits_bytes <= KEPT_LOGITS_BYTES else None
 
 
-def _row(network: str, run: Run, data: ImageData, out: Path) -> Row:
-    evaluation = evaluation_of(run, data)
+def _row(network: str, run: Run, evaluation: Evaluation, data: ImageData, out: Path) -> Row:
     return Row(
         network=network,
         model=run.config.model,

@@ -3,6 +3,8 @@
 Shape legend: N images, C classes, K class groups.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,8 +40,16 @@ class Evaluation(VersionedRecord):
     teacher_kl: dict[str, float] | None
 
 
-def evaluation_of(run: Run, data: ImageData) -> Evaluation:
+TestLogits = Callable[[], NDArray[np.floating]]
+
+
+def evaluation_of(run: Run, data: ImageData, teacher_logits: TestLogits | None = None) -> Evaluation:
     """Read what was measured before, or measure and keep it.
+
+    Args:
+        run: A complete run.
+        data: The images of its config.
+        teacher_logits: Gives the test logits of its teacher where the caller has them; None asks the teacher.
 
     Raises:
         RunError: The run was trained on other images or groups.
@@ -49,16 +59,17 @@ def evaluation_of(run: Run, data: ImageData) -> Evaluation:
     path = run.path / EVALUATION_FILE
     if path.is_file():
         return read_record(path, Evaluation, RunError)
-    device = torch.device(run.config.execution.device)
-    logits_NC = torch.from_numpy(_logits(run, data, device))
-    teacher = None if run.config.teacher is None else open_run(run.config.teacher)
+    logits_NC = torch.from_numpy(logits_on_test(run, data))
+    taught = None
+    if run.config.teacher is not None:
+        taught = teacher_logits() if teacher_logits else logits_on_test(open_run(run.config.teacher), data)
     evaluation = Evaluation(
         class_accuracy=class_accuracy(logits_NC.argmax(1).numpy(), data),
         adjusted_class_accuracy=class_accuracy(
             without_prior(logits_NC, log_prior(torch.tensor(data.task.train_counts))).argmax(1).numpy(), data
         ),
         batch_masses=_batch_masses(logits_NC, data),
-        teacher_kl=None if teacher is None else _teacher_kl(logits_NC, _logits(teacher, data, device), data),
+        teacher_kl=None if taught is None else _teacher_kl(logits_NC, taught, data),
     )
     write_record(path, evaluation)
     return evaluation
@@ -72,7 +83,9 @@ def class_accuracy(predicted_N: NDArray[np.int64], data: ImageData) -> tuple[flo
     return tuple(float(right) / int(total) if total else None for right, total in zip(right_C, total_C, strict=True))
 
 
-def _logits(run: Run, data: ImageData, device: torch.device) -> NDArray[np.floating]:
+def logits_on_test(run: Run, data: ImageData) -> NDArray[np.floating]:
+    """Logits [N, C] of a run's network on the test images."""
+    device = torch.device(run.config.execution.device)
     network = nn.Sequential(Normalise(data.task), run.load_network()).to(device).to(memory_format=torch.channels_last)
     return predict(network, data.test_images)
 

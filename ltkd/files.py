@@ -18,7 +18,8 @@ from ltkd.images import load_image
 
 MAX_THREADS = 8
 NAMED = 10
-_BLOCK = 1024  # files under way at once; a future each for a million files would take a gigabyte
+_TASK = 16  # files that a thread is handed at once; small ones are decoded faster than handed over
+_TASKS = 64  # under way at once; a future for every file of millions would fill the memory
 
 Result = TypeVar("Result")
 
@@ -147,6 +148,12 @@ def usable_cores() -> int:
 
 def _in_threads(work: Callable[[int], Result], count: int) -> Iterator[Result]:
     """The results of ``work(0)`` to ``work(count - 1)`` in order; Pillow decodes without Python's lock."""
-    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores(), count) or 1) as threads:
-        for start in range(0, count, _BLOCK):
-            yield from threads.map(work, range(start, min(start + _BLOCK, count)))
+
+    def some(start: int) -> list[Result]:
+        return [work(place) for place in range(start, min(start + _TASK, count))]
+
+    starts = range(0, count, _TASK)
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as threads:
+        for first in range(0, len(starts), _TASKS):
+            for results in threads.map(some, starts[first : first + _TASKS]):
+                yield from results

@@ -173,8 +173,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         warnings.append("animated: the first frame was used")
     rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    upright = image
     if rotated:
+        upright = ImageOps.exif_transpose(image)
         warnings.append("rotated as its EXIF orientation says")
     if upright.mode in _MODES_16_BIT:
         warnings.append("16-bit grey was scaled to 8 bit")
@@ -185,7 +186,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
             warnings.append("transparency was laid on white")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
     else:
-        rgb = upright.convert("RGB")
+        rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
     return rgb, tuple(warnings)
 
 

@@ -28,6 +28,7 @@ class GroupIndex(nn.Module):
 
     class_group_C: Tensor
     member_KC: Tensor
+    other_KC: Tensor
 
     def __init__(self, groups: ClassGroups) -> None:
         super().__init__()
@@ -35,6 +36,7 @@ class GroupIndex(nn.Module):
         group_K1 = torch.arange(len(groups.names)).unsqueeze(1)
         self.register_buffer("class_group_C", class_group_C, persistent=False)
         self.register_buffer("member_KC", group_K1 == class_group_C, persistent=False)
+        self.register_buffer("other_KC", group_K1 != class_group_C, persistent=False)
 
     @property
     def num_groups(self) -> int:
@@ -43,7 +45,7 @@ class GroupIndex(nn.Module):
 
     def logsumexp(self, logits_NC: Tensor) -> Tensor:
         """Log of the summed exponentials of each group's logits, [N, K]."""
-        return logits_NC.unsqueeze(1).masked_fill(~self.member_KC, -torch.inf).logsumexp(2)
+        return logits_NC.unsqueeze(1).masked_fill(self.other_KC, -torch.inf).logsumexp(2)
 
     def sum(self, values_NC: Tensor) -> Tensor:
         """Sum of each group's values, [N, K]."""
@@ -80,8 +82,8 @@ def group_kl(student_NC: Tensor, teacher_NC: Tensor, groups: GroupIndex, *, temp
     """
     student_NC, teacher_NC = _scaled(student_NC, teacher_NC, temperature)
     student_NK, teacher_NK = groups.logsumexp(student_NC), groups.logsumexp(teacher_NC)
-    student_log_q_NC = student_NC - student_NK[:, groups.class_group_C]
-    teacher_log_q_NC = teacher_NC - teacher_NK[:, groups.class_group_C]
+    student_log_q_NC = student_NC - student_NK.index_select(1, groups.class_group_C)
+    teacher_log_q_NC = teacher_NC - teacher_NK.index_select(1, groups.class_group_C)
     return GroupKL(
         student_log_mass_NK=student_NK - student_NC.logsumexp(1, keepdim=True),
         teacher_log_mass_NK=teacher_NK - teacher_NC.logsumexp(1, keepdim=True),

@@ -5,9 +5,8 @@ Shape legend: B images in the batch, S pixels a side.
 
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
-from types import FrameType
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from ltkd.images import Box, load_crop
 
 LEAST_SHARE = 0.25
 """Of an image's area that a random cut keeps; the customary 0.08 leaves small networks too little to see."""
-
-GRACE_S = 10
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Asked = tuple[int, list[int]]
 """A batch that is asked of a worker: the epoch and the rows."""
@@ -85,7 +81,7 @@ class Stream:
     """
 
     def __init__(self, cuts: Cuts, workers: int, *, pinned: bool) -> None:
-        self._queue = _Queue()
+        self._cuts, self._queue = cuts, _Queue()
         apart = workers > 0
         self._loader = DataLoader(
             cuts,
@@ -93,7 +89,7 @@ class Stream:
             sampler=self._queue,
             num_workers=workers,
             multiprocessing_context=_context() if apart else None,
-            worker_init_fn=_outlast_signals if apart else None,
+            worker_init_fn=_ignore_interrupt if apart else None,
             persistent_workers=apart,
             pin_memory=pinned,
             generator=torch.Generator(),  # it draws a seed, which must not come from the caller's random state
@@ -102,14 +98,32 @@ class Stream:
     def batches(self, epoch: int, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batch after batch, uint8 [B, S, S, 3].
 
+        If a worker is killed, by the system for want of memory or by a signal to all processes of a training, what
+        is left is decoded in this process: slower, to the same pixels.
+
         Raises:
             DataError: A file has become unreadable; the message names it.
         """
         self._queue.asked = [(epoch, rows_B.tolist()) for rows_B in rows]
-        for pixels_BSS3 in self._loader:
-            if isinstance(pixels_BSS3, str):
-                raise DataError(pixels_BSS3)
-            yield pixels_BSS3
+        done = 0
+        try:
+            for done, batch in enumerate(self._loader, start=1):
+                yield _refuse_words(batch)
+        except (RuntimeError, OSError, EOFError) as reason:  # what a worker's own code raises is raised again below
+            left = self._queue.asked[done:]
+            warnings.warn(
+                f"a worker process ended ({str(reason).splitlines()[0]}); the last {len(left)} batches of this epoch "
+                "are decoded without workers.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            yield from (_refuse_words(self._cuts[asked]) for asked in left)
+
+
+def _refuse_words(batch: Tensor | str) -> Tensor:
+    if isinstance(batch, str):
+        raise DataError(batch)
+    return batch
 
 
 class _Queue:
@@ -131,24 +145,9 @@ def _context() -> str:
         return "spawn"
     # a server that has imported torch once forks each worker in a moment
     multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
-    resource_tracker.ensure_running()  # first, because it unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the server inherits it, see _outlast_signals
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return "forkserver"
 
 
-def _outlast_signals(worker: int) -> None:
-    """A signal to all processes of a training asks it to stop after its step, for which it needs its workers."""
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training obeys it after a step, for which it needs a batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, _end_soon)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _end_soon(number: int, frame: FrameType | None) -> None:
-    """End in a while, or at once when told again: the end of a program tells its workers twice and waits."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(GRACE_S)

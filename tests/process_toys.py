@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -185,6 +186,8 @@ def drive() -> None:
     ltkd.recipes.RECIPES["toy"] = lambda: RECIPE
     runs.SAVE_EVERY_S = float(os.environ.get("TOY_SAVE_EVERY_S", "0"))
     runs.AGREE_EVERY = 1
+    # too large at first, so that the scale is soon another one and steps are left out
+    torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**20)  # type: ignore[misc, assignment]
     torch.set_num_threads(1)
     pause_s = float(os.environ.get("TOY_PAUSE_S", "0"))
     if pause_s:

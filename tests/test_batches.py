@@ -283,19 +283,39 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
-def test_signals_to_the_whole_group_leave_the_workers_to_the_training(tmp_path: Path) -> None:
+def test_signals_to_the_whole_group_leave_the_training_its_last_batches(tmp_path: Path) -> None:
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
     root = photographs(tmp_path / "photographs")
     with subprocess.Popen(
-        [sys.executable, script, root], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, script, root],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as training:
         assert training.stdout
         assert training.stdout.readline() == "ready\n"
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(training.pid, number)
-        assert training.stdout.readline() == "7\n"
-        assert training.wait() == 0
+        said, warned = training.communicate()
+        assert (said, training.returncode) == ("7\n", 0)
+        assert "Traceback" not in warned
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")
+def test_an_epoch_whose_worker_is_killed_ends_with_the_same_images_and_a_warning(streamed: ImageData) -> None:
+    others = {process.pid for process in multiprocessing.active_children()}
+    whole = list(on_disk(streamed, batch_size=1).epoch(0))
+    batches = on_disk(streamed, batch_size=1, workers=1)
+    epoch = batches.epoch(0)
+    seen = [next(epoch)]
+    (worker,) = (process for process in multiprocessing.active_children() if process.pid not in others)
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.warns(RuntimeWarning, match=r"a worker process ended \(.*\); the last \d+ batches of this epoch are"):
+        seen += epoch
+    assert same(seen, whole)
+    assert same(list(batches.epoch(0)), whole)  # by a new worker
 
 
 @pytest.mark.parametrize("workers", [0, 1])

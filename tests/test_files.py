@@ -65,8 +65,14 @@ def test_a_look_finds_every_unreadable_file_and_counts_the_levels_of_the_others(
 def test_more_files_than_are_under_way_at_once_are_all_read(
     photographs: FileImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "_BLOCK", 2)
-    np.testing.assert_array_equal(photographs[:], [load_image(path, 16) for path in photographs.paths])
+    monkeypatch.setattr(files_module, "_TASK", 2)
+    monkeypatch.setattr(files_module, "_TASKS", 2)
+    expected = np.stack([load_image(path, 16) for path in photographs.paths])
+    np.testing.assert_array_equal(look_at(photographs, keep=True).images_NSS3, expected)
+    photographs.paths[5].write_bytes(b"")
+    assert list(look_at(photographs, keep=True).problems) == [5]
+    photographs = photographs.take(np.array([0, 1, 2, 3, 4, 6]))
+    np.testing.assert_array_equal(photographs[:], expected[[0, 1, 2, 3, 4, 6]])
 
 
 def test_the_levels_of_a_channel_are_counted() -> None:
