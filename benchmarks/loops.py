@@ -144,7 +144,7 @@ def ltkd_epochs(
             Teacher(taught_by, execution)
             if loop.views is None
             else CachedTeacher(
-                taught_by, execution, Path(kept), seed=0, num_images=len(data.train_labels), views=loop.views
+                taught_by, execution, Path(kept), drawn_by="seed0", num_images=len(data.train_labels), views=loop.views
             )
         )
         yield from train(learner, data, batches, method, recipe, teacher=teacher, execution=execution, on_step=on_step)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ltkd.data import ImageData
 from ltkd.errors import UsageError
 from ltkd.files import FileImages, usable_cores
-from ltkd.streaming import Cuts, Stream, mixed
+from ltkd.streaming import Cuts, Stream
 
 MAX_WORKERS = 8
 
@@ -71,7 +71,7 @@ def batches_of(
         seed: Seed of order and augmentation.
         device: Where the pixels go.
         shard: The share of this process.
-        views: Give every image this many augmentations and no more, in turn over the epochs, so that what a teacher
+        views: Give every image the augmentations of this many epochs and no more, in turn, so that what a teacher
             says of them can be kept. None makes new ones every epoch.
         workers: Processes that decode images on disk; 0 decodes in this one. None takes as many as the cores allow.
 
@@ -180,38 +180,39 @@ class InMemory:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         device = self._images_NSS3.device
-        random = self._plan.generator(epoch)
-        order_N = self._plan.order(random)
-        # the draws of a whole epoch at once: a resumed one skips none of them, and no step waits for small copies
-        crops, on_device_N = self._crops(epoch, order_N, random).to(device), order_N.to(device)
+        order_N, crops = self._drawn(epoch)
+        if self._views is not None and epoch >= self._views:  # what each image showed in the epoch of its view
+            order_of_view_N, crops = self._drawn(epoch % self._views)
+            crops = crops[order_of_view_N.argsort()[order_N]]
+        crops, on_device_N = crops.to(device), order_N.to(device)
         for share in self._plan.shares(first_step):
             yield cut(self._images_NSS3[on_device_N[share]], crops[share]), order_N[share]
 
-    def _crops(self, epoch: int, order_N: Tensor, random: torch.Generator) -> Crops:
-        """The cuts of an epoch, in its order."""
+    def _drawn(self, epoch: int) -> tuple[Tensor, Crops]:
+        """The order of an epoch and its cuts, in that order.
+
+        Those of a whole epoch at once: one that is resumed skips none, and no step waits for small copies.
+        """
+        random = self._plan.generator(epoch)
+        order_N = self._plan.order(random)
         size_px = self._images_NSS3.shape[1]
-        if self._views is not None:
-            view = torch.Generator().manual_seed(mixed(self._plan.seed, epoch % self._views))
-            return draw_crops(len(order_N), size_px, self._mirror, view)[order_N]
         batches = [
             draw_crops(len(rows_B), size_px, self._mirror, random)
             for rows_B in torch.split(order_N, self._plan.batch_size)
         ]
         tops, lefts, mirrored = zip(*((crops.top_N, crops.left_N, crops.mirrored_N) for crops in batches), strict=True)
-        return Crops(torch.cat(tops), torch.cat(lefts), torch.cat(mirrored) if self._mirror else None)
+        return order_N, Crops(torch.cat(tops), torch.cat(lefts), torch.cat(mirrored) if self._mirror else None)
 
 
 class Streamed:
     """Batches of images that stay on disk, decoded and cut by worker processes a few batches ahead.
 
-    What image n shows in epoch e is a function of (seed, e, n) alone, whatever the number of workers. The workers
-    live from the first epoch until the batches are dropped, or an epoch is left before its end.
+    What image n shows in epoch e is a function of (seed, e, n) alone, whatever the number of workers.
     """
 
     def __init__(self, files: FileImages, mirror: bool, plan: Plan, device: torch.device, workers: int) -> None:
-        self._cuts = Cuts(files, mirror, plan.seed)
-        self._plan, self._device, self._workers = plan, device, workers
-        self._stream: Stream | None = None
+        self._stream = Stream(Cuts(files, mirror, plan.seed), workers, pinned=device.type == "cuda")
+        self._plan, self._device = plan, device
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,14 +221,8 @@ class Streamed:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order_N = self._plan.order(self._plan.generator(epoch))
         rows = [order_N[share] for share in self._plan.shares(first_step)]
-        stream = self._stream or Stream(self._cuts, self._workers, pinned=self._device.type == "cuda")
-        self._stream = None  # an epoch that is left early takes its workers with it
-        try:
-            for pixels_BSS3, rows_B in zip(stream.batches(epoch, rows), rows, strict=True):
-                yield pixels_BSS3.to(self._device, non_blocking=True), rows_B
-            self._stream = stream
-        finally:
-            del stream  # the traceback of an error would keep it, and the end of the program would wait for it
+        for pixels_BSS3, rows_B in zip(self._stream.batches(epoch, rows), rows, strict=True):
+            yield pixels_BSS3.to(self._device, non_blocking=True), rows_B
 
 
 def augment(pixels_BSS3: Tensor, mirror: bool, random: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``
 """
 
 import ctypes
+import errno
 import functools
 import math
 import os
@@ -34,6 +35,7 @@ MODEL_HELP = "A network of ltkd.networks.MODELS, torchvision/NAME, timm/NAME or 
 METHODS_HELP = "ltkd, ltkd_plus, kd, dkd, bkd or reviewkd."
 
 INTERRUPTED = 130
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # How long a thread of torch's OpenMP runtime waits for the others before it sleeps. The runtime's own 300,000 rounds
 # make training twenty times slower as soon as another process wants a core (docs/lab-book.md).
@@ -57,6 +59,12 @@ def main() -> None:
         sys.exit(128 + stop.signal_number)
     except LtkdError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror}; make room and give the same command again.", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
@@ -320,10 +328,12 @@ def _execution(device: str, precision: "Precision" = "float32", compiled: bool =
 
 
 def _train(config: "RunConfig", out: Path, title: str, ranks: "Ranks", tensorboard: bool) -> None:
-    from ltkd.data import load_data
+    from ltkd.display import shown_loading
     from ltkd.runs import train_run
 
-    train_run(config, load_data(config.data), out, _console(), title, ranks=ranks, tensorboard=tensorboard)
+    console = _console(quiet=not ranks.leads)
+    data = shown_loading(config.data, console)
+    train_run(config, data, out, console, title, ranks=ranks, tensorboard=tensorboard)
 
 
 @cli.command(short_help="Train by several methods, tails and seeds; tables and plots.")
@@ -464,7 +474,7 @@ def pipeline(
     from export.certify import export_run
     from ltkd.compare import Experiment, comparison_tables, contestant
     from ltkd.compare import compare as run_comparison
-    from ltkd.data import load_data
+    from ltkd.display import shown_loading
     from ltkd.images import save_image
     from ltkd.recipes import recipe_of
     from serve.main import classify_files
@@ -473,7 +483,7 @@ def pipeline(
     console = _console()
     runs, bundle = Path("runs") / name, Path("bundles") / name
     schedule = recipe_of(recipe)
-    images = load_data(data_config)
+    images = shown_loading(data_config, console)
     experiment = Experiment(
         data=data_config,
         recipe=schedule,
@@ -484,16 +494,16 @@ def pipeline(
         gammas=[data_config.gamma],
         execution=_execution(device),
     )
-    comparison = run_comparison(experiment, runs, console, load=lambda config: images)
+    comparison = run_comparison(experiment, runs, console, load=lambda config, console: images)
     for table in comparison_tables(comparison):
         console.print(table)
     _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images))
-    rarest = images.task.train_counts.index(min(images.task.train_counts))
+    counts = images.task.train_counts
+    rarest = min(np.unique(images.test_labels).tolist(), key=lambda label: counts[label])
     sample = runs / "tail.png"
     save_image(images.test_images[np.flatnonzero(images.test_labels == rarest)[:1]][0], sample)
     console.print(
-        f"\nOne image of the rarest class, {images.task.class_names[rarest]} "
-        f"({images.task.train_counts[rarest]} training images):",
+        f"\nOne image of the rarest class, {images.task.class_names[rarest]} ({counts[rarest]} training images):",
         highlight=False,
     )
     click.echo(_sentence(sample, classify_files(bundle, [sample])[0]))
@@ -509,10 +519,10 @@ def _own_name() -> str:
     return "ltkd" if shutil.which("ltkd") else sys.argv[0]
 
 
-def _console() -> "Console":
+def _console(quiet: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=quiet)
 
 
 def _conclude(export: "Export") -> None:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ltkd.config import DataConfig, Execution, MethodConfig, Parameter, Recipe
-from ltkd.data import ImageData, load_data
+from ltkd.data import ImageData
+from ltkd.display import shown_loading
 from ltkd.errors import DataError, RunError, UsageError
 from ltkd.evaluation import (
     EVALUATION_FILE,
@@ -182,7 +183,11 @@ class Experiment:
 
 
 def compare(
-    experiment: Experiment, out: Path, console: Console, *, load: Callable[[DataConfig], ImageData] = load_data
+    experiment: Experiment,
+    out: Path,
+    console: Console,
+    *,
+    load: Callable[[DataConfig, Console], ImageData] = shown_loading,
 ) -> Comparison:
     """Train a teacher and a student by every method, for every tail and seed, in folders below ``out``.
 
@@ -222,7 +227,7 @@ def compare(
 
     for gamma in gammas:
         tailed = experiment.data.model_copy(update={"gamma": gamma})
-        data = load(tailed)
+        data = load(tailed, console)
         train_counts.append(data.task.train_counts)
         views = _views(recipe, data, contestants)
         for seed in experiment.seeds:

@@ -4,10 +4,23 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from ltkd.config import DataConfig
+from ltkd.data import ImageData, load_data
 from ltkd.training import EpochReport, Progress
+
+
+def shown_loading(config: DataConfig, console: Console) -> ImageData:
+    """Load a data set with a bar over its files, and say how many were left out."""
+    columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        data = load_data(config, lambda done, total: bar.update(task, completed=done, total=total))
+    if data.skipped:
+        console.print(f"left out {data.skipped:,} unreadable images", highlight=False)
+    return data
 
 
 class TrainingDisplay:

@@ -436,7 +436,7 @@ def _teacher(config: RunConfig, network: nn.Module | None, method: CE, num_image
         network,
         config.execution,
         config.teacher / LOGITS_FOLDER,
-        seed=config.seed,
+        drawn_by=f"seed{config.seed}-batch{config.recipe.batch_size}",
         num_images=num_images,
         views=config.teacher_views,
     )

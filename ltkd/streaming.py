@@ -4,7 +4,9 @@ Shape legend: B images in the batch, S pixels a side.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -72,7 +74,9 @@ class Cuts(Dataset[Tensor | str]):
 
 
 class Stream:
-    """Worker processes that fill batches in the order they are asked for; they end when this object does.
+    """Worker processes that fill batches in the order they are asked for.
+
+    They live from the first epoch until this object is dropped, or an epoch is left before its end.
 
     Args:
         cuts: What a batch is made of.
@@ -81,19 +85,9 @@ class Stream:
     """
 
     def __init__(self, cuts: Cuts, workers: int, *, pinned: bool) -> None:
-        self._cuts, self._queue = cuts, _Queue()
-        apart = workers > 0
-        self._loader = DataLoader(
-            cuts,
-            batch_size=None,  # an item is a batch already
-            sampler=self._queue,
-            num_workers=workers,
-            multiprocessing_context=_context() if apart else None,
-            worker_init_fn=_ignore_interrupt if apart else None,
-            persistent_workers=apart,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # it draws a seed, which must not come from the caller's random state
-        )
+        self._cuts, self._workers, self._pinned = cuts, workers, pinned
+        self._queue = _Queue()
+        self._loader: DataLoader[Tensor | str] | None = None
 
     def batches(self, epoch: int, rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batch after batch, uint8 [B, S, S, 3].
@@ -104,20 +98,38 @@ class Stream:
         Raises:
             DataError: A file has become unreadable; the message names it.
         """
-        self._queue.asked = [(epoch, rows_B.tolist()) for rows_B in rows]
+        asked = self._queue.asked = [(epoch, rows_B.tolist()) for rows_B in rows]
+        loader, self._loader = self._loader or self._start(), None
         done = 0
         try:
-            for done, batch in enumerate(self._loader, start=1):
+            for batch in loader:
                 yield _refuse_words(batch)
-        except (RuntimeError, OSError, EOFError) as reason:  # what a worker's own code raises is raised again below
-            left = self._queue.asked[done:]
+                done += 1
+            self._loader = loader
+        except (RuntimeError, OSError, EOFError) as reason:  # what the cuts themselves raise is raised again below
             warnings.warn(
-                f"a worker process ended ({str(reason).splitlines()[0]}); the last {len(left)} batches of this epoch "
-                "are decoded without workers.",
+                f"a worker process ended ({str(reason).partition(chr(10))[0]}); the last {len(asked) - done} batches "
+                "of this epoch are decoded without workers.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            yield from (_refuse_words(self._cuts[asked]) for asked in left)
+            yield from (_refuse_words(self._cuts[batch]) for batch in asked[done:])
+        finally:
+            del loader  # the traceback of an error would keep it, and the end of the program would wait for it
+
+    def _start(self) -> DataLoader[Tensor | str]:
+        apart = self._workers > 0
+        return DataLoader(
+            self._cuts,
+            batch_size=None,  # an item is a batch already
+            sampler=self._queue,
+            num_workers=self._workers,
+            multiprocessing_context=_context() if apart else None,
+            worker_init_fn=_begin_worker if apart else None,
+            persistent_workers=apart,
+            pin_memory=self._pinned,
+            generator=torch.Generator(),  # it draws a seed, which must not come from the caller's random state
+        )
 
 
 def _refuse_words(batch: Tensor | str) -> Tensor:
@@ -148,6 +160,17 @@ def _context() -> str:
     return "forkserver"
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training obeys it after a step, for which it needs a batch."""
+def _begin_worker(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the training; but end whenever it has ended.
+
+    A training that is killed can tell nobody, and torch watches the parent, which is the server here.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_training, daemon=True).start()
+
+
+def _end_with_the_training() -> None:
+    training = multiprocessing.parent_process()
+    if training is not None:
+        training.join()
+        os._exit(1)

@@ -62,13 +62,13 @@ class CachedTeacher(Teacher):
 
     With ``views`` fixed views of every image, epoch e shows view ``e % views``: the teacher runs in the first epoch
     that shows a view and is read from disk after that. It changes what a student sees only where ``views`` is less than
-    the number of epochs; students with one seed share the files.
+    the number of epochs; students with one seed and batch size share the files.
 
     Args:
         network: As in ``Teacher``, like ``execution``.
         execution: Where and how it runs.
         folder: Where the logits are kept, one file a view.
-        seed: The seed that draws the views.
+        drawn_by: What the views are drawn from; a part of the files' names.
         num_images: N.
         views: Different views of every image.
     """
@@ -79,12 +79,12 @@ class CachedTeacher(Teacher):
         execution: Execution,
         folder: Path,
         *,
-        seed: int,
+        drawn_by: str,
         num_images: int,
         views: int,
     ) -> None:
         super().__init__(network, execution)
-        self._folder, self._seed, self._num_images, self._views = folder, seed, num_images, views
+        self._folder, self._drawn_by, self._num_images, self._views = folder, drawn_by, num_images, views
         self._file = folder
         self._known = False
         self._logits_NC = torch.empty(0)
@@ -96,7 +96,7 @@ class CachedTeacher(Teacher):
         Raises:
             RunError: The file of the view is damaged.
         """
-        self._file = self._folder / f"seed{self._seed}-view{epoch % self._views}-{self._precision}.safetensors"
+        self._file = self._folder / f"{self._drawn_by}-view{epoch % self._views}-{self._precision}.safetensors"
         self._known = self._file.is_file()
         if self._known:
             self._logits_NC = self._read().to(self._device)

@@ -3,7 +3,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +117,13 @@ def test_views_come_round_again_whatever_the_order() -> None:
     assert epochs[2] == epochs[5]
     assert list(epochs[0]) != list(epochs[3])  # the order is another one
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert by_row(in_memory(views=3, batch_size=5), 4) == epochs[4]  # nor does the batch size matter
     assert by_row(in_memory(views=3, seed=4), 0) != epochs[0]
+
+
+def test_the_first_epochs_of_views_are_those_without_them() -> None:
+    with_views, without = in_memory(views=3), in_memory()
+    assert all(same(list(with_views.epoch(epoch)), list(without.epoch(epoch))) for epoch in range(3))
+    assert not same(list(with_views.epoch(3)), list(without.epoch(3)))
 
 
 def test_batches_are_drawn_without_touching_the_random_state_of_the_caller() -> None:
@@ -262,7 +269,7 @@ def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: 
 
 
 SIGNALLED = """
-import signal, sys, time
+import multiprocessing, signal, sys, time
 import torch
 from ltkd.batches import batches_of
 from ltkd.data import data_config, load_data
@@ -274,33 +281,50 @@ if __name__ == "__main__":
     data = load_data(data_config(sys.argv[1], None, "share", 128))
     batches = batches_of(data, batch_size=2, seed=0, device=torch.device("cpu"), workers=1).epoch(0)
     next(batches)
-    print("ready", flush=True)
+    print("ready", multiprocessing.active_children()[0].pid, flush=True)
     while len(noted) < 2:
         time.sleep(0.01)
     print(len(list(batches)))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
-def test_signals_to_the_whole_group_leave_the_training_its_last_batches(tmp_path: Path) -> None:
+@pytest.fixture
+def signalled(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A training in a process group of its own that has seen its first batch, and its worker's process id."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
-    root = photographs(tmp_path / "photographs")
-    with subprocess.Popen(
-        [sys.executable, script, root],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as training:
+    command = [sys.executable, str(script), str(photographs(tmp_path / "photographs"))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as training:
         assert training.stdout
-        assert training.stdout.readline() == "ready\n"
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.killpg(training.pid, number)
-        said, warned = training.communicate()
-        assert (said, training.returncode) == ("7\n", 0)
-        assert "Traceback" not in warned
+        ready, worker = training.stdout.readline().split()
+        assert ready == "ready"
+        yield training, int(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
+def test_signals_to_the_whole_group_leave_the_training_its_last_batches(
+    signalled: tuple[subprocess.Popen[str], int],
+) -> None:
+    training, _ = signalled
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(training.pid, number)
+    said, warned = training.communicate()
+    assert (said, training.returncode) == ("7\n", 0)
+    assert "Traceback" not in warned
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")
+def test_workers_end_with_a_training_that_is_killed(signalled: tuple[subprocess.Popen[str], int]) -> None:
+    training, worker = signalled
+    training.kill()
+    training.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(1000):  # ten seconds
+            os.kill(worker, 0)
+            time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")

@@ -1,5 +1,6 @@
 """The front door: what it says when something is wrong, and with which exit code."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from training_toys import write_tree
 
 from export import certify
-from ltkd import cli
+from ltkd import cli, display
 from ltkd.networks import build_network
 from ltkd.runs import open_run
 
@@ -172,6 +173,17 @@ def test_forty_images_with_a_class_of_two_go_the_whole_way_without_an_option(ltk
     assert ltkd("verify", bundle)[0] == 0
     code, out, _ = ltkd("classify", bundle, *(tree / "test" / "red").iterdir())
     assert code == 0 and out.count("by group: head") == 4
+
+
+def test_a_full_disk_is_one_line_wherever_it_happens(
+    ltkd: Ltkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: object, on_file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "compare.json")
+
+    monkeypatch.setattr(display, "load_data", full)
+    words = ("train", "--data", write_tree(tmp_path / "tree"), "--out", tmp_path / "run")
+    one_line(ltkd(*words), "compare.json: No space left on device; make room and give the same command again")
 
 
 def test_a_missing_package_is_answered_with_the_extra_that_has_it(ltkd: Ltkd, monkeypatch: pytest.MonkeyPatch) -> None:

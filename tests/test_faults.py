@@ -112,7 +112,8 @@ def test_a_signal_saves_in_mid_epoch_and_says_how_to_go_on(
     done = train(folder, kind, out, TOY_END=f"{number.name}:step:8", TOY_SAVE_EVERY_S="1000")
     assert done.code == code
     stopped = re.fullmatch(
-        rf"stopped in {out} after epoch (\d) of 3 and ([1-4]) of 5 steps; saved\. The same command goes on from there\.",
+        rf"stopped in {out} after epoch (\d) of 3 and ([1-4]) of 5 steps; saved\. "
+        r"The same command goes on from there\.",
         done.said.splitlines()[-1],
     )
     assert stopped is not None

@@ -105,7 +105,7 @@ def test_a_view_that_was_seen_in_part_after_going_on_is_not_kept(
         train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
     torn = train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
     kept = sorted(path.name for path in (taught_by.path / LOGITS_FOLDER).iterdir())
-    assert kept == [f"seed0-view{view}-float32.safetensors" for view in (0, 2, 3)]
+    assert kept == [f"seed0-batch8-view{view}-float32.safetensors" for view in (0, 2, 3)]
     passes.clear()
     whole = train_run(config, toy_data(), tmp_path / "whole", QUIET, "toy")
     assert sum(passes) == NUM_IMAGES  # the second view, and it is kept now
