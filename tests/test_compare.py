@@ -35,7 +35,7 @@ EVERY_PICTURE = {PLOT_FILE, TEACHER_KL_FILE, TEACHER_MASSES_FILE, CLASS_ACCURACY
 NUM_TEST = 30  # of each of three classes: enough for a batch of group masses
 
 
-def toys(config: DataConfig) -> ImageData:
+def toys(config: DataConfig, console: Console) -> ImageData:
     """The colours, with a longer tail where one is asked for."""
     return toy_data((24, 10, 3) if config.gamma is None else (20, 8, int(20 / config.gamma)), NUM_TEST)
 
