@@ -81,19 +81,19 @@ def full(device: str) -> Plan:
     """What is reported."""
     on_gpu = device == "cuda"
     return Plan(
-        narrow=Loop("ltkd", "resnet20", "resnet8", 32, 64, steps=800 if on_gpu else 100, device=device),
+        narrow=Loop("ltkd", "resnet20", "resnet8", 32, 64, steps=800 if on_gpu else 60, device=device),
         photos=Loop(
             "ltkd",
             "torchvision/resnet18",
             "torchvision/resnet18",
             224,
             16,
-            steps=100 if on_gpu else 8,
+            steps=100 if on_gpu else 5,
             device=device,
         ),
-        narrow_repeats=7,
+        narrow_repeats=5,
         photo_repeats=3,
-        step_rounds=20,
+        step_rounds=20 if on_gpu else 10,
         step_steps=200 if on_gpu else 20,
         loss_rounds=15,
         loss_calls=200,
@@ -131,7 +131,7 @@ class Limit:
         return f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
 
 
-CIFAR_ON_CUDA = Limit(at_least=5)
+CIFAR_ON_CUDA, CIFAR_ON_CPU, PHOTOS_ON_CPU = Limit(at_least=5), Limit(at_least=1.5), Limit(at_least=1)
 LTKD_OVER_KD = Limit(at_most=1.03)
 
 
@@ -312,14 +312,15 @@ def photo(random: np.random.Generator) -> NDArray[np.uint8]:
 def measure(plan: Plan, *, compiled: bool, say: Callable[[str], None]) -> list[Row]:
     """Everything of a plan."""
     on_gpu = plan.narrow.device == "cuda"
-    limits = {"ltkd, bfloat16, compiled": CIFAR_ON_CUDA} if on_gpu else {}
+    limits = {"ltkd, bfloat16, compiled": CIFAR_ON_CUDA} if on_gpu else {"ltkd": CIFAR_ON_CPU}
     loops = variants(plan.narrow, compiled=compiled)
     rows = loop_rows(_named(plan.narrow), in_turn(loops, plan.narrow_repeats, apart=plan.apart, say=say), limits)
     with tempfile.TemporaryDirectory() as tree:
         say("making photos")
         write_photos(Path(tree), plan.photos.num_images)
         loops = variants(replace(plan.photos, tree=tree), compiled=compiled)
-        rows += loop_rows(_named(plan.photos), in_turn(loops, plan.photo_repeats, apart=plan.apart, say=say), {})
+        limits = {} if on_gpu else {"ltkd": PHOTOS_ON_CPU}
+        rows += loop_rows(_named(plan.photos), in_turn(loops, plan.photo_repeats, apart=plan.apart, say=say), limits)
     say("a step with every loss")
     steps = step_milliseconds(replace(plan.narrow, steps=plan.step_steps), plan.step_rounds)
     say("every loss alone")

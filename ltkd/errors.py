@@ -12,8 +12,8 @@
     ├── BundleError         a bundle
     └── DeviceError         an execution device that is not there
 
-A message says what was seen, what was expected and what to do. Commands print it in one line and exit
-with 2 (a stopped training with 128 plus the signal); any other exception is a bug and shows its traceback.
+A message says what was seen, what was expected and what to do. Commands print it, in one line but for lists of files,
+and exit with 2 (a stopped training with 128 plus the signal); any other exception is a bug and shows its traceback.
 """
 
 

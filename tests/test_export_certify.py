@@ -134,12 +134,22 @@ def test_exporting_twice_gives_the_same_bundle(made: Export, run_dir: Path, tmp_
 
 
 @pytest.mark.usefixtures("convert_no_more")
-def test_too_few_images_leave_no_bundle_but_the_candidate_and_its_report(run_dir: Path, tmp_path: Path) -> None:
+def test_too_few_images_leave_no_bundle_but_the_candidate_and_its_report(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify_module, "topped_up", lambda data, margins: (data.test_images, data.test_labels, 0))
     export = export_run(run_dir, tmp_path / "tiny", data=data_of(40))
     assert export.report.verdict == "INCONCLUSIVE"
     assert export.path == tmp_path / "rejected" / "tiny"
     assert set(content_of(export.path)) == {"candidate.onnx", "parity.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["rejected"]
+
+
+def test_too_few_images_are_topped_up_with_views_and_the_report_says_so(run_dir: Path, tmp_path: Path) -> None:
+    export = export_run(run_dir, tmp_path / "tiny", data=data_of(40))
+    assert export.report.verdict == "PASS"
+    assert "the 240 test images of glyphs, too few to certify alone, and 1," in export.report.data.description
+    assert export.report.data.num_images >= 3 * 539
 
 
 def test_a_failing_gate_leaves_the_earlier_bundle_untouched(
