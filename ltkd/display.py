@@ -15,7 +15,8 @@ from ltkd.training import EpochReport, Progress
 def shown_loading(config: DataConfig, console: Console) -> ImageData:
     """Load a data set with a bar over its files, and say how many were left out."""
     columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=console, transient=True) as bar:
+    # a bar that is not drawn, as in a file, would still leave an empty line
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         data = load_data(config, lambda done, total: bar.update(task, completed=done, total=total))
     if data.skipped:
@@ -43,6 +44,7 @@ class TrainingDisplay:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(
             title,
