@@ -36,4 +36,4 @@ paper: install ## the published table, on a GPU: DATA=tree of CIFAR-100 or cifar
 
 bench: install ## the journey and the training loop, against their limits
 	$(BIN)/python benchmarks/journey.py
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python -m benchmarks.training

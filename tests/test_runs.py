@@ -277,3 +277,13 @@ def test_a_teacher_of_another_task_is_refused(complete: Run, tmp_path: Path) -> 
 def test_a_method_that_needs_a_teacher_is_refused_without_one() -> None:
     with pytest.raises(UsageError, match="method 'ltkd' needs a teacher; use: ltkd distill TEACHER --method ltkd"):
         toy_config("ltkd")
+
+
+def test_tensorboard_shows_what_metrics_jsonl_has(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train_run(toy_config(), toy_data(), tmp_path / "run", QUIET, "toy", tensorboard=True)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx({int(line["epoch"]): line["loss"] for line in run.metrics})
+    assert {"accuracy_tail", "accuracy_all", "learning_rate", "images_per_s"} <= set(events.Tags()["scalars"])
