@@ -303,7 +303,7 @@ def _learner(config: RunConfig, network: nn.Module, taught_by: nn.Module | None,
     """The network on its device, with what its method adds and what moves it."""
     device, fusion = torch.device(config.execution.device), None
     if method_of(config.method).needs_features and taught_by is not None:
-        fusion = ReviewFusion.between(network, taught_by, input_px)
+        fusion = ReviewFusion.between(network, taught_by, input_px, seed=config.seed)
     student = Student(network, fusion).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         student.parameters(),
