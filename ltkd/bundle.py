@@ -1,9 +1,11 @@
 """The bundle: a directory that holds a certified model and all that is needed to serve and trust it.
 
     model.onnx      the network; input ``image`` uint8 [N, S, S, 3], output ``logits`` float32 [N, C]
+    model.fp16.onnx, model.int8.onnx   the same in other precisions, where they passed
     manifest.json   this module's Manifest
-    parity.json     what was proved before the bundle was written
-    golden.npz      images of every group with the logits expected of them
+    parity.json     what was proved before the bundle was written; parity.html shows it
+    golden.npz      images of every group with the logits expected of them in each precision
+    README.md       the model card
 
 A bundle is written beside its place and renamed, so it is whole or absent, and never edited afterwards.
 """
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from ltkd.calibration import Calibration
 from ltkd.errors import BundleError
 from ltkd.records import Record, VersionedRecord, read_record, sha256_of
 from ltkd.task import Task
@@ -29,6 +32,7 @@ from ltkd.task import Task
 Precision = Literal["fp32", "fp16", "int8"]
 MODEL_FILES: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 MANIFEST_FILE, PARITY_FILE, GOLDEN_FILE = "manifest.json", "parity.json", "golden.npz"
+REPORT_FILE, CARD_FILE = "parity.html", "README.md"
 
 
 class FileRecord(Record):
@@ -44,6 +48,18 @@ class FileRecord(Record):
         if Path(path).name != path:
             raise ValueError(f"a bundle's files lie directly in it, got {path!r}")
         return path
+
+
+class CertifiedModel(FileRecord):
+    """A model that passed every gate.
+
+    Attributes:
+        provider: The execution provider of ONNX Runtime on which it passed.
+        calibration: What its confidence means in each group, in the order of the task's groups.
+    """
+
+    provider: str
+    calibration: Calibration
 
 
 class Source(Record):
@@ -66,6 +82,14 @@ class Source(Record):
     versions: dict[str, str]
 
 
+GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
+"""How far golden logits may move on other hardware, as a share of the largest.
+
+Other kernels and another order of sums move float32 logits by some 1e-5 in networks of a hundred layers; a wrong weight
+file, input order or preprocessing moves them by 1e-1 and more.
+"""
+
+
 class Manifest(VersionedRecord):
     """What a bundle says of itself.
 
@@ -74,22 +98,27 @@ class Manifest(VersionedRecord):
         task: Classes, groups and preprocessing.
         precisions: The certified models; ``fp32`` is always there.
         parity: The report of the gates that were passed.
+        report: The same for people.
+        card: The model card.
         golden: Images with the logits expected of them.
         certified_on: Which images the gates were run on, in words.
         source: The run behind the bundle.
     """
 
+    schema_version: int = 2
     name: str
     task: Task
-    precisions: dict[Precision, FileRecord]
+    precisions: dict[Precision, CertifiedModel]
     parity: FileRecord
+    report: FileRecord
+    card: FileRecord
     golden: FileRecord
     certified_on: str
     source: Source
 
     @field_validator("precisions")
     @classmethod
-    def _fp32_is_there(cls, precisions: dict[Precision, FileRecord]) -> dict[Precision, FileRecord]:
+    def _fp32_is_there(cls, precisions: dict[Precision, CertifiedModel]) -> dict[Precision, CertifiedModel]:
         if "fp32" not in precisions:
             raise ValueError(f"a bundle has an fp32 model, got {list(precisions)}")
         return precisions
@@ -97,27 +126,28 @@ class Manifest(VersionedRecord):
     @property
     def files(self) -> list[FileRecord]:
         """Every file that the manifest vouches for."""
-        return [*self.precisions.values(), self.parity, self.golden]
+        return [*self.precisions.values(), self.parity, self.report, self.card, self.golden]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Samples of every group with the logits that the certified fp32 model gave them.
+    """Samples of every group with the logits that each certified model gave them.
 
     Attributes:
         images_MSS3: uint8 [M, S, S, 3].
         labels_M: int64 [M].
-        logits_MC: float32 [M, C].
+        logits: Of each precision float32 [M, C].
     """
 
     images_MSS3: NDArray[np.uint8]
     labels_M: NDArray[np.int64]
-    logits_MC: NDArray[np.float32]
+    logits: dict[Precision, NDArray[np.float32]]
 
     def to_bytes(self) -> bytes:
         """The content of golden.npz; equal samples give equal bytes."""
         file = io.BytesIO()
-        np.savez(file, images=self.images_MSS3, labels=self.labels_M, logits=self.logits_MC)
+        logits = {f"logits_{precision}": logits_MC for precision, logits_MC in self.logits.items()}
+        np.savez(file, images=self.images_MSS3, labels=self.labels_M, **logits)
         return file.getvalue()
 
 
@@ -148,12 +178,14 @@ class Bundle:
         path, task = self.path / self.manifest.golden.path, self.manifest.task
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                golden = Golden(arrays["images"], arrays["labels"], arrays["logits"])
+                logits = {precision: arrays[f"logits_{precision}"] for precision in self.manifest.precisions}
+                golden = Golden(arrays["images"], arrays["labels"], logits)
         except Exception as reason:  # whatever NumPy throws at damaged bytes means just this
             raise BundleError(f"{path} holds no golden samples ({_first_line(reason)}); export again.") from None
-        shapes = [array.shape for array in (golden.images_MSS3, golden.labels_M, golden.logits_MC)]
+        shapes = [array.shape for array in (golden.images_MSS3, golden.labels_M, *golden.logits.values())]
         num = len(golden.labels_M) if golden.labels_M.ndim else 0
-        if not num or shapes != [(num, task.input_px, task.input_px, 3), (num,), (num, len(task.class_names))]:
+        logits_shapes = [(num, len(task.class_names))] * len(golden.logits)
+        if not num or shapes != [(num, task.input_px, task.input_px, 3), (num,), *logits_shapes]:
             raise BundleError(f"{path} holds golden samples of other shapes than its task has {shapes}; export again.")
         return golden
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ltkd.bundle import Bundle, Golden, Manifest, Precision
+from ltkd.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Precision
 from ltkd.errors import BundleError, DeviceError
 from serve.cores import num_cores
 
@@ -28,7 +28,6 @@ CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",  # the gates certified float32, not a shortened one
 }
-GOLDEN_TOLERANCE = 1e-3
 _SILENT = 4  # ONNX Runtime's errors come as exceptions too; printed, they would say everything twice
 
 _log = logging.getLogger(__name__)
@@ -101,13 +100,10 @@ def open_session(model_path: Path, device: Device) -> ort.InferenceSession:
 def replay(engine: Engine, golden: Golden) -> None:
     """Hold the engine's logits against those that were certified.
 
-    The tolerance is relative to the largest logit. Other kernels and another order of sums move float32 logits by some
-    1e-5 of it in networks of a hundred layers; a wrong weight file, input order or preprocessing moves them by 1e-1.
-
     Raises:
         BundleError: They differ.
     """
-    expected_MC = golden.logits_MC
+    expected_MC = golden.logits[engine.precision]
     num_classes = len(engine.manifest.task.class_names)
     if expected_MC.shape != (len(golden.images_MSS3), num_classes):
         raise BundleError(
@@ -123,7 +119,7 @@ def replay(engine: Engine, golden: Golden) -> None:
             f"the model gives logits of shape {list(seen_MC.shape)} for the golden samples, "
             f"expected {list(expected_MC.shape)}; export again."
         )
-    allowed = GOLDEN_TOLERANCE * max(1.0, float(np.abs(expected_MC).max(initial=0)))
+    allowed = GOLDEN_TOLERANCE[engine.precision] * max(1.0, float(np.abs(expected_MC).max(initial=0)))
     difference = float(np.abs(seen_MC - expected_MC).max(initial=0))
     if not difference <= allowed:  # written so that NaN is refused too
         raise BundleError(

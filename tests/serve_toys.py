@@ -23,10 +23,13 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from ltkd.bundle import (
+    CARD_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     MODEL_FILES,
     PARITY_FILE,
+    REPORT_FILE,
+    CertifiedModel,
     FileRecord,
     Golden,
     Manifest,
@@ -34,6 +37,14 @@ from ltkd.bundle import (
     Source,
     record_of,
     staged_bundle,
+)
+from ltkd.calibration import (
+    Abstention,
+    Calibration,
+    ConfidenceBin,
+    GroupCalibration,
+    Proportion,
+    SetThreshold,
 )
 from ltkd.groups import ClassGroups
 from ltkd.records import write_record
@@ -117,24 +128,53 @@ def write_toy_bundle(path: Path, golden_shift: float = 0.0, model: onnx.ModelPro
         model: Another network than the toy.
     """
     images = np.stack([toy_pixels(seed) for seed in range(6)])
-    golden = Golden(images, np.arange(6), expected_logits(images) + np.float32(golden_shift))
+    golden = Golden(images, np.arange(6), {"fp32": expected_logits(images) + np.float32(golden_shift)})
     with staged_bundle(path) as stage:
         (stage / MODEL_FILES["fp32"]).write_bytes((model or toy_model()).SerializeToString())
-        (stage / PARITY_FILE).write_text("{}")
         (stage / GOLDEN_FILE).write_bytes(golden.to_bytes())
-        manifest = toy_manifest(
-            record_of(stage / MODEL_FILES["fp32"]), record_of(stage / PARITY_FILE), record_of(stage / GOLDEN_FILE)
-        )
-        write_record(stage / MANIFEST_FILE, manifest)
+        for file in (PARITY_FILE, REPORT_FILE, CARD_FILE):
+            (stage / file).write_text("{}")
+        names = (MODEL_FILES["fp32"], PARITY_FILE, REPORT_FILE, CARD_FILE, GOLDEN_FILE)
+        write_record(stage / MANIFEST_FILE, toy_manifest(*(record_of(stage / file) for file in names)))
     return path
 
 
-def toy_manifest(model: FileRecord, parity: FileRecord, golden: FileRecord) -> Manifest:
+def toy_calibration(temperature: float = 1.0) -> Calibration:
+    """Round figures: expected accuracy 0.25 up to a confidence of one half and 0.75 above, abstention below 0.4."""
+
+    def share(value: float) -> Proportion:
+        return Proportion(value=value, low=value - 0.1, high=value + 0.1, n=40)
+
+    return tuple(
+        GroupCalibration(
+            group=group,
+            temperature=temperature,
+            expected_accuracy=(
+                ConfidenceBin(above=0.0, up_to=0.5, accuracy=share(0.25)),
+                ConfidenceBin(above=0.5, up_to=1.0, accuracy=share(0.75)),
+            ),
+            abstention=Abstention(target_precision=0.7, threshold=0.4, coverage=0.8, precision=share(0.75)),
+            prediction_set=SetThreshold(
+                target_coverage=0.9, least_probability=0.1, num_images=40, low=0.8, high=0.97, coverage=share(0.875)
+            ),
+            predicted_share=1 / 3,
+            confidence_counts=(0, 0, 1, 2, 3, 4, 5, 4, 3, 2),
+        )
+        for group in GROUPS.names
+    )
+
+
+def toy_manifest(
+    model: FileRecord, parity: FileRecord, report: FileRecord, card: FileRecord, golden: FileRecord
+) -> Manifest:
+    certified = CertifiedModel(**model.model_dump(), provider="CPUExecutionProvider", calibration=toy_calibration())
     return Manifest(
         name="toy",
         task=TASK,
-        precisions={"fp32": model},
+        precisions={"fp32": certified},
         parity=parity,
+        report=report,
+        card=card,
         golden=golden,
         certified_on="six random images",
         source=Source(
@@ -160,7 +200,7 @@ class ToyEngine:
 
 def toy_engine(breaks: bool = False) -> ToyEngine:
     nothing = FileRecord(path="model.onnx", sha256="f" * 64, num_bytes=0)
-    return ToyEngine(toy_manifest(nothing, nothing, nothing), breaks=breaks)
+    return ToyEngine(toy_manifest(*[nothing] * 5), breaks=breaks)
 
 
 @contextmanager

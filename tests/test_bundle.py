@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ltkd.bundle import (
+    CertifiedModel,
+    FileRecord,
     Golden,
     Manifest,
     Source,
@@ -29,7 +31,9 @@ TASK = Task(
     std=(0.2, 0.2, 0.2),
 )
 GOLDEN = Golden(
-    np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3), np.array([0, 1, 1]), np.ones((3, 2), np.float32)
+    np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3),
+    np.array([0, 1, 1]),
+    {"fp32": np.ones((3, 2), np.float32)},
 )
 
 
@@ -37,19 +41,26 @@ def write_bundle(out: Path, model: bytes = b"model", golden: bytes | None = None
     """A whole bundle with nothing in it that runs."""
     with staged_bundle(out) as stage:
         (stage / "model.onnx").write_bytes(model)
-        (stage / "parity.json").write_text("{}")
+        for name in ("parity.json", "parity.html", "README.md"):
+            (stage / name).write_text("{}")
         (stage / "golden.npz").write_bytes(GOLDEN.to_bytes() if golden is None else golden)
         manifest = Manifest(
             name="toy",
             task=TASK,
-            precisions={"fp32": record_of(stage / "model.onnx")},
+            precisions={"fp32": certified(record_of(stage / "model.onnx"))},
             parity=record_of(stage / "parity.json"),
+            report=record_of(stage / "parity.html"),
+            card=record_of(stage / "README.md"),
             golden=record_of(stage / "golden.npz"),
             certified_on="three images",
             source=Source(run="r", config_sha256="0", weights_sha256="0", model="m", method="ce", versions={}),
         )
         write_record(stage / "manifest.json", manifest)
     return out
+
+
+def certified(model: FileRecord) -> CertifiedModel:
+    return CertifiedModel(**model.model_dump(), provider="CPUExecutionProvider", calibration=())
 
 
 def names_in(folder: Path) -> list[str]:
@@ -67,8 +78,11 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert bundle.manifest.task == TASK
     assert bundle.model_path("fp32").read_bytes() == b"model"
     golden = bundle.golden()
-    for name in ("images_MSS3", "labels_M", "logits_MC"):
-        seen, expected = getattr(golden, name), getattr(GOLDEN, name)
+    for seen, expected in (
+        (golden.images_MSS3, GOLDEN.images_MSS3),
+        (golden.labels_M, GOLDEN.labels_M),
+        (golden.logits["fp32"], GOLDEN.logits["fp32"]),
+    ):
         assert seen.dtype == expected.dtype
         assert np.array_equal(seen, expected)
     assert names_in(tmp_path / "new") == ["toy"]
@@ -86,7 +100,7 @@ def test_a_path_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "parity.json", "golden.npz"])
+@pytest.mark.parametrize("name", ["model.onnx", "parity.json", "parity.html", "README.md", "golden.npz"])
 def test_a_changed_and_a_missing_file_are_noticed(tmp_path: Path, name: str) -> None:
     file = write_bundle(tmp_path / "toy") / name
     content = bytearray(file.read_bytes())
@@ -139,10 +153,16 @@ def single_array() -> bytes:
         (b"no archive", "no golden samples"),
         (GOLDEN.to_bytes()[:300], "no golden samples"),
         (single_array(), "no golden samples"),
-        (arrays(images=GOLDEN.images_MSS3), "no golden samples .*labels"),
-        (arrays(images=np.array([{}]), labels=GOLDEN.labels_M, logits=GOLDEN.logits_MC), "no golden samples .*Object"),
-        (Golden(GOLDEN.images_MSS3, GOLDEN.labels_M, np.ones((3, 5), np.float32)).to_bytes(), "other shapes"),
-        (Golden(GOLDEN.images_MSS3[:0], GOLDEN.labels_M[:0], GOLDEN.logits_MC[:0]).to_bytes(), "other shapes"),
+        (arrays(images=GOLDEN.images_MSS3), "no golden samples .*logits_fp32"),
+        (
+            arrays(images=np.array([{}]), labels=GOLDEN.labels_M, logits_fp32=GOLDEN.logits["fp32"]),
+            "no golden samples .*Object",
+        ),
+        (Golden(GOLDEN.images_MSS3, GOLDEN.labels_M, {"fp32": np.ones((3, 5), np.float32)}).to_bytes(), "other shapes"),
+        (
+            Golden(GOLDEN.images_MSS3[:0], GOLDEN.labels_M[:0], {"fp32": np.ones((0, 2), np.float32)}).to_bytes(),
+            "other shapes",
+        ),
     ],
 )
 def test_golden_samples_that_are_none_are_refused(tmp_path: Path, golden: bytes, said: str) -> None:

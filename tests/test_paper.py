@@ -19,7 +19,11 @@ ROOT = Path(__file__).parent.parent
 def words_of_make_paper(data: Path) -> list[str]:
     """What ``make paper`` would run, after the name of the command."""
     done = subprocess.run(
-        ["make", "--no-print-directory", "-n", "-o", "install", "paper", f"DATA={data}"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "-o", "install", "paper", f"DATA={data}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     words = shlex.split(done.stdout.replace("\\\n", " "))
     return words[words.index(".venv/bin/ltkd") + 1 :]
