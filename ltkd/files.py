@@ -17,7 +17,6 @@ from ltkd.errors import DataError, ImageError
 from ltkd.images import load_image
 
 MAX_THREADS = 8
-NAMED = 10
 _TASK = 16  # files that a thread is handed at once; small ones are decoded faster than handed over
 _TASKS = 64  # under way at once; a future for every file of millions would fill the memory
 
@@ -118,17 +117,14 @@ def look_at(
 
 
 def unreadable(problems: Sequence[str], num_files: int) -> DataError:
-    """The error that names the first of the files that cannot be read and counts the others."""
-    named, more = [*problems[:NAMED]], len(problems) - NAMED
-    if more > 0:
-        named.append(f"and {more:,} more")
+    """The error that names every file that cannot be read."""
     return DataError(
         f"{len(problems):,} of {num_files:,} images are unreadable; repair or remove them, or leave them out with "
-        f"--skip-unreadable:{_listed(named)}"
+        f"--skip-unreadable:{_listed(problems)}"
     )
 
 
-def _listed(lines: list[str]) -> str:
+def _listed(lines: Sequence[str]) -> str:
     """A few in the same line, more of them one a line."""
     return " " + " | ".join(lines) if len(lines) <= 3 else "".join(f"\n  {line}" for line in lines)
 

@@ -90,9 +90,7 @@ def test_the_size_can_be_asked_for(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("input_px", [None, 12, 128])
-def test_every_unreadable_image_of_both_sets_is_counted_and_the_first_ten_are_named(
-    tree: Path, input_px: int | None
-) -> None:
+def test_every_unreadable_image_of_both_sets_is_counted_and_named(tree: Path, input_px: int | None) -> None:
     for name, content in {"train/ant/001.png": b"text", "train/bee/000.png": b"\x89PNG\r\n\x1a\n"}.items():
         (tree / name).write_bytes(content)
     (tree / "test" / "cat" / "000.png").unlink()
@@ -105,8 +103,7 @@ def test_every_unreadable_image_of_both_sets_is_counted_and_the_first_ten_are_na
         path.write_bytes(b"text")
     with pytest.raises(DataError, match=r"13 of 15 images are unreadable") as error:
         load(tree, input_px=input_px)
-    assert str(error.value).count(".png: ") == 10
-    assert str(error.value).endswith("\n  and 3 more")
+    assert str(error.value).count(".png: ") == 13
 
 
 @pytest.mark.parametrize("input_px", [12, 128])

@@ -81,12 +81,11 @@ def test_the_levels_of_a_channel_are_counted() -> None:
     assert levels.sum() == 6
 
 
-def test_three_unreadable_files_share_a_line_and_more_of_them_have_one_each_up_to_ten() -> None:
+def test_every_unreadable_file_is_named_three_of_them_in_one_line_and_more_in_one_each() -> None:
     problems = [f"{number}.png: damaged" for number in range(14)]
     assert "\n" not in str(unreadable(problems[:3], 50))
     assert str(unreadable(problems[:1], 1234)).startswith("1 of 1,234 images are unreadable; repair or remove them")
-    assert str(unreadable(problems, 50)).count("\n") == 11
-    assert str(unreadable(problems, 50)).endswith("9.png: damaged\n  and 4 more")
+    assert str(unreadable(problems, 50)).splitlines()[1:] == [f"  {problem}" for problem in problems]
 
 
 def test_at_least_one_core_is_usable() -> None:
