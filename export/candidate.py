@@ -3,24 +3,38 @@
 Shape legend: N images, S side in pixels, C classes.
 """
 
+import contextlib
+import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 
+from ltkd.cores import num_cores
 from ltkd.errors import BundleError, DeviceError, ImageError
 from ltkd.files import Images
 from ltkd.task import Task
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 INPUT, OUTPUT = "image", "logits"
 DOMAINS = ("", "ai.onnx")
 MAX_BYTES = 1_000_000_000
 BATCH_SIZE = 256
+_SILENT = 4  # errors of ONNX Runtime arrive as exceptions; on the console they would be told twice
+INSTRUCTION_SETS = {  # as the kernel names them, fastest at int8 first
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "avx512bw": "avx512",
+    "avx2": "avx2",
+    "i8mm": "i8mm",
+    "asimddp": "dotprod",
+}
 
 
 def model_metadata(task: Task) -> dict[str, str]:
@@ -65,24 +79,92 @@ def read_model(content: bytes) -> ModelProto:
     return model
 
 
-def open_session(content: bytes) -> InferenceSession:
-    """Open a model on the CPU, with every node of it there.
+def open_session(content: bytes, provider: str = CPU, *, tf32: bool = False) -> InferenceSession:
+    """Open a model on a provider, with every node of it there.
+
+    Args:
+        content: The ONNX file.
+        provider: CPU or CUDA.
+        tf32: On CUDA, whether float32 may be shortened to TF32; what is certified is not.
 
     Raises:
         BundleError: ONNX Runtime cannot open the model.
-        DeviceError: ONNX Runtime put a node elsewhere.
+        DeviceError: The provider does not work here, or ONNX Runtime would put a node elsewhere.
     """
     options = SessionOptions()
-    options.log_severity_level = 4  # its errors arrive as exceptions; on the console they would be told twice
+    options.log_severity_level = _SILENT
+    options.intra_op_num_threads = num_cores()
+    options.inter_op_num_threads = 1
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = _on_cuda(content, options, tf32=tf32) if provider == CUDA else _opened(content, options, CPU, {})
+    elsewhere = {part.ep_name for part in session.get_provider_graph_assignment_info()} - {provider}
+    if elsewhere:
+        raise DeviceError(
+            f"asked for {provider}, but ONNX Runtime put nodes on {', '.join(elsewhere)}; install it anew."
+        )
+    return session
+
+
+def cuda_works() -> bool:
+    """Whether ONNX Runtime can run a model on CUDA here, found out by opening a small one."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in (INPUT, OUTPUT)]
+    graph = helper.make_graph([helper.make_node("Relu", [INPUT], [OUTPUT])], "relu", value[:1], value[1:])
+    smallest = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     try:
-        session = InferenceSession(content, options, providers=[CPU])
+        open_session(smallest.SerializeToString(), CUDA)
+    except DeviceError:
+        return False
+    return True
+
+
+def _on_cuda(content: bytes, options: SessionOptions, *, tf32: bool) -> InferenceSession:
+    if CUDA not in onnxruntime.get_available_providers():
+        raise _no_cuda("the installed ONNX Runtime was built without CUDA")
+    onnxruntime.set_default_logger_severity(_SILENT)  # the provider complains of missing libraries by itself
+    missing = _preload()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = _opened(content, options, CUDA, {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"})
+    except BundleError:
+        open_session(content)  # what does not open on the CPU either is the model's own fault
+        raise _no_cuda(missing or "ONNX Runtime would run a part of the model on the CPU") from None
+    if session.get_providers()[0] != CUDA:
+        raise _no_cuda(missing or "its CUDA provider did not load")
+    return session
+
+
+def _preload() -> str:
+    """Load the CUDA libraries that lie in Python packages; the answer is the first that is missing."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        onnxruntime.preload_dlls()
+    return next((line.rstrip(".") for line in printed.getvalue().splitlines() if line.startswith("Failed to load")), "")
+
+
+def _opened(content: bytes, options: SessionOptions, provider: str, settings: dict[str, str]) -> InferenceSession:
+    try:
+        session = InferenceSession(content, options, providers=[(provider, settings)], enable_fallback=0)
     except Exception as reason:  # ONNX Runtime has a dozen error types and no parent for them
         raise BundleError(f"ONNX Runtime cannot open the model ({_first_line(reason)}); export again.") from None
-    elsewhere = {part.ep_name for part in session.get_provider_graph_assignment_info()} - {CPU}
-    if elsewhere:
-        raise DeviceError(f"asked for {CPU}, but ONNX Runtime put nodes on {', '.join(elsewhere)}; install it anew.")
+    session.disable_fallback()
     return session
+
+
+def _no_cuda(cause: str) -> DeviceError:
+    return DeviceError(
+        f"asked for {CUDA}, which does not run here: {cause}. It needs an NVIDIA GPU, onnxruntime-gpu (without "
+        "onnxruntime beside it) and the CUDA and cuDNN libraries that it was built for."
+    )
+
+
+def isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The vector instructions that decide how int8 is computed on this machine; ``unknown`` where it does not say."""
+    try:
+        said = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:  # neither macOS nor Windows has it
+        said = None
+    flags = set(said[1].split()) if said else set()
+    return next((name for flag, name in INSTRUCTION_SETS.items() if flag in flags), "unknown")
 
 
 def run(session: InferenceSession, images: Images, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:

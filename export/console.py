@@ -1,101 +1,104 @@
-"""The parity report: what was held against what, on which images, and what came out."""
+"""The parity report for a console: a table a candidate with a row a group, its gates, and what its confidence means."""
 
-import hashlib
+from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from export.gates import Gate, GroupParity, Margins, Verdict
-from export.statistics import CONFIDENCE
-from ltkd.bundle import Precision
-from ltkd.files import Images
-from ltkd.records import Record, VersionedRecord
-
-EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
-"""What a command that certifies exits with; 2 is kept for usage and input."""
-
-HASHED_AT_ONCE = 256
+from export.parity import CandidateReport, ParityReport, Verdict
+from ltkd.calibration import Calibration, GroupCalibration, Proportion
 
 _STYLES: dict[Verdict, str] = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
 
 
-class Runtime(Record):
-    """What ran the candidate."""
-
-    onnxruntime: str
-    provider: str
-
-
-class CertifyData(Record):
-    """The images that the gates were run on; they chose nothing before.
-
-    Attributes:
-        description: Which they are, in words.
-        sha256: Of the images, then the labels, as they lie in memory.
-    """
-
-    description: str
-    num_images: int
-    sha256: str
+def print_report(report: ParityReport, console: Console) -> None:
+    """Print the report: for every candidate its table, what the gates object to, and its confidence per group."""
+    for candidate in report.candidates:
+        for part in _candidate(report, candidate):
+            console.print(part, soft_wrap=isinstance(part, Text))
+    console.print(
+        f"held against each other on {report.data.description}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-class ParityReport(VersionedRecord):
-    """The content of parity.json.
-
-    Attributes:
-        reference: What the candidate was held against.
-        candidate_sha256: Of the ONNX file.
-        versions: Package name to version, of what converted and certified.
-        confidence: Of every limit in the report, one-sided.
-        gates: In order; a candidate that fails G0 cannot be asked further.
-        groups: One row a group, then ``all``; none when G0 failed.
-    """
-
-    verdict: Verdict
-    precision: Precision
-    reference: str = "torch float32"
-    candidate_sha256: str
-    runtime: Runtime
-    versions: dict[str, str]
-    data: CertifyData
-    margins: Margins
-    confidence: float = CONFIDENCE
-    gates: tuple[Gate, ...]
-    groups: tuple[GroupParity, ...]
-
-
-def certify_data(description: str, images: Images, label_N: NDArray[np.int64]) -> CertifyData:
-    """Describe images so that anybody who has them can tell whether they are the same."""
-    digest = hashlib.sha256()
-    for start in range(0, len(images), HASHED_AT_ONCE):
-        digest.update(np.ascontiguousarray(images[start : start + HASHED_AT_ONCE]).data)
-    digest.update(np.ascontiguousarray(label_N).data)
-    return CertifyData(description=description, num_images=len(images), sha256=digest.hexdigest())
-
-
-def parity_table(report: ParityReport) -> Table:
-    """The report for a console: one row a group, the gates below."""
-    gates = "   ".join(f"{gate.name} {_styled(gate.verdict)}" for gate in report.gates)
-    title = f"{report.precision} against {report.reference}, accuracy in %: {_styled(report.verdict)}"
-    table = Table(title=title, caption=gates, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("group", no_wrap=True)
+def parity_table(candidate: CandidateReport) -> Table:
+    """One candidate's accuracy in per cent: a row a group."""
+    table = _table()
     for heading in ("n", "reference", "candidate", "loss", "upper\nlimit", "margin", "flips"):
         table.add_column(heading, justify="right")
     table.add_column("verdict", no_wrap=True)
-    for row in report.groups:
+    for row in candidate.groups:
         fractions = (row.reference_accuracy, row.candidate_accuracy, row.loss, row.loss_upper_limit, row.margin)
         table.add_row(
             escape(row.group),
             f"{row.num_images:,}",
-            *("-" if fraction is None else f"{100 * fraction:.2f}" for fraction in fractions),
+            *map(percent, fractions),
             f"{row.num_flips:,}",
-            _styled(row.verdict),
+            styled(row.verdict),
         )
     return table
 
 
-def _styled(verdict: Verdict) -> str:
+def confidence_table(calibration: Calibration) -> Table:
+    """What confidence means in each group: temperature, coverage of prediction sets, when to trust a prediction."""
+    table = _table()
+    for heading in ("temperature", "covered by\nsets", "expected band", "trusted from\nconfidence", "then right"):
+        table.add_column(heading, justify="right")
+    for group in calibration:
+        table.add_row(escape(group.group), f"{group.temperature:.2f}", *_coverage(group), *_abstention(group))
+    return table
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a cell of a table in per cent."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def styled(verdict: Verdict) -> str:
+    """A verdict in its colour, as markup of rich."""
     return f"[{_STYLES[verdict]}]{verdict}[/]"
+
+
+def _candidate(report: ParityReport, candidate: CandidateReport) -> Iterator[RenderableType]:
+    yield Text.from_markup(
+        f"[bold]{candidate.precision}[/] {styled(candidate.verdict)} against {escape(report.reference)}, on "
+        f"{escape(candidate.runtime.provider)}; accuracy in %, limits at {100 * report.confidence:g} %"
+    )
+    if candidate.groups:
+        yield parity_table(candidate)
+    yield Text.from_markup("   ".join(f"{gate.name} {styled(gate.verdict)}" for gate in candidate.gates))
+    for gate in candidate.gates:
+        if gate.verdict != "PASS":
+            yield from (Text(f"{gate.name} {gate.verdict}: {finding}") for finding in gate.findings)
+    flagged = [row.label for row in candidate.classes if row.flagged]
+    if flagged:
+        yield Text(f"classes that lost accuracy: {', '.join(flagged[:10])}{', ...' if len(flagged) > 10 else ''}")
+    if candidate.certificate is not None:
+        yield Text(f"\n{candidate.precision}, what its confidence means per group, in %", style="bold")
+        yield confidence_table(candidate.certificate.calibration)
+    yield Text()
+
+
+def _table() -> Table:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("group", no_wrap=True)
+    return table
+
+
+def _coverage(group: GroupCalibration) -> tuple[str, str]:
+    thresholds = group.prediction_set
+    return _seen(thresholds.coverage), f"{percent(thresholds.low)} - {percent(thresholds.high)}"
+
+
+def _abstention(group: GroupCalibration) -> tuple[str, str]:
+    abstention = group.abstention
+    if abstention.threshold is None:
+        return "no guarantee", "-"
+    return percent(abstention.threshold), _seen(abstention.precision)
+
+
+def _seen(share: Proportion | None) -> str:
+    return "-" if share is None else f"{percent(share.value)} of {share.n:,}"

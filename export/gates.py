@@ -1,13 +1,16 @@
 """The gates a candidate has to pass before it may call itself the network.
 
     G0 structure   it is one sound file that takes any batch and says what it is
-    G1 numeric     its logits are those of the network, up to rounding
-    G2 decisions   no image whose class was clear gets another one
+    G1 numeric     fp32: its logits are those of the network, up to rounding
+    G2 decisions   fp32, fp16: no image whose class was clear gets another one
     G3 task        every group of classes, and all together, kept its accuracy
+    G4 confidence  its probabilities are numbers; how far they moved is told, and calibration answers it
+    G5 host        where it is served, it answers as it did here
 
-Each is a function from model bytes or arrays to a Gate. PASS and FAIL are both shown by the data; when they show
-neither, the verdict is INCONCLUSIVE, which certifies nothing. That every group has to pass needs no correction for
-multiple testing: a bad candidate must get past all of them, which only lowers its chances.
+Each is a function from model bytes, logits or figures of export.comparison to a Gate. PASS and FAIL are both shown by
+the data; when they show neither, the verdict is INCONCLUSIVE, which certifies nothing. That every group has to pass
+needs no correction for multiple testing: a bad candidate must get past all of them, which only lowers its chances. That
+any group may fail does, and has it in the lower limits.
 
 Shape legend: N images, M of them sampled, S side in pixels, C classes.
 """
@@ -15,100 +18,77 @@ Shape legend: N images, M of them sampled, S side in pixels, C classes.
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 from onnxruntime import InferenceSession
-from pydantic import Field
 
-from export.candidate import INPUT, OUTPUT, model_metadata, open_session, read_model, run, tensors_of
-from export.statistics import clopper_pearson_upper, images_needed, tango_lower, tango_upper
-from ltkd.errors import BundleError, DeviceError
+from export.candidate import CPU, INPUT, OUTPUT, model_metadata, open_session, read_model, run, tensors_of
+from export.comparison import span
+from export.parity import ALL, ClassParity, ConfidenceParity, Gate, GroupParity, Margins, Verdict
+from export.splits import digests
+from export.statistics import images_needed
+from ltkd.bundle import GOLDEN_TOLERANCE, Precision
+from ltkd.errors import BundleError, DeviceError, UsageError
 from ltkd.files import Images
 from ltkd.groups import ClassGroups
-from ltkd.records import Record
 from ltkd.task import Task
 
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-GateName = Literal["G0 structure", "G1 numeric", "G2 decisions", "G3 task"]
-
-ALL = "all"
+MARGINS: dict[Precision, Margins] = {
+    "fp32": Margins(overall=0.002, group=0.005),
+    "fp16": Margins(overall=0.005, group=0.01),
+    "int8": Margins(overall=0.01, group=0.02),
+}
 BATCH_SIZES = (1, 2, 3, 17)
-SUM_ORDER_SHARE = 1e-4
-"""How far logits may move, as a share of their span, when only the order of float32 sums changes."""
-LARGE_MARGIN_SHARE = 1e-3
-"""The class of an image is clear when its two highest logits are this share of the span apart.
+ROUNDING_SHARE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-2}
+"""How far logits may move with the size of the batch, as a share of their span.
 
-G1 tolerates an error of 1e-5 of the span, which can turn margins up to 2e-5; no rounding turns 1e-3.
+Other sizes take other kernels, which sum in another order. In int8 most sums are exact (nothing moved in what was
+measured), but a last bit of the float layers may push an activation over to the next of 256 steps.
 """
+ALARM = 0.05
 
 _LEAK = re.compile(rb"[\w./\\ -]*(?:\.pyc?\b|site-packages|/home/|/root/|/Users/|/tmp/|:\\Users\\)[\w./\\ -]*")
+_NAMED = 5
 
 
-class Gate(Record):
-    """What one gate says.
+def margins_for(precision: Precision, overrides: Mapping[str, float], groups: ClassGroups) -> Margins:
+    """The margins of a precision, with some of them changed.
 
-    Attributes:
-        findings: Sentences for people; those of a gate that was not passed say why.
+    Args:
+        precision: Whose defaults hold for all that is not named.
+        overrides: Acceptable loss of accuracy, a fraction, by the name of a group, or ``all`` for all images.
+        groups: Of the task.
+
+    Raises:
+        UsageError: There is no such group, or the margin is no fraction between 0 and 1.
     """
-
-    name: GateName
-    verdict: Verdict
-    findings: tuple[str, ...] = ()
-
-
-class Margins(Record):
-    """The loss of accuracy that is acceptable, as a fraction, for all images and for each group."""
-
-    overall: float = Field(gt=0, lt=1)
-    group: float = Field(gt=0, lt=1)
-
-
-FP32_MARGINS = Margins(overall=0.002, group=0.005)
+    for name, margin in overrides.items():
+        if name != ALL and name not in groups.names:
+            raise UsageError(
+                f"a margin is given for '{name}', which is no group; known: {', '.join(groups.names)}, all."
+            )
+        if not 0 < margin < 1:
+            raise UsageError(f"the margin of {name} is {100 * margin:g} %, expected more than 0 and less than 100 %.")
+    default = MARGINS[precision]
+    named = {name: margin for name, margin in overrides.items() if name != ALL}
+    return Margins(overall=overrides.get(ALL, default.overall), group=default.group, groups=named)
 
 
-class GroupParity(Record):
-    """Reference and candidate on the images of one group, or on ``all``. Limits are one-sided at 95 %.
-
-    Attributes:
-        reference_accuracy: None, like all that is undefined, when there are no images.
-        loss: Reference minus candidate accuracy.
-        loss_upper_limit: Tango's; also the smallest margin that these images certify.
-        num_flips: Images whose most likely class changed.
-        flip_rate_upper_limit: Clopper and Pearson's.
-        num_clear_flips: Flips of images whose class was clear by LARGE_MARGIN_SHARE, or whose logits are not finite.
-        verdict: PASS when the upper limit of the loss lies below the margin, FAIL when the lower one lies above.
-    """
-
-    group: str
-    num_images: int
-    reference_accuracy: float | None
-    candidate_accuracy: float | None
-    right_to_wrong: int
-    wrong_to_right: int
-    loss: float | None
-    loss_lower_limit: float
-    loss_upper_limit: float
-    margin: float
-    num_flips: int
-    flip_rate_upper_limit: float
-    num_clear_flips: int
-    verdict: Verdict
-
-
-def structure(candidate: bytes, task: Task, images: Images) -> Gate:
+def structure(candidate: bytes, task: Task, images: Images, precision: Precision = "fp32", provider: str = CPU) -> Gate:
     """G0: the file is sound, says the right things of itself and treats images alike in batches of any size.
 
     Args:
         candidate: The ONNX file.
         task: What it should do.
         images: Real ones, at least one.
+        precision: Says how far rounding may move logits between batches of different sizes.
+        provider: Where every node has to run.
     """
     try:
-        model, session = read_model(candidate), open_session(candidate)
+        model, session = read_model(candidate), open_session(candidate, provider)
     except (BundleError, DeviceError) as reason:
         return Gate(name="G0 structure", verdict="FAIL", findings=(str(reason),))
     most = max(BATCH_SIZES)
@@ -117,13 +97,15 @@ def structure(candidate: bytes, task: Task, images: Images) -> Gate:
         *_signature(session, task),
         *_metadata(model, task),
         *_leaks(model),
-        *_batches(session, np.resize(images_NSS3, (most, *images_NSS3.shape[1:]))),
+        *_batches(session, np.resize(images_NSS3, (most, *images_NSS3.shape[1:])), ROUNDING_SHARE[precision]),
     )
     return Gate(name="G0 structure", verdict="FAIL" if findings else "PASS", findings=findings)
 
 
-def numeric(oracle_MC: NDArray[np.floating], torch_MC: NDArray[np.floating], candidate_MC: NDArray[np.float32]) -> Gate:
-    """G1: the candidate errs no more than ten times as much as torch itself does in float32.
+def numeric(
+    oracle_MC: NDArray[np.floating], torch_MC: NDArray[np.floating], candidate_MC: NDArray[np.floating]
+) -> Gate:
+    """G1: an fp32 candidate errs no more than ten times as much as torch itself does in float32.
 
     Args:
         oracle_MC: Logits of torch in float64.
@@ -136,79 +118,111 @@ def numeric(oracle_MC: NDArray[np.floating], torch_MC: NDArray[np.floating], can
     return Gate(name="G1 numeric", verdict="PASS" if error <= allowed else "FAIL", findings=(finding,))
 
 
-def compare(
-    reference_NC: NDArray[np.floating],
-    candidate_NC: NDArray[np.float32],
-    label_N: NDArray[np.int64],
-    groups: ClassGroups,
-    margins: Margins,
-) -> tuple[GroupParity, ...]:
-    """Hold candidate against reference, image by image: one row a group, by true class, and one for ``all``.
+def decisions(rows: Sequence[GroupParity], precision: Precision = "fp32") -> Gate:
+    """G2: no image whose class was clear to the reference gets another class. Flips of unclear ones are counted.
 
-    Of tied logits the first counts. Logits that are not finite decide nothing: they are wrong, and a clear flip.
+    int8 rounds so coarsely that a clear image may flip; there they are listed, and G3 says whether they matter.
     """
-    reference_N, candidate_N = _decided(reference_NC), _decided(candidate_NC)
-    top_two_N2 = np.partition(reference_NC, -2, axis=1)[:, -2:]
-    clear_N = (np.ptp(top_two_N2, axis=1) > LARGE_MARGIN_SHARE * span(reference_NC)) | (candidate_N < 0)
-    flipped_N = reference_N != candidate_N
-    facts_N4 = np.stack([reference_N == label_N, candidate_N == label_N, flipped_N, flipped_N & clear_N], axis=1)
-    group_N = groups.index[label_N]
-    by_group = [_row(name, facts_N4[group_N == group], margins.group) for group, name in enumerate(groups.names)]
-    return (*by_group, _row(ALL, facts_N4, margins.overall))
-
-
-def decisions(rows: Sequence[GroupParity]) -> Gate:
-    """G2: no image whose class was clear to the reference gets another class. Flips of unclear ones are counted."""
     findings = tuple(
         f"{row.group}: {row.num_flips} of {row.num_images} images changed class "
         f"(at most {_percent(row.flip_rate_upper_limit)}), {row.num_clear_flips} of them at a large margin."
         for row in rows
         if row.num_flips
     )
-    failed = any(row.num_clear_flips for row in rows)
+    failed = precision != "int8" and any(row.num_clear_flips for row in rows)
     return Gate(name="G2 decisions", verdict="FAIL" if failed else "PASS", findings=findings)
 
 
-def task_accuracy(rows: Sequence[GroupParity]) -> Gate:
-    """G3: every group, and all images together, kept their accuracy within the margin."""
-    findings = tuple(_why(row) for row in rows if row.verdict != "PASS")
-    return Gate(name="G3 task", verdict=worst(row.verdict for row in rows), findings=findings)
+def task_accuracy(rows: Sequence[GroupParity], classes: Sequence[ClassParity] = (), copies: Sequence[str] = ()) -> Gate:
+    """G3: every group, and all images together, kept their accuracy within the margin.
+
+    Alarms are told and decide nothing: a group whose loss chance hardly explains, and classes that stand out.
+
+    Args:
+        rows: Of comparison.compare.
+        classes: Of comparison.compare_classes.
+        copies: Of ``copied``. On images that chose the candidate, or count twice, the figures prove nothing: any fails.
+    """
+    findings = (
+        *copies,
+        *(_why(row) for row in rows if row.verdict != "PASS"),
+        *(_alarm(row) for row in rows if row.verdict != "FAIL" and row.mcnemar_p < ALARM and (row.loss or 0) > 0),
+        *_standing_out(classes),
+    )
+    return Gate(name="G3 task", verdict="FAIL" if copies else worst(row.verdict for row in rows), findings=findings)
+
+
+def confidence(rows: Sequence[ConfidenceParity]) -> Gate:
+    """G4: the candidate's probabilities are numbers; where they became worse is told.
+
+    Nothing else fails it. Confidence may move, because each precision is calibrated on its own logits afterwards and
+    held to that; and the raw calibration error of a small group is mostly noise.
+    """
+    broken = tuple(
+        f"{row.group}: probabilities of some of {row.num_images} images are not finite."
+        for row in rows
+        if row.num_images and row.kl is None
+    )
+    told = tuple(
+        f"{row.group}: the {name} rose by {change.value:.2g} (95 % interval {change.low:.2g} to {change.high:.2g})."
+        for row in rows
+        for name, change in (("negative log likelihood", row.nll), ("Brier score", row.brier))
+        if change is not None and change.low > 0
+    )
+    return Gate(name="G4 confidence", verdict="FAIL" if broken else "PASS", findings=(*broken, *told))
+
+
+def host(session: InferenceSession, images: Images, expected_MC: NDArray[np.floating], precision: Precision) -> Gate:
+    """G5: on this machine and provider, the golden images get the logits they got where the model was certified.
+
+    Args:
+        session: The model, opened as it will be served.
+        images: M golden images.
+        expected_MC: Their logits at certification.
+        precision: Says how far other hardware may move them.
+    """
+    try:
+        seen_MC = run(session, images)
+    except BundleError as reason:
+        return Gate(name="G5 host", verdict="FAIL", findings=(str(reason),))
+    if seen_MC.shape != expected_MC.shape:
+        shapes = f"{list(seen_MC.shape)} for the golden images, expected {list(expected_MC.shape)}"
+        return Gate(name="G5 host", verdict="FAIL", findings=(f"the model gives logits {shapes}.",))
+    error, allowed = float(np.abs(seen_MC - expected_MC).max()), GOLDEN_TOLERANCE[precision] * _largest(expected_MC)
+    finding = f"the logits of {len(expected_MC)} golden images are up to {error:.2g} off, {allowed:.2g} is allowed."
+    return Gate(name="G5 host", verdict="PASS" if error <= allowed else "FAIL", findings=(finding,))
+
+
+def copied(certify: Images, num_views: int, others: Mapping[str, Images]) -> tuple[str, ...]:
+    """What is wrong with the images that certify: one of another part, or one that is there twice.
+
+    Args:
+        certify: The images.
+        num_views: So many of them, the last ones, are views of the others and may well be equal.
+        others: Images that chose something, by what they are for.
+
+    Returns:
+        A sentence for each kind of copy; none if every image is there once.
+    """
+    own = digests(certify)
+    real = [next(own) for _ in range(len(certify) - num_views)]
+    known = set(real)
+    findings = []
+    if len(known) < len(real):
+        findings.append(
+            f"{len(real) - len(known)} images that certify are there twice, so they count as if independent."
+        )
+    for name, images in others.items():
+        shared = known.intersection(digests(images))
+        if shared:
+            findings.append(f"{len(shared)} images that certify are also among those for {name}, so they chose.")
+    return tuple(findings)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """One verdict for many: a failure outweighs a doubt, a doubt outweighs any number of passes."""
     seen = set(verdicts)
     return "FAIL" if "FAIL" in seen else "INCONCLUSIVE" if "INCONCLUSIVE" in seen else "PASS"
-
-
-def span(logits_NC: NDArray[np.floating]) -> float:
-    """Highest minus lowest finite logit: the yardstick that makes errors of different networks comparable."""
-    finite = logits_NC[np.isfinite(logits_NC)]
-    return float(np.ptp(finite)) if finite.size else 0.0
-
-
-def _row(group: str, facts_N4: NDArray[np.bool_], margin: float) -> GroupParity:
-    num_images = len(facts_N4)
-    was_right_N, is_right_N, flipped_N, clear_N = facts_N4.T
-    b, c = int((was_right_N & ~is_right_N).sum()), int((~was_right_N & is_right_N).sum())
-    lower, upper = tango_lower(b, c, num_images), tango_upper(b, c, num_images)
-    num_flips = int(flipped_N.sum())
-    return GroupParity(
-        group=group,
-        num_images=num_images,
-        reference_accuracy=float(was_right_N.mean()) if num_images else None,
-        candidate_accuracy=float(is_right_N.mean()) if num_images else None,
-        right_to_wrong=b,
-        wrong_to_right=c,
-        loss=(b - c) / num_images if num_images else None,
-        loss_lower_limit=lower,
-        loss_upper_limit=upper,
-        margin=margin,
-        num_flips=num_flips,
-        flip_rate_upper_limit=clopper_pearson_upper(num_flips, num_images),
-        num_clear_flips=int(clear_N.sum()),
-        verdict="PASS" if upper < margin else "FAIL" if lower > margin else "INCONCLUSIVE",
-    )
 
 
 def _why(row: GroupParity) -> str:
@@ -228,9 +242,28 @@ def _why(row: GroupParity) -> str:
     )
 
 
-def _decided(logits_NC: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The most likely class, -1 where a logit is not finite."""
-    return np.where(np.isfinite(logits_NC).all(axis=1), logits_NC.argmax(axis=1), -1)
+def _alarm(row: GroupParity) -> str:
+    return (
+        f"{row.group}: alarm: {row.right_to_wrong} images became wrong and {row.wrong_to_right} right, which chance "
+        f"alone does with p = {row.mcnemar_p:.2g} (McNemar, Holm); the loss is real, though no larger than allowed."
+        if row.verdict == "PASS"
+        else f"{row.group}: alarm: chance alone does this with p = {row.mcnemar_p:.2g} (McNemar, Holm)."
+    )
+
+
+def _standing_out(classes: Sequence[ClassParity]) -> list[str]:
+    flagged = [row.label for row in classes if row.flagged]
+    if not flagged:
+        return []
+    named = ", ".join(flagged[:_NAMED]) + (f" and {len(flagged) - _NAMED} more" if len(flagged) > _NAMED else "")
+    return [
+        f"alarm: {len(flagged)} of {len(classes)} classes lost accuracy: {named} (a share of 5 % of such findings is "
+        "expected to be chance)."
+    ]
+
+
+def _largest(logits_MC: NDArray[np.floating]) -> float:
+    return float(np.abs(logits_MC).max())
 
 
 def _percent(fraction: float) -> str:
@@ -273,13 +306,13 @@ def _leaks(model: ModelProto) -> list[str]:
     return [f"the file holds a path of this machine: {found.group().decode(errors='replace')}"] if found else []
 
 
-def _batches(session: InferenceSession, images_NSS3: NDArray[np.uint8]) -> list[str]:
+def _batches(session: InferenceSession, images_NSS3: NDArray[np.uint8], rounding_share: float) -> list[str]:
     try:
         alone_NC = run(session, images_NSS3, batch_size=1)
         batches = {size: run(session, images_NSS3[:size], batch_size=size) for size in BATCH_SIZES}
     except BundleError as reason:
         return [str(reason)]
-    tolerance = SUM_ORDER_SHARE * span(alone_NC)
+    tolerance = rounding_share * span(alone_NC)
     return [
         f"in a batch of {size} images the logits are not those of the images alone."
         for size, together_NC in batches.items()

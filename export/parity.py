@@ -1,6 +1,6 @@
 """The parity report: what was held against what, on which images, and what came out. The content of parity.json."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -41,20 +41,28 @@ class Margins(Record):
 
     overall: float = Field(gt=0, lt=1)
     group: float = Field(gt=0, lt=1)
-    groups: dict[str, float] = {}
+    groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
+
+    def of(self, group: str) -> float:
+        """The margin of a group, or of ``all``."""
+        return self.overall if group == ALL else self.groups.get(group, self.group)
 
 
 class GroupParity(Record):
     """Reference and candidate on the images of one group, or on ``all``. Limits are one-sided at 95 %.
 
+    A wrong PASS of the whole table must get past every row, so each row's upper limit may err in one case of twenty. A
+    wrong FAIL takes one row, so the lower limits err together in one case of twenty (Bonferroni).
+
     Attributes:
         reference_accuracy: None, like all that is undefined, when there are no images.
         loss: Reference minus candidate accuracy.
-        loss_upper_limit: Tango's; also the smallest margin that these images certify.
+        loss_lower_limit: At 95 % for all rows together.
+        loss_upper_limit: Tango's, raised where it would err too often; the smallest margin that these images certify.
         num_flips: Images whose most likely class changed.
         flip_rate_upper_limit: Clopper and Pearson's.
         num_clear_flips: Flips of images whose class was clear to the reference, or whose logits are not finite.
-        mcnemar_p: Exact two-sided p-value of McNemar's test, adjusted by Holm over the groups. An alarm, no verdict.
+        mcnemar_p: Exact two-sided p-value of McNemar's test, adjusted by Holm over the rows. An alarm, no verdict.
         verdict: PASS when the upper limit of the loss lies below the margin, FAIL when the lower one lies above.
     """
 
@@ -303,7 +311,7 @@ class DataRecord(Record):
         description: Which they are, in words.
         splits: Parts that share no image; ``certify`` chose nothing.
         num_views: How many of the certify images are random views of others, made because there were too few.
-        num_duplicates: Images left out of ``certify`` because they are also elsewhere, among the training images too
+        num_duplicates: Test images left out because they are copies: of another test image, or of a training image
             where these are in memory.
     """
 

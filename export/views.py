@@ -1,7 +1,7 @@
 """Random views of images, for data sets with too few of them to certify anything.
 
-Whether two runtimes decide alike is asked of inputs, not of labels. Where a group has fewer test images than its
-margin takes, the gates are asked on random views of these too: crops and, where the data allows it, mirror images,
+Whether two runtimes decide alike is asked of inputs, not of labels. Where a group has fewer images to certify on than
+its margin takes, the gates are asked on random views of these too: crops and, where the data allows it, mirror images,
 drawn as in training. The report says how many; what it proves then, it proves of such views.
 
 Shape legend: N images, V views, S pixels a side.
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.gates import Margins
+from export.parity import ALL, Margins
 from export.statistics import images_needed
 from ltkd.batches import augment
-from ltkd.data import ImageData
 from ltkd.files import Images
+from ltkd.groups import ClassGroups
 
 
 class WithViews:
@@ -45,24 +45,26 @@ class WithViews:
         return pixels
 
 
-def topped_up(data: ImageData, margins: Margins) -> tuple[Images, NDArray[np.int64], int]:
-    """The test images, or these and as many views as the margins take where nothing flips.
+def topped_up(
+    images: Images, label_N: NDArray[np.int64], groups: ClassGroups, margins: Margins, *, mirror: bool
+) -> tuple[Images, NDArray[np.int64], int]:
+    """The images, or these and as many views as the margins take where nothing flips.
 
-    A group without a test image stays without one.
+    A group without an image stays without one.
 
     Returns:
-        Images, their labels, and the number of views among them.
+        Images, their labels, and the number of views among them; the views come last.
     """
-    groups = data.task.groups
-    group_N = groups.index[data.test_labels]
-    of_group, overall = images_needed(margins.group, 0.0), images_needed(margins.overall, 0.0)
+    group_N = groups.index[label_N]
+    of_group = np.array([images_needed(margins.of(name), 0.0) for name in groups.names])
+    overall = images_needed(margins.of(ALL), 0.0)
     counts = np.bincount(group_N, minlength=len(groups.names))
     wanted = np.where(counts > 0, np.maximum(counts, of_group), 0)
     while wanted.sum() < overall and wanted.any():
         wanted[wanted > 0] += 1
     missing = wanted - counts
     if not missing.sum():
-        return data.test_images, data.test_labels, 0
+        return images, label_N, 0
     random = np.random.default_rng(0)
     rows_V = np.concatenate(
         [
@@ -71,5 +73,4 @@ def topped_up(data: ImageData, margins: Margins) -> tuple[Images, NDArray[np.int
             if number
         ]
     )
-    images = WithViews(data.test_images, rows_V, mirror=data.mirror)
-    return images, np.concatenate([data.test_labels, data.test_labels[rows_V]]), len(rows_V)
+    return WithViews(images, rows_V, mirror=mirror), np.concatenate([label_N, label_N[rows_V]]), len(rows_V)

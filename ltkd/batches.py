@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ltkd.cores import num_cores
 from ltkd.data import ImageData
 from ltkd.errors import UsageError
-from ltkd.files import FileImages, usable_cores
+from ltkd.files import FileImages
 from ltkd.streaming import Cuts, Stream
 
 MAX_WORKERS = 8
@@ -101,7 +102,7 @@ def batches_of(
 
 def default_workers(shard: Shard) -> int:
     """A process for every core but one, shared by the ranks: at least 1, at most 8."""
-    return max(1, min(MAX_WORKERS, usable_cores() // shard.world - 1))
+    return max(1, min(MAX_WORKERS, num_cores() // shard.world - 1))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Only the predicted group is known when a model answers, so temperature, expected accuracy and abstention go by the group
 of the predicted class. A prediction set takes each class by the threshold of that class's own group (group-Mondrian
-conformal prediction), which covers the images of every true group alike.
+conformal prediction), which covers the images of every true group alike. The predicted class is the one with the
+highest logit: probabilities that round to the same number do not decide.
 
 Shape legend: N images, C classes, K class groups.
 """
@@ -46,7 +47,8 @@ class Abstention(Record):
 
     Attributes:
         target_precision: The share of right predictions that is wanted.
-        threshold: Confidence from which on it is had; None where the images at hand prove it for no threshold.
+        threshold: Confidence from which on it is had: proved, but for one fit in twenty in which the truth lies below
+            the target. None where the images at hand prove it for no threshold.
         coverage: Share of the group's predictions that are accepted, on the images that fitted the threshold.
         precision: Share of the accepted predictions that were right, on certification images that fitted nothing.
     """
@@ -65,8 +67,8 @@ class SetThreshold(Record):
         least_probability: A class is in the set if its probability is at least this; None takes every class of
             the group, because there were too few images to leave one out.
         num_images: Images of the group that fitted it.
-        low: With so few images, the coverage of further images lies above this ...
-        high: ... and below this, in 95 of 100 fits.
+        low: The coverage of further images lies above this in 95 of 100 fits on so many images ...
+        high: ... and below this in 95 of 100; between the two in 90.
         coverage: What was seen on certification images that fitted nothing.
     """
 
@@ -107,9 +109,13 @@ Calibration = tuple[GroupCalibration, ...]
 def calibrated(
     logits_NC: NDArray[np.floating], groups: ClassGroups, temperature_K: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Probabilities [N, C] at the temperature of the predicted class's group; the most probable class stays."""
+    """Probabilities [N, C] at the temperature of the predicted class's group; the most probable class stays.
+
+    An image gets the same probabilities to the last bit alone and among others.
+    """
     temperature_N = temperature_K[groups.index[logits_NC.argmax(axis=1)]]
-    return softmax(np.asarray(logits_NC, dtype=np.float64) / temperature_N[:, None])
+    rows_NC = np.ascontiguousarray(logits_NC, dtype=np.float64)  # the order of sums follows the layout
+    return softmax(rows_NC / temperature_N[:, None])
 
 
 def temperatures(calibration: Calibration) -> NDArray[np.float64]:
@@ -120,6 +126,12 @@ def temperatures(calibration: Calibration) -> NDArray[np.float64]:
 def expected_accuracy(group: GroupCalibration, confidence: float) -> Proportion | None:
     """How often predictions of the group with such a confidence were right; None where nothing is known."""
     return next((part.accuracy for part in group.expected_accuracy if confidence <= part.up_to), None)
+
+
+def confidence_bins(confidence_N: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of HISTOGRAM_BINS equal intervals each confidence lies in; an edge belongs to the interval below it."""
+    edges = np.arange(1, HISTOGRAM_BINS) / HISTOGRAM_BINS
+    return np.searchsorted(edges, confidence_N, side="left")
 
 
 def least_probabilities(calibration: Calibration, groups: ClassGroups) -> NDArray[np.float64]:

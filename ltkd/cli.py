@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from export.certify import Export
+    from ltkd.bundle import Precision as ModelPrecision
     from ltkd.config import DataConfig, Execution, Parameter, Precision, RunConfig
     from ltkd.ranks import Ranks
     from serve.answers import Answer, Refused
@@ -386,18 +387,106 @@ def compare(
     console.print(f"everything in {out}", highlight=False)
 
 
+margin_option = click.option(
+    "--margin",
+    "margins",
+    multiple=True,
+    metavar="GROUP=LOSS",
+    help="Acceptable loss of accuracy, as in tail=2pp (or tail=0.02); GROUP may be all. Repeatable.  [default: fp32 "
+    "0.5pp a group and 0.2pp of all, fp16 1 and 0.5, int8 2 and 1]",
+)
+
+
 @cli.command(short_help="Certify a run per class group and bundle it as ONNX.")
 @path_argument("run")
-@out_option("bundle")
-def export(run: Path, out: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.")
+@click.option(
+    "--precisions",
+    help="Which to try, separated by commas: fp32, int8 (for the CPU), fp16 (for CUDA).  [default: all that can be "
+    "certified here]",
+)
+@margin_option
+@click.option(
+    "--target-precision",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.9,
+    show_default=True,
+    help="Share of accepted predictions of a group that shall be right; below the threshold the service abstains.",
+)
+@click.option(
+    "--target-coverage",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.9,
+    show_default=True,
+    help="Share of a group's images whose class shall be in the prediction set.",
+)
+@click.option(
+    "--triton", type=click.Path(path_type=Path), help="Write the bundle as a model repository of Triton here, too."
+)
+def export(
+    run: Path,
+    out: Path | None,
+    precisions: str | None,
+    margins: tuple[str, ...],
+    target_precision: float,
+    target_coverage: float,
+    triton: Path | None,
+) -> None:
     """Turn the run RUN into a bundle, if every class group demonstrably kept its accuracy.
 
-    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images). Without a PASS no bundle is
-    written; the candidate and its report go to rejected/ beside it.
-    """
-    from export.certify import export_run
+    Each precision is certified on its own; the bundle has those that passed, with a report (parity.html), what
+    confidence means in each group, and a model card. Without a PASS of fp32 no bundle is written. Candidates that did
+    not pass go to rejected/ beside it.
 
-    _conclude(export_run(run, out))
+    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images). Precisions named by --precisions
+    all have to pass for a 0.
+
+    With --triton alone RUN may be a bundle that exists.
+    """
+    from export.certify import Policy, export_run
+    from export.triton import write_triton
+    from ltkd.bundle import open_bundle
+
+    if out is None and triton is None:
+        raise UsageError("nothing to write; give --out BUNDLE, or --triton DIRECTORY with a bundle in place of RUN.")
+    if out is not None:
+        chosen = None if precisions is None else _precisions(precisions)
+        policy = Policy(chosen, _margins(margins), target_precision, target_coverage)
+        _conclude(export_run(run, out, policy, tell=_console().print), chosen)
+    if triton is not None:
+        click.echo(f"model repository: {write_triton(open_bundle(out or run), triton)}")
+
+
+@cli.command(short_help="Hold any two models against each other, per class group.")
+@path_argument("reference")
+@path_argument("candidate")
+@data_options
+@margin_option
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for parity.json and parity.html.")
+def parity(
+    reference: Path, candidate: Path, data_config: "DataConfig", margins: tuple[str, ...], out: Path | None
+) -> None:
+    """Say whether CANDIDATE kept the accuracy of REFERENCE in every group of classes, on the test images of --data.
+
+    Each may be a run, a bundle or an ONNX file, made here or elsewhere: one input, uint8 [N, S, S, 3] or normalised
+    float32 [N, 3, S, S], and logits first among its outputs.
+
+    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images).
+    """
+    from export.console import print_report
+    from export.parity import EXIT_CODES
+    from export.report import write_report
+    from export.sides import hold, open_side
+    from ltkd.display import shown_loading
+
+    console = _console()
+    data = shown_loading(data_config, console)
+    report = hold(open_side(reference, data.task), open_side(candidate, data.task), data, _margins(margins))
+    print_report(report, console)
+    if out is not None:
+        write_report(report, out)
+        click.echo(f"report: {out}")
+    sys.exit(EXIT_CODES[report.verdict])
 
 
 @cli.command(short_help="Check that a bundle is whole and answers as made.")
@@ -406,8 +495,25 @@ def verify(bundle: Path) -> None:
     """Check that BUNDLE is whole, sound and certified, and answers its golden images as it did when made."""
     from export.verify import verify_bundle
 
-    manifest = verify_bundle(bundle).manifest
-    click.echo(f"{bundle} is whole and certified ({', '.join(manifest.precisions)}), on {manifest.certified_on}.")
+    checked = verify_bundle(bundle)
+    for check in checked.checks:
+        click.echo(f"{check.precision}: {check.finding}")
+    if checked.strangers:
+        click.echo(f"not part of it, and read by nothing: {', '.join(checked.strangers)}")
+    certified = ", ".join(checked.manifest.precisions)
+    click.echo(f"{bundle} is whole and certified ({certified}), on {checked.manifest.certified_on}.")
+
+
+@cli.command(short_help="Show what a bundle is.")
+@path_argument("bundle")
+def inspect(bundle: Path) -> None:
+    """Show what BUNDLE holds: classes and groups, accuracy and confidence of each, how it was certified."""
+    from export.inspection import inspection
+    from export.verify import read_report
+    from ltkd.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    _console().print(inspection(opened, read_report(opened)))
 
 
 @cli.command(short_help="Serve a bundle over HTTP.")
@@ -525,22 +631,21 @@ def _console(quiet: bool = False) -> "Console":
     return Console(quiet=quiet)
 
 
-def _conclude(export: "Export") -> None:
-    """Print the verdict; leave with its exit code unless it is PASS."""
-    from export.parity import EXIT_CODES, parity_table
+def _conclude(export: "Export", chosen: "tuple[ModelPrecision, ...] | None" = None) -> None:
+    """Print the verdict of every precision; leave with an exit code unless all that had to pass did."""
+    from export.console import print_report
+    from export.gates import worst
+    from export.parity import EXIT_CODES
 
     console = _console()
-    console.print(parity_table(export.report))
-    for gate in export.report.gates:
-        if gate.verdict != "PASS":
-            console.print(f"{gate.name} {gate.verdict}: {'; '.join(gate.findings)}", highlight=False)
-    console.print(f"certified on {export.report.data.description}", highlight=False, soft_wrap=True)
-    passed = export.report.verdict == "PASS"
-    console.print(
-        f"{'certified: ' if passed else 'no bundle; the candidate and its report: '}{export.path}", highlight=False
-    )
-    if not passed:
-        sys.exit(EXIT_CODES[export.report.verdict])
+    print_report(export.report, console)
+    if export.rejected:
+        click.echo(f"did not pass: {export.rejected}")
+    if export.bundle:
+        click.echo(f"certified: {export.bundle}")
+    asked = [report.verdict for report in export.report.candidates if report.precision in (chosen or ("fp32",))]
+    if code := EXIT_CODES[worst(asked)]:
+        sys.exit(code)
 
 
 def _sentence(path: Path, result: "Answer | Refused") -> str:
@@ -550,6 +655,30 @@ def _sentence(path: Path, result: "Answer | Refused") -> str:
         return f"{path}: refused: {result.error.detail}"
     groups = ", ".join(f"{name} {100 * confidence:.1f} %" for name, confidence in result.group_confidence.items())
     return f"{path}: {result.label} ({result.group}) with {100 * result.probability:.1f} %; by group: {groups}"
+
+
+def _precisions(text: str) -> "tuple[ModelPrecision, ...]":
+    from ltkd.bundle import MODEL_FILES
+
+    names = text.split(",")
+    if unknown := [name for name in names if name not in MODEL_FILES]:
+        raise UsageError(f"--precisions has {unknown[0]!r}, expected some of {', '.join(MODEL_FILES)}.")
+    return tuple(precision for precision in MODEL_FILES if precision in names)
+
+
+def _margins(texts: tuple[str, ...]) -> dict[str, float]:
+    """The name of a group, or ``all``, to a fraction."""
+    margins = {}
+    for text in texts:
+        group, equals, loss = text.rpartition("=")
+        try:
+            margin = float(loss.removesuffix("pp")) / (100 if loss.endswith("pp") else 1)
+        except ValueError:
+            margin = math.nan
+        if not equals or not 0 < margin < 1:
+            raise UsageError(f"--margin takes GROUP=LOSS, a loss between 0 and 100pp, got '{text}'; such as tail=2pp.")
+        margins[group] = margin
+    return margins
 
 
 def _parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":

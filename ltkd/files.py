@@ -3,7 +3,6 @@
 Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ltkd.cores import num_cores
 from ltkd.errors import DataError, ImageError
 from ltkd.images import load_image
 
@@ -134,14 +134,6 @@ def channel_levels(pixels_SS3: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.stack([np.bincount(pixels_SS3[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # neither macOS nor Windows can tell
-        return os.cpu_count() or 1
-
-
 def _in_threads(work: Callable[[int], Result], count: int) -> Iterator[Result]:
     """The results of ``work(0)`` to ``work(count - 1)`` in order; Pillow decodes without Python's lock."""
 
@@ -149,7 +141,7 @@ def _in_threads(work: Callable[[int], Result], count: int) -> Iterator[Result]:
         return [work(place) for place in range(start, min(start + _TASK, count))]
 
     starts = range(0, count, _TASK)
-    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as threads:
+    with ThreadPoolExecutor(min(MAX_THREADS, num_cores())) as threads:
         for first in range(0, len(starts), _TASKS):
             for results in threads.map(some, starts[first : first + _TASKS]):
                 yield from results

@@ -23,6 +23,9 @@ class VersionedRecord(Record):
     schema_version: int = 1
 
 
+MAX_RECORD_BYTES = 2**27
+"""The largest file of JSON that is read; the report of ten thousand classes has some ten million bytes."""
+
 AnyVersionedRecord = TypeVar("AnyVersionedRecord", bound=VersionedRecord)
 
 
@@ -35,7 +38,11 @@ def read_record(path: Path, kind: type[AnyVersionedRecord], error: type[LtkdErro
         error: Raised, with what was seen and what to do, when the file is missing, of a newer schema or invalid.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(MAX_RECORD_BYTES + 1)
+        if len(text) > MAX_RECORD_BYTES:
+            raise error(f"{path} has more than {MAX_RECORD_BYTES:,} bytes, which no record has; make it again.")
+        content = json.loads(text)
     except FileNotFoundError:
         raise error(f"{path} does not exist; is {path.parent} the right folder?") from None
     except (OSError, ValueError, RecursionError) as reason:
@@ -50,6 +57,15 @@ def read_record(path: Path, kind: type[AnyVersionedRecord], error: type[LtkdErro
         first = reason.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise error(f"{path} is not valid: {field}: {first['msg']}; make it again.") from None
+
+
+def json_schema(kind: type[VersionedRecord]) -> str:
+    """The JSON schema of a record's file, as it is published: every field is there, whether or not it has a default."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema(mode="serialization")}
+    for part in (schema, *schema["$defs"].values()):
+        if "properties" in part:
+            part["required"] = list(part["properties"])
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ltkd.cores import num_cores
 from ltkd.errors import ImageError
 from ltkd.images import DecodedImage, decode_image
 from serve.answers import Answer, Refused, answers
-from serve.cores import num_cores
 from serve.engine import Engine
 from serve.problems import Problem, ProblemError, image_problem, problem_of
 

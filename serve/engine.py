@@ -18,8 +18,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ltkd.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Precision
+from ltkd.cores import num_cores
 from ltkd.errors import BundleError, DeviceError
-from serve.cores import num_cores
 
 Device = Literal["auto", "cpu", "cuda"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

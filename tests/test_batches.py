@@ -380,5 +380,5 @@ def test_memory_stays_flat_over_many_large_images(tmp_path: Path) -> None:
 
 def test_the_workers_leave_a_core_and_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, world, expected in ((1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3), (16, 16, 1)):
-        monkeypatch.setattr(batches_module, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(batches_module, "num_cores", lambda cores=cores: cores)
         assert default_workers(Shard(0, world)) == expected

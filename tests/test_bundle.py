@@ -1,17 +1,21 @@
 import io
 import json
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ltkd import bundle as bundle_module
 from ltkd.bundle import (
     CertifiedModel,
     FileRecord,
     Golden,
     Manifest,
     Source,
+    check_file,
     check_replaceable,
     open_bundle,
     record_of,
@@ -119,7 +123,9 @@ def test_a_changed_and_a_missing_file_are_noticed(tmp_path: Path, name: str) -> 
         (lambda content: content.update(schema_version=99), "schema version 99.*install a newer ltkd"),
         (lambda content: content["golden"].update(path="../golden.npz"), "golden.path.*lie directly in it"),
         (lambda content: content["golden"].update(path="/etc/passwd"), "golden.path.*lie directly in it"),
-        (lambda content: content["golden"].update(path=".."), "is missing"),
+        (lambda content: content["golden"].update(path=".."), "golden.path.*lie directly in it"),
+        (lambda content: content["golden"].update(path=""), "golden.path.*lie directly in it"),
+        (lambda content: content["golden"].update(num_bytes=10**15), "golden.num_bytes"),
         (lambda content: content["precisions"].clear(), "precisions.*a bundle has an fp32 model"),
         (lambda content: content["precisions"].update(fp8=content["golden"]), "precisions.fp8"),
         (lambda content: content.update(notes="mine"), "notes: Extra inputs"),
@@ -205,23 +211,6 @@ def test_an_error_while_writing_the_first_bundle_leaves_nothing(tmp_path: Path) 
     assert names_in(tmp_path) == []
 
 
-def test_a_stop_between_the_two_renames_brings_the_old_bundle_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, rename = write_bundle(tmp_path / "toy"), Path.rename
-
-    def stopped(path: Path, target: Path) -> Path:
-        if path.suffix == ".part":
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        write_bundle(out, model=b"newer")
-    assert open_bundle(out).model_path("fp32").read_bytes() == b"model"
-    assert names_in(tmp_path) == ["toy"]
-
-
 def test_a_link_goes_on_pointing_at_its_bundle(tmp_path: Path) -> None:
     write_bundle(tmp_path / "toy")
     link = tmp_path / "current"
@@ -266,3 +255,100 @@ def test_a_bundle_of_another_schema_can_be_replaced(tmp_path: Path) -> None:
     edit_manifest(out, lambda content: content.update(schema_version=99))
     check_replaceable(out)
     check_replaceable(tmp_path / "nothing yet")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "golden.npz"])
+def test_a_link_out_of_the_bundle_is_refused_and_one_within_is_not(tmp_path: Path, name: str) -> None:
+    out = write_bundle(tmp_path / "toy")
+    (out / name).rename(out / "same")
+    (out / name).symlink_to("same")
+    open_bundle(out)
+    (out / "same").rename(tmp_path / "elsewhere")
+    (out / name).unlink()
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=f"{name} is a link that leads out of the bundle"):
+        open_bundle(out)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    out = write_bundle(tmp_path / "toy")
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with pytest.raises(BundleError, match=f"{name} is no file"):
+        open_bundle(out)
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_bundle(tmp_path / "toy")
+    os.truncate(out / "model.onnx", 10**12)  # a file of holes
+    with pytest.raises(BundleError, match=r"has another size \(1000000000000 bytes\)"):
+        open_bundle(out)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "not readable JSON"),
+        (b'{"schema_version": ' + b"9" * 5000 + b"}", "not readable JSON"),
+        (b"\xff\xfe", "not readable JSON"),
+        (b"[1, 2]", "the whole file"),
+    ],
+)
+def test_a_manifest_that_would_choke_a_reader_is_one_clear_line(tmp_path: Path, content: bytes, said: str) -> None:
+    out = write_bundle(tmp_path / "toy")
+    (out / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=said) as error:
+        open_bundle(out)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_of_gigabytes_is_not_read_into_memory(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "toy")
+    os.truncate(out / "manifest.json", 10**12)
+    with pytest.raises(BundleError, match="more than 134,217,728 bytes"):
+        open_bundle(out)
+
+
+def test_golden_samples_that_unpack_to_far_more_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "MAX_GOLDEN_BYTES", 2**20)  # of 256 MiB, which take seconds to pack
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", bytes(2**21))
+    assert len(file.getvalue()) < 2**14
+    bundle = open_bundle(write_bundle(tmp_path / "toy", golden=file.getvalue()))
+    with pytest.raises(BundleError, match="unpacks to 2,097,152 bytes, at most 1,048,576 are read"):
+        bundle.golden()
+
+
+def test_what_is_read_later_is_what_was_opened(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "toy")
+    bundle = open_bundle(out)
+    assert bundle.model("fp32") == b"model"
+    write_bundle(out, model=b"other")
+    with pytest.raises(BundleError, match="changed or replaced since the bundle was opened; open it again"):
+        bundle.model("fp32")
+
+
+def test_a_reader_that_meets_a_replacement_opens_the_new_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write_bundle(tmp_path / "toy")
+    times = iter([b"newer", b"newest"])
+
+    def check_slowly(path: Path, record: FileRecord) -> None:
+        if path.name == "model.onnx" and (model := next(times, b"")):
+            write_bundle(out, model)
+        check_file(path, record)
+
+    monkeypatch.setattr(bundle_module, "check_file", check_slowly)
+    bundle = open_bundle(out)
+    assert bundle.model("fp32") == b"newest"
+
+
+def test_files_that_the_manifest_does_not_vouch_for_are_named(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "toy")
+    assert open_bundle(out).strangers() == []
+    (out / "model.int8.onnx").write_bytes(b"quick")
+    (out / ".DS_Store").write_bytes(b"")
+    assert open_bundle(out).strangers() == [".DS_Store", "model.int8.onnx"]

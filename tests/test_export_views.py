@@ -1,31 +1,40 @@
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from training_toys import toy_data
 
-from export.gates import FP32_MARGINS, Margins
+from export.gates import MARGINS
+from export.parity import Margins
 from export.views import WithViews, topped_up
+from ltkd.data import ImageData
+from ltkd.files import Images
 
 LOOSE = Margins(overall=0.1, group=0.1)
+FP32 = MARGINS["fp32"]
+
+
+def topped_up_test(data: ImageData, margins: Margins) -> tuple[Images, NDArray[np.int64], int]:
+    return topped_up(data.test_images, data.test_labels, data.task.groups, margins, mirror=data.mirror)
 
 
 def test_enough_test_images_are_left_alone() -> None:
     data = toy_data(num_test=60)
-    images, labels, num_views = topped_up(data, LOOSE)
+    images, labels, num_views = topped_up_test(data, LOOSE)
     assert images is data.test_images and labels is data.test_labels and num_views == 0
 
 
 def test_every_group_gets_what_its_margin_takes_and_all_together_what_theirs_takes() -> None:
     data = toy_data(num_test=4)
-    images, labels, num_views = topped_up(data, FP32_MARGINS)
-    assert np.bincount(labels).tolist() == [539, 539, 539]  # the published number for 0.5 pp without a flip
+    images, labels, num_views = topped_up_test(data, FP32)
+    assert np.bincount(labels).tolist() == [600, 600, 600]  # 0.5 pp without a flip
     assert len(images) == len(labels) == 12 + num_views
-    _, labels, _ = topped_up(data, Margins(overall=0.001, group=0.005))
-    assert len(labels) == pytest.approx(2705, abs=3)  # z**2 / 0.001
+    _, labels, _ = topped_up_test(data, Margins(overall=0.001, group=0.005))
+    assert len(labels) == pytest.approx(3004, abs=3)  # log(0.0495) / log(1 - 0.001)
 
 
 def test_the_images_come_first_and_a_view_is_the_same_however_it_is_asked_for() -> None:
     data = toy_data(num_test=4)
-    images, labels, _ = topped_up(data, FP32_MARGINS)
+    images, labels, _ = topped_up_test(data, FP32)
     assert np.array_equal(images[:12], data.test_images)
     by_slice, by_rows = images[10:20], images[np.arange(10, 20)]
     assert np.array_equal(by_slice, by_rows)
@@ -52,6 +61,12 @@ def test_a_group_without_a_test_image_stays_without_one() -> None:
     data = type(data)(
         data.task, data.train_images, data.train_labels, data.test_images[keep], data.test_labels[keep], True
     )
-    _, labels, _ = topped_up(data, FP32_MARGINS)
+    _, labels, _ = topped_up_test(data, FP32)
     assert np.bincount(labels, minlength=3)[2] == 0
-    assert np.bincount(labels)[0] >= 539
+    assert np.bincount(labels)[0] >= 600
+
+
+def test_a_group_with_a_margin_of_its_own_gets_what_that_one_takes() -> None:
+    margins = Margins(overall=0.5, group=0.02, groups={"tail": 0.01})
+    _, labels, _ = topped_up_test(toy_data(num_test=4), margins)
+    assert np.bincount(labels).tolist() == [149, 149, 300]

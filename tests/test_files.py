@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +6,7 @@ from PIL import Image
 
 from ltkd import files as files_module
 from ltkd.errors import ImageError
-from ltkd.files import FileImages, channel_levels, look_at, unreadable, usable_cores
+from ltkd.files import FileImages, channel_levels, look_at, unreadable
 from ltkd.images import load_image
 
 
@@ -86,7 +85,3 @@ def test_every_unreadable_file_is_named_three_of_them_in_one_line_and_more_in_on
     assert "\n" not in str(unreadable(problems[:3], 50))
     assert str(unreadable(problems[:1], 1234)).startswith("1 of 1,234 images are unreadable; repair or remove them")
     assert str(unreadable(problems, 50)).splitlines()[1:] == [f"  {problem}" for problem in problems]
-
-
-def test_at_least_one_core_is_usable() -> None:
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

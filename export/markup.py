@@ -1,0 +1,39 @@
+"""HTML and SVG as text, in which no text of a user can become markup."""
+
+import html
+
+_EMPTY = ("meta",)  # elements that have no end
+
+
+class Markup(str):
+    """Text that is markup already; every other text is escaped where it is put into an element."""
+
+    __slots__ = ()
+
+
+def element(name: str, /, *content: str, **attributes: str | float) -> Markup:
+    """One element with its content.
+
+    Args:
+        name: Such as ``table``.
+        content: Markup stays as it is, other text is escaped.
+        attributes: Underscores become hyphens, and one at the end is dropped: ``class_``, ``stroke_width``. Numbers
+            are rounded to two places, which is far below a pixel.
+    """
+    given = "".join(f' {_hyphened(key)}="{_value(value)}"' for key, value in attributes.items())
+    if name in _EMPTY:
+        return Markup(f"<{name}{given}>")
+    return Markup(f"<{name}{given}>{joined(*content)}</{name}>")
+
+
+def joined(*content: str) -> Markup:
+    """Several pieces, one after the other."""
+    return Markup("".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in content))
+
+
+def _hyphened(key: str) -> str:
+    return key.removesuffix("_").replace("_", "-")
+
+
+def _value(value: str | float) -> str:
+    return html.escape(value) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
