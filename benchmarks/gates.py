@@ -22,11 +22,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,6 @@ OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gates.json"
 CERTIFICATIONS = 500
 NOMINAL = 0.05
 GROUPS = ClassGroups(names=("head", "medium", "tail"), group_of_class=(0, 1, 2))
-LOSSES = ("nothing", "the margin in the tail", "the overall margin everywhere")
 Loss = Literal["nothing", "the margin in the tail", "the overall margin everywhere"]
 REFERENCE_ACCURACY = 0.7
 
@@ -91,14 +90,13 @@ PLACES: tuple[tuple[Precision, int, float], ...] = (
 
 def settings() -> list[Setting]:
     """Everything that is simulated."""
-    return [Setting(*place, loss) for place in PLACES for loss in LOSSES]
+    return [Setting(*place, loss) for place in PLACES for loss in get_args(Loss)]
 
 
-def certified(setting: Setting, random: np.random.Generator) -> tuple[Verdict, dict[str, Verdict]]:
-    """The verdict of one certification, and that of each row."""
+def certified(setting: Setting, random: np.random.Generator) -> Verdict:
+    """The verdict of one certification."""
     reference_NC, candidate_NC, label_N = simulated(setting, random)
-    rows = compare(reference_NC, candidate_NC, label_N, GROUPS, MARGINS[setting.precision])
-    return task_accuracy(rows).verdict, {row.group: row.verdict for row in rows}
+    return task_accuracy(compare(reference_NC, candidate_NC, label_N, GROUPS, MARGINS[setting.precision])).verdict
 
 
 def simulated(
@@ -137,12 +135,12 @@ def exact_chance(passes: Callable[[int, int], bool], n: int, p_b: float, p_c: fl
 
 
 def row_passes_exactly(setting: Setting) -> dict[str, float] | None:
-    """How often the damaged row passes with Tango's limit and with ours; None where nothing is damaged."""
+    """How often the damaged row alone passes with each limit; None where nothing is damaged."""
     if setting.loss == "nothing":
         return None
     margins, group = MARGINS[setting.precision], "tail" if setting.loss == "the margin in the tail" else ALL
     n = setting.images * (1 if group == "tail" else len(GROUPS.names))
-    limits = {"tango": tango_upper, "ours": loss_upper}
+    limits = {"tango": tango_upper, "gate": loss_upper}
     return {
         name: exact_chance(
             lambda b, c, limit=limit: limit(b, c, n) < margins.of(group),  # type: ignore[misc]
@@ -153,34 +151,67 @@ def row_passes_exactly(setting: Setting) -> dict[str, float] | None:
     }
 
 
-def measured(setting: Setting, certifications: int, seed: int) -> dict[str, object]:
-    """The rates of one setting with their exact 95 % intervals."""
+@dataclass(frozen=True)
+class Rate:
+    """A share of certifications, with its exact 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of one setting.
+
+    Attributes:
+        setting: Which.
+        verdicts: How many certifications ended with each.
+        error: Which of them is wrong here.
+        rate: How often that was said.
+        row_passes: How often the damaged row alone passes, by enumeration, with Tango's limit and with the gate's; None
+            where nothing is damaged.
+    """
+
+    setting: Setting
+    verdicts: dict[Verdict, int]
+    error: Literal["false alarm", "false pass"]
+    rate: Rate
+    row_passes: dict[str, float] | None
+
+    @property
+    def errs_too_often(self) -> bool:
+        """Whether a promise is broken; a rate that is seen scatters, and contradicts it by its whole interval only."""
+        return self.rate.low > NOMINAL or (self.row_passes or {"gate": 0.0})["gate"] > NOMINAL
+
+
+def measured(setting: Setting, certifications: int, seed: int) -> Measured:
+    """The rates of one setting."""
     random = np.random.default_rng(seed)
     seen = [certified(setting, random) for _ in range(certifications)]
-    verdicts = [verdict for verdict, _ in seen]
-    error: Verdict = "FAIL" if setting.loss == "nothing" else "PASS"
-    damaged = ALL if setting.loss == "the overall margin everywhere" else "tail"
-    return {
-        **asdict(setting),
-        "certifications": certifications,
-        "verdicts": {name: verdicts.count(name) for name in ("PASS", "INCONCLUSIVE", "FAIL")},
-        "error": "false alarm" if error == "FAIL" else "false pass",
-        "rate": _rate(verdicts.count(error), certifications),
-        "damaged_row": None
-        if setting.loss == "nothing"
-        else _rate(sum(rows[damaged] == "PASS" for _, rows in seen), certifications),
-        "damaged_row_exact": row_passes_exactly(setting),
-    }
+    wrong: Verdict = "FAIL" if setting.loss == "nothing" else "PASS"
+    return Measured(
+        setting=setting,
+        verdicts={verdict: seen.count(verdict) for verdict in get_args(Verdict)},
+        error="false alarm" if setting.loss == "nothing" else "false pass",
+        rate=rate_of(seen.count(wrong), certifications),
+        row_passes=row_passes_exactly(setting),
+    )
+
+
+def rate_of(k: int, n: int) -> Rate:
+    """A share with its interval."""
+    return Rate(k / n, *clopper_pearson(k, n))
 
 
 def images_table() -> list[dict[str, float | int]]:
-    """Images that certify a margin, with Tango's limit and with ours."""
+    """Images that certify a margin, with Tango's limit and with the gate's."""
     return [
         {
             "margin": margin,
             "discordant": discordant,
             "tango": _needed_by_tango(margin, discordant),
-            "ours": images_needed(margin, discordant),
+            "gate": images_needed(margin, discordant),
         }
         for margin in (0.005, 0.01, 0.02)
         for discordant in (0.0, 0.01, 0.03)
@@ -195,80 +226,78 @@ def _needed_by_tango(margin: float, discordant: float) -> int:
     return n
 
 
-def _rate(k: int, n: int) -> dict[str, float]:
-    low, high = clopper_pearson(k, n)
-    return {"value": k / n, "low": low, "high": high}
-
-
 def main() -> None:
     """Simulate and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few certifications, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="few certifications of few images, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     certifications = 20 if given.quick else CERTIFICATIONS
     begin = time.perf_counter()
     chosen = [setting for setting in settings() if setting.images <= 300 or not given.quick]
-    rows = [measured(setting, certifications, seed) for seed, setting in enumerate(chosen)]
-    console = Console(width=130)
-    console.print(_table(rows, certifications))
+    found = [measured(setting, certifications, seed) for seed, setting in enumerate(chosen)]
+    together = {error: pooled(found, error, certifications) for error in ("false alarm", "false pass")}
+    console = Console(width=120)
+    console.print(_table(found, certifications))
+    for error, rate in together.items():
+        console.print(f"{error} in all: {_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    content = {
+        "command": "python -m benchmarks.gates" + (" --quick" if given.quick else ""),
+        "commit": commit.stdout.strip(),
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("ltkd", "numpy", "scipy")},
+        "seconds": round(time.perf_counter() - begin, 1),
+        "nominal": NOMINAL,
+        "certifications": certifications,
+        "rows": [asdict(row) for row in found],
+        "together": {error: asdict(rate) for error, rate in together.items()},
+        "images_needed": images_table(),
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(
-        json.dumps(
-            {
-                "command": " ".join(
-                    ["python -m benchmarks.gates", *sys.argv[1:2]] if given.quick else ["python -m benchmarks.gates"]
-                ),
-                "commit": commit.stdout.strip(),
-                "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-                "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-                "versions": {name: version(name) for name in ("ltkd", "numpy", "scipy")},
-                "seconds": round(time.perf_counter() - begin, 1),
-                "nominal": NOMINAL,
-                "rows": rows,
-                "images_needed": images_table(),
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-    # the exact chance keeps the promise; a rate that is seen scatters about it, and contradicts it only by its interval
-    beyond = [
-        row
-        for row in rows
-        if row["rate"]["low"] > NOMINAL or max((row["damaged_row_exact"] or {"ours": 0})["ours"], 0) > NOMINAL
-    ]  # type: ignore[index,call-overload]
-    sys.exit(f"{len(beyond)} settings err more than they may." if beyond else 0)
+    given.out.write_text(json.dumps(content, indent=2) + "\n")
+    if any(row.errs_too_often for row in found):
+        sys.exit("a setting errs more often than it may.")
 
 
-def _table(rows: list[dict[str, object]], certifications: int) -> Table:
-    table = Table(title=f"{certifications} simulated certifications each; errors may happen in 5 %")
+def pooled(found: Sequence[Measured], error: str, certifications: int) -> Rate:
+    """The share of one error in all settings where it can be made."""
+    of_it = [row for row in found if row.error == error]
+    return rate_of(round(sum(row.rate.value for row in of_it) * certifications), len(of_it) * certifications)
+
+
+def _table(found: Sequence[Measured], certifications: int) -> Table:
+    table = Table(title=f"{certifications} certifications each; an error may happen in {_percent(NOMINAL)}")
     for column in (
         "margins",
-        "images a group",
+        "n",
         "discordant",
         "true loss",
-        "PASS",
-        "INCONCL.",
-        "FAIL",
+        "PASS/FAIL/none",
         "error",
-        "rate",
         "95 % interval",
-        "row, Tango",
-        "row, ours",
+        "row: Tango",
+        "gate",
     ):
-        table.add_column(column, justify="left" if column in ("true loss", "error", "margins") else "right")
-    for row in rows:
-        rate, verdicts, exact = row["rate"], row["verdicts"], row["damaged_row_exact"]
-        assert isinstance(rate, dict) and isinstance(verdicts, dict)
-        shares = [f"{100 * chance:.1f} %" for chance in exact.values()] if isinstance(exact, dict) else ["", ""]
+        table.add_column(column, justify="left" if column in ("margins", "true loss") else "right", no_wrap=True)
+    for row in found:
+        of_row = row.row_passes or {}
         table.add_row(
-            str(row["precision"]), f"{row['images']:,}", f"{100 * float(str(row['discordant'])):.1f} %", str(row["loss"]),
-            *(str(count) for count in verdicts.values()), str(row["error"]), f"{100 * rate['value']:.1f} %",
-            f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f} %", *shares,
-        )  # fmt: skip
+            row.setting.precision,
+            f"{row.setting.images:,}",
+            _percent(row.setting.discordant),
+            row.setting.loss,
+            "/".join(str(count) for count in row.verdicts.values()),
+            _percent(row.rate.value),
+            f"{_percent(row.rate.low)} to {_percent(row.rate.high)}",
+            *(_percent(of_row[limit]) if limit in of_row else "" for limit in ("tango", "gate")),
+        )
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def open_session(content: bytes, provider: str = CPU, *, tf32: bool = False) -> 
         BundleError: ONNX Runtime cannot open the model.
         DeviceError: The provider does not work here, or ONNX Runtime would put a node elsewhere.
     """
+    if provider not in (CPU, CUDA):
+        raise DeviceError(f"ltkd has no provider '{provider}'; it certifies on {CPU} and {CUDA}.")
     options = SessionOptions()
     options.log_severity_level = _SILENT
     options.intra_op_num_threads = num_cores()

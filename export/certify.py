@@ -1,4 +1,4 @@
-"""From a run to a certified bundle, or to rejected candidates and the reason.
+"""A network to certified ONNX files in every precision that this machine can prove.
 
 Shape legend: N images, M sampled images, C classes.
 """
@@ -6,7 +6,6 @@ Shape legend: N images, M sampled images, C classes.
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from onnxruntime import InferenceSession
@@ -14,7 +13,6 @@ from torch import nn
 
 from export.calibrate import certify_confidence
 from export.candidate import CPU, CUDA, cuda_works, open_session, run
-from export.card import model_card
 from export.convert import to_onnx
 from export.gates import copied, host, margins_for, worst
 from export.half import to_fp16
@@ -23,33 +21,17 @@ from export.latency import measure
 from export.parity import CandidateReport, ParityReport, QuantisationTrial
 from export.quantise import search_int8
 from export.reference import torch_logits
-from export.report import parity_html
-from export.splits import Splits, divide
+from export.splits import Splits
 from export.statistics import CONFIDENCE
 from ltkd.bundle import (
-    CARD_FILE,
-    GOLDEN_FILE,
-    MANIFEST_FILE,
     MODEL_FILES,
-    PARITY_FILE,
-    REPORT_FILE,
-    CertifiedModel,
     Golden,
-    Manifest,
     Precision,
-    Source,
-    check_replaceable,
-    record_of,
-    staged_bundle,
 )
-from ltkd.data import ImageData, load_data
-from ltkd.errors import DeviceError, RunError
+from ltkd.errors import DeviceError
 from ltkd.files import Images
-from ltkd.records import sha256_of, write_record, write_whole
-from ltkd.runs import CONFIG_FILE, Run, open_run
 from ltkd.task import Task
 
-REJECTED_DIRECTORY = "rejected"
 GOLDEN_PER_GROUP = 4
 PROVIDERS: dict[Precision, str] = {"fp32": CPU, "int8": CPU, "fp16": CUDA}
 
@@ -103,70 +85,6 @@ class Certification:
         if self.report.verdict != "PASS":
             return {}
         return {report.precision: report for report in self.report.candidates if passed(report)}
-
-
-@dataclass(frozen=True)
-class Export:
-    """How an export ended.
-
-    Attributes:
-        report: What the gates said.
-        bundle: The bundle; None after any verdict but PASS.
-        rejected: The folder of the candidates that did not pass, with the report; None when all did.
-    """
-
-    report: ParityReport
-    bundle: Path | None
-    rejected: Path | None
-
-
-def export_run(
-    run_dir: Path,
-    out: Path,
-    policy: Policy | None = None,
-    data: ImageData | None = None,
-    tell: Callable[[str], None] = tell_nobody,
-) -> Export:
-    """Convert a run's network, put each precision through the gates on test images, and bundle what passes.
-
-    Unless fp32 passes nothing appears at ``out`` and what is there stays as it is. Candidates that did not pass go
-    to ``rejected/`` beside it.
-
-    Args:
-        run_dir: A complete run.
-        out: The bundle's directory; an earlier bundle there is replaced as a whole.
-        policy: What is asked; None asks for the defaults.
-        data: The run's images where they are in memory already; None loads them.
-        tell: Told in a few words what is going on, several times a minute.
-
-    Raises:
-        RunError: The run cannot be used, or its data set is no longer what it was trained on.
-        DataError: The images cannot be loaded.
-        BundleError: ``out`` is something else than a bundle.
-        DeviceError: A precision was asked for whose device is not here.
-    """
-    check_replaceable(out)  # before minutes of certifying
-    policy = policy or Policy()
-    _ = policy.tried
-    trained = open_run(run_dir)
-    data = data or load_data(trained.config.data)
-    if data.task != trained.task:
-        raise RunError(
-            f"{run_dir} was trained on other images or groups than {trained.config.data.name} has now; train again."
-        )
-    name = out.resolve().name
-    source = trained.config.data
-    description = f"the {len(data.test_labels):,} test images of {source.root.name if source.root else source.name}"
-    splits = divide(data, margins_for("fp32", policy.margins, data.task.groups))
-    done = certify(trained.load_network(), trained.task, splits, name, description, policy, tell)
-    bundle = rejected = None
-    if done.passed:
-        with staged_bundle(out) as stage:
-            _fill(stage, trained, done)
-        bundle = out
-    if len(done.passed) < len(done.report.candidates):
-        rejected = _reject(out, done)
-    return Export(done.report, bundle, rejected)
 
 
 def certify(
@@ -313,52 +231,3 @@ def _on_this_host(report: CandidateReport, contents: Mapping[Precision, bytes], 
     session = open_session(contents[precision], report.runtime.provider)
     gates = (*report.gates, host(session, golden.images_MSS3, golden.logits[precision], precision))
     return report.model_copy(update={"gates": gates, "verdict": worst(gate.verdict for gate in gates)})
-
-
-def _fill(stage: Path, trained: Run, done: Certification) -> None:
-    for precision in done.passed:
-        (stage / MODEL_FILES[precision]).write_bytes(done.contents[precision])
-    (stage / GOLDEN_FILE).write_bytes(done.golden.to_bytes())
-    write_record(stage / PARITY_FILE, done.report)
-    (stage / REPORT_FILE).write_text(parity_html(done.report), encoding="utf-8")
-    source = Source(
-        run=trained.path.resolve().name,
-        config_sha256=sha256_of(trained.path / CONFIG_FILE),
-        weights_sha256=sha256_of(trained.weights_path),
-        model=trained.config.model,
-        method=trained.config.method.name,
-        versions=done.report.versions,
-    )
-    (stage / CARD_FILE).write_text(model_card(trained.task, source, done.report), encoding="utf-8")
-    manifest = Manifest(
-        name=done.report.name,
-        task=trained.task,
-        precisions={p: _certified(stage / MODEL_FILES[p], report) for p, report in done.passed.items()},
-        parity=record_of(stage / PARITY_FILE),
-        report=record_of(stage / REPORT_FILE),
-        card=record_of(stage / CARD_FILE),
-        golden=record_of(stage / GOLDEN_FILE),
-        certified_on=done.report.data.description,
-        source=source,
-    )
-    write_record(stage / MANIFEST_FILE, manifest)
-
-
-def _certified(path: Path, report: CandidateReport) -> CertifiedModel:
-    assert report.certificate is not None  # every candidate that passes has one
-    facts = record_of(path).model_dump()
-    return CertifiedModel(**facts, provider=report.runtime.provider, calibration=report.certificate.calibration)
-
-
-def _reject(out: Path, done: Certification) -> Path:
-    """Leave what did not pass, and the report, beside the bundle's place; the folder holds this export alone."""
-    rejected = out.resolve().parent / REJECTED_DIRECTORY / out.resolve().name
-    rejected.mkdir(parents=True, exist_ok=True)
-    for old in rejected.glob("candidate*.onnx"):
-        old.unlink()
-    for report in done.report.candidates:
-        if report.precision not in done.passed:
-            write_whole(rejected / f"candidate.{report.precision}.onnx", done.contents[report.precision])
-    write_record(rejected / PARITY_FILE, done.report)
-    write_whole(rejected / REPORT_FILE, parity_html(done.report).encode())
-    return rejected

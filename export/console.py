@@ -19,9 +19,10 @@ def print_report(report: ParityReport, console: Console) -> None:
     for candidate in report.candidates:
         for part in _candidate(report, candidate):
             console.print(part, soft_wrap=isinstance(part, Text))
-    console.print(
-        f"held against each other on {report.data.description}", markup=False, highlight=False, soft_wrap=True
-    )
+    certify = report.data.splits[-1]
+    views = f", {report.data.num_views:,} of them random views of others" if report.data.num_views else ""
+    said = f"certified on {certify.num_images:,} images{views}, out of {report.data.description}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def parity_table(candidate: CandidateReport) -> Table:

@@ -4,11 +4,14 @@ Shape legend: N images (dynamic), S side in pixels, C classes.
 """
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import AttributeProto, GraphProto, ModelProto
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from export.candidate import INPUT, OUTPUT, model_metadata
 from ltkd.networks import Normalise
@@ -25,8 +28,7 @@ def to_onnx(network: nn.Module, task: Task) -> bytes:
     network itself is left as it was: a copy is taken, moved to the CPU and put into evaluation mode.
 
     Args:
-        network: Takes normalised float32 [N, 3, S, S], gives logits [N, C]. Pool with ``x.mean((2, 3))``:
-            AdaptiveAvgPool2d with a dynamic batch exports as an emulation of strides.
+        network: Takes normalised float32 [N, 3, S, S], gives logits [N, C].
         task: Its preprocessing goes into the graph, its classes into the metadata.
 
     Raises:
@@ -65,8 +67,31 @@ class PixelsToLogits(Normalise):
 
     def forward(self, pixels_NSS3: Tensor) -> Tensor:
         """Raw logits [N, C] of uint8 pixels."""
-        logits_NC: Tensor = self.network(super().forward(pixels_NSS3))
+        normalised_N3SS = super().forward(pixels_NSS3)
+        with _PlainPooling():
+            logits_NC: Tensor = self.network(normalised_N3SS)
         return logits_NC
+
+
+class _PlainPooling(TorchFunctionMode):
+    """Adaptive pooling to one pixel as the mean that it is.
+
+    With a dynamic batch torch exports it, followed by flatten, as an emulation of strides, which no tool that
+    quantises takes.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        if func is F.adaptive_avg_pool2d:
+            image, size = [*args, *(kwargs or {}).values()]
+            if isinstance(image, Tensor) and size in (1, (1, 1), [1, 1]):
+                return image.mean((2, 3), keepdim=True)
+        return func(*args, **(kwargs or {}))
 
 
 def _strip(model: ModelProto) -> None:

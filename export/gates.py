@@ -28,11 +28,10 @@ from onnxruntime import InferenceSession
 from export.candidate import CPU, INPUT, OUTPUT, model_metadata, open_session, read_model, run, tensors_of
 from export.comparison import span
 from export.parity import ALL, ClassParity, ConfidenceParity, Gate, GroupParity, Margins, Verdict
-from export.splits import digests
 from export.statistics import images_needed
 from ltkd.bundle import GOLDEN_TOLERANCE, Precision
 from ltkd.errors import BundleError, DeviceError, UsageError
-from ltkd.files import Images
+from ltkd.files import Images, digests
 from ltkd.groups import ClassGroups
 from ltkd.task import Task
 

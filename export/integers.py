@@ -66,7 +66,12 @@ def plan_of(graph: GraphProto, float_layers: Collection[str] = ()) -> Plan:
 
 
 def quantise(
-    fp32: bytes, ranges: Mapping[str, Range], *, per_channel: bool, float_layers: Collection[str] = ()
+    fp32: bytes,
+    ranges: Mapping[str, Range],
+    *,
+    per_channel: bool,
+    float_layers: Collection[str] = (),
+    weight_limit: int = WEIGHT_LIMIT,
 ) -> ModelProto:
     """Store weights and maps as integers.
 
@@ -75,11 +80,12 @@ def quantise(
         ranges: Of every map that the plan stores.
         per_channel: Whether every output channel has a scale of its own.
         float_layers: As in ``plan_of``.
+        weight_limit: The highest weight as an integer; above 64 some processors cut sums short.
     """
     model = onnx.load_model_from_string(fp32)
     plan = plan_of(model.graph, float_layers)
     scales = {name: scale_of(ranges[source]) for name, source in plan.stored.items()}
-    _Writer(model.graph, plan, scales, per_channel=per_channel).write()
+    _Writer(model.graph, plan, scales, per_channel=per_channel, weight_limit=weight_limit).write()
     return model
 
 
@@ -87,9 +93,16 @@ class _Writer:
     """Writes the nodes of a graph anew. New names are short: in a small network they are a tenth of the file."""
 
     def __init__(
-        self, graph: GraphProto, plan: Plan, scales: Mapping[str, tuple[np.float32, np.uint8]], *, per_channel: bool
+        self,
+        graph: GraphProto,
+        plan: Plan,
+        scales: Mapping[str, tuple[np.float32, np.uint8]],
+        *,
+        per_channel: bool,
+        weight_limit: int,
     ) -> None:
-        self.graph, self.plan, self.scales, self.per_channel = graph, plan, scales, per_channel
+        self.graph, self.plan, self.scales = graph, plan, scales
+        self.per_channel, self.weight_limit = per_channel, weight_limit
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.float_layers = {node.name for node in weighted_nodes(graph)} - set(plan.layers)
         self.nodes: list[NodeProto] = []
@@ -147,7 +160,7 @@ class _Writer:
         bias = numpy_helper.to_array(self.weights[node.input[2]]) if len(node.input) > 2 else None
         axis = _channel_axis(node)
         highest_K = np.abs(weight).max(axis=tuple(other for other in range(weight.ndim) if other != axis))
-        scale_K = highest_K.astype(np.float64) / WEIGHT_LIMIT
+        scale_K = highest_K.astype(np.float64) / self.weight_limit
         if bias is not None:  # a channel of hardly any weight needs steps in which its bias can be counted
             scale_K = np.maximum(scale_K, np.abs(bias) / (map_scale * BIAS_LIMIT))
         if not self.per_channel:

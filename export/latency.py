@@ -5,8 +5,10 @@ Shape legend: N images, B in the batch, S side in pixels.
 
 import time
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from export.candidate import INPUT, OUTPUT
@@ -17,10 +19,12 @@ BATCHES = (1, 32)
 MOST_REPEATS, LEAST_REPEATS = 50, 3
 SECONDS = 2.0
 
+Name = TypeVar("Name", bound=str)
+
 
 def measure(
-    sessions: Mapping[str, InferenceSession], images: Images, seconds: float = SECONDS
-) -> dict[str, tuple[Latency, ...]]:
+    sessions: Mapping[Name, InferenceSession], images: Images, seconds: float = SECONDS
+) -> dict[Name, tuple[Latency, ...]]:
     """Time every model on batches of 1 and of 32 images: each once, then each again, and so on.
 
     Args:
@@ -29,7 +33,7 @@ def measure(
         seconds: For each size of batch, after one round that warms up. Three rounds are timed even if they take longer.
     """
     first_NSS3 = images[: max(BATCHES)]
-    times: dict[str, list[Latency]] = {name: [] for name in sessions}
+    times: dict[Name, list[Latency]] = {name: [] for name in sessions}
     for batch in BATCHES:
         images_BSS3 = np.resize(first_NSS3, (batch, *first_NSS3.shape[1:]))
         rounds = [_round(sessions, images_BSS3)]
@@ -42,7 +46,7 @@ def measure(
     return {name: tuple(found) for name, found in times.items()}
 
 
-def _round(sessions: Mapping[str, InferenceSession], images_BSS3: Images) -> dict[str, float]:
+def _round(sessions: Mapping[Name, InferenceSession], images_BSS3: NDArray[np.uint8]) -> dict[Name, float]:
     """Milliseconds of each model, once."""
     times_ms = {}
     for name, session in sessions.items():

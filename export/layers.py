@@ -5,7 +5,7 @@ Shape legend: N images, S side in pixels.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 from typing import TypeVar
 
 import numpy as np
@@ -118,11 +118,11 @@ def locate(reference: bytes, candidate: bytes, images_NSS3: NDArray[np.uint8]) -
 def first_above_rounding(errors: Sequence[LayerError]) -> LayerError | None:
     """The first layer that is much farther off than its like, or None.
 
-    What rounding does depends on the precision, so the median layer is the yardstick; but to be half off is damage.
+    What rounding does depends on the precision, so the yardstick is the middle one of the inner layers with weights,
+    which are rounded most; but to be half off is damage.
     """
-    if not errors:
-        return None
-    usual = ROUNDING_FACTOR * median(layer.error for layer in errors)
+    inner = [layer.error for layer in errors if layer.operator in WEIGHTED][1:-1]
+    usual = ROUNDING_FACTOR * median_low(inner) if inner else 0.0
     rounding = min(max(ROUNDING_SHARE, usual), DAMAGED_SHARE)
     return next((layer for layer in errors if layer.error > rounding), None)
 

@@ -177,12 +177,14 @@ def _best(tried: Mapping[Form, QuantisationTrial]) -> Form:
 
 
 def _ladder(source: Source, scale: Scale, form: Form) -> Iterator[Form]:
-    """The same form with more and more layers in float, those first whose return alone helps most."""
+    """The same form with more and more layers in float, first those that do most damage as the only integers."""
     few = scale.lighter(SENSITIVITY_IMAGES)
     layers = plan_of(onnx.load_model_from_string(source.fp32).graph).layers
-    alone = [replace(form, float_layers=(layer,)) for layer in layers]
-    left = {layer: few.weigh(one, source.written(one)).kl for layer, one in zip(layers, alone, strict=True)}
-    ranked = sorted(layers, key=lambda layer: left[layer])
+    damage = {}
+    for layer in layers:
+        alone = replace(form, float_layers=tuple(other for other in layers if other != layer))
+        damage[layer] = few.weigh(alone, source.written(alone)).kl
+    ranked = sorted(layers, key=lambda layer: -damage[layer])
     num_float = 1
     while num_float < len(ranked):
         yield replace(form, float_layers=tuple(ranked[:num_float]))

@@ -50,6 +50,8 @@ def spreads(fp32: bytes, maps: Collection[str], images: Images) -> dict[str, Spr
         maps: Names of float32 tensors in it.
         images: Which stand for all that the network will see.
     """
+    if not maps:
+        return {}
     model = onnx.load_model_from_string(fp32)
     given = {output.name for output in model.graph.output}
     names = sorted(maps)

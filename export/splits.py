@@ -14,7 +14,6 @@ Shape legend: N images, B of them, S pixels a side.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,14 +24,12 @@ from export.parity import DataRecord, Margins, SplitRecord
 from export.views import topped_up
 from ltkd.data import ImageData
 from ltkd.errors import DataError
-from ltkd.files import Images
+from ltkd.files import Images, digests, in_batches
 from ltkd.groups import ClassGroups
 from ltkd.task import Task
 
 SplitName = Literal["quantisation", "selection", "confidence", "certify"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-AT_ONCE = 256
-
 _TURNS: tuple[SplitName, ...] = (
     "certify", "selection", "certify", "confidence", "certify",
     "quantisation", "certify", "selection", "certify", "confidence",
@@ -190,13 +187,6 @@ def split_record(name: SplitName, part: Part, groups: ClassGroups) -> SplitRecor
     )
 
 
-def digests(images: Images) -> Iterator[bytes]:
-    """A hash of the pixels of each image; few of the images are in memory at once."""
-    for images_BSS3 in _batches(images):
-        for pixels_SS3 in images_BSS3:
-            yield hashlib.blake2b(pixels_SS3.data, digest_size=16).digest()
-
-
 def _different(data: ImageData) -> tuple[NDArray[np.int64], int]:
     """Positions of the test images that are no copies, sorted by their hash, and how many are copies."""
     row_of: dict[bytes, int] = {}
@@ -220,12 +210,7 @@ def _let_every_group_certify(turn_N: NDArray[np.int64], group_N: NDArray[np.int6
 
 def _sha256_of(part: Part) -> str:
     digest = hashlib.sha256()
-    for images_BSS3 in _batches(part.images):
+    for images_BSS3 in in_batches(part.images):
         digest.update(images_BSS3.data)
     digest.update(np.ascontiguousarray(part.label_N).data)
     return digest.hexdigest()
-
-
-def _batches(images: Images) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(images), AT_ONCE):
-        yield np.ascontiguousarray(images[start : start + AT_ONCE])

@@ -19,6 +19,7 @@ ECE_BINS = 15
 _NUISANCE_SHARE = 0.01
 """Of the permitted error, what is spent on confining the rate of wrong -> right (Berger and Boos)."""
 _NUISANCE_POINTS = 25  # some four to a standard deviation of c, on whose scale the chance changes
+_RESOLVED = 1e-9  # of a limit; an image in a hundred million
 _AT_ONCE = 4_000_000  # random numbers in memory
 
 
@@ -101,13 +102,13 @@ def loss_upper(b: int, c: int, n: int, confidence: float = CONFIDENCE) -> float:
     while True:  # the limit of one rate after another, each larger, until none has too much of a chance
         chance_Q = chance(limit, rates_Q)
         worst = rates_Q[[chance_Q.argmax()]]
-        if chance_Q.max() <= allowed + 1e-7:
+        if chance_Q.max() <= allowed:
             return limit
         excess: Callable[[float], float] = lambda loss, rate_1=worst: float(chance(loss, rate_1)[0]) - allowed  # type: ignore[misc]  # noqa: E731
         step = 1 / n
         while excess(min(limit + step, 1.0)) > 0:
             step *= 2
-        limit = float(brentq(excess, limit, min(limit + step, 1.0), xtol=1e-9, rtol=1e-6))
+        limit = float(brentq(excess, limit, min(limit + step, 1.0), xtol=_RESOLVED)) + 2 * _RESOLVED  # past the root
 
 
 def loss_lower(b: int, c: int, n: int, confidence: float = CONFIDENCE) -> float:
@@ -115,22 +116,27 @@ def loss_lower(b: int, c: int, n: int, confidence: float = CONFIDENCE) -> float:
     return -loss_upper(c, b, n, confidence)
 
 
-@functools.lru_cache(maxsize=1_000)
+@functools.lru_cache(maxsize=10_000)
 def images_needed(margin: float, discordant: float) -> int:
     """How many images certify a margin, when a share of them changes but as often for the better as for the worse.
 
     Args:
         margin: The loss of accuracy to be excluded, a fraction > 0.
         discordant: Share of images that only one of the two models gets right.
+
+    Returns:
+        Enough, and at most one in two hundred more than that.
     """
     enough = 1
-    while not _certifies(enough, margin, discordant):
+    while not _certifies(tango_upper, enough, margin, discordant):
         enough *= 2
     too_few = enough // 2
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        certified = _certifies(middle, margin, discordant)
+        certified = _certifies(tango_upper, middle, margin, discordant)
         too_few, enough = (too_few, middle) if certified else (middle, enough)
+    while not _certifies(loss_upper, enough, margin, discordant):  # a dozen per cent more at most
+        enough += max(1, enough // 200)
     return enough
 
 
@@ -221,9 +227,9 @@ def _bins(confidence_N: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.clip(np.ceil(confidence_N * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
-def _certifies(n: int, margin: float, discordant: float) -> bool:
+def _certifies(limit: Callable[[int, int, int], float], n: int, margin: float, discordant: float) -> bool:
     changed_each_way = round(discordant * n / 2)
-    return loss_upper(changed_each_way, changed_each_way, n) < margin
+    return limit(changed_each_way, changed_each_way, n) < margin
 
 
 def _variance(loss: float, b: float, c: float, n: int) -> float:

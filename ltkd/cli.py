@@ -23,7 +23,7 @@ from ltkd.errors import LtkdError, StoppedError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.certify import Export
+    from export.bundling import Export
     from ltkd.bundle import Precision as ModelPrecision
     from ltkd.config import DataConfig, Execution, Parameter, Precision, RunConfig
     from ltkd.ranks import Ranks
@@ -443,7 +443,8 @@ def export(
 
     With --triton alone RUN may be a bundle that exists.
     """
-    from export.certify import Policy, export_run
+    from export.bundling import export_run
+    from export.certify import Policy
     from export.triton import write_triton
     from ltkd.bundle import open_bundle
 
@@ -577,7 +578,7 @@ def pipeline(
     """
     import numpy as np
 
-    from export.certify import export_run
+    from export.bundling import export_run
     from ltkd.compare import Experiment, comparison_tables, contestant
     from ltkd.compare import compare as run_comparison
     from ltkd.display import shown_loading
@@ -603,7 +604,7 @@ def pipeline(
     comparison = run_comparison(experiment, runs, console, load=lambda config, console: images)
     for table in comparison_tables(comparison):
         console.print(table)
-    _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images))
+    _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images, tell=console.print))
     counts = images.task.train_counts
     rarest = min(np.unique(images.test_labels).tolist(), key=lambda label: counts[label])
     sample = runs / "tail.png"
@@ -628,7 +629,8 @@ def _own_name() -> str:
 def _console(quiet: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(quiet=quiet)
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # a file has no width, tables have
+    return Console(quiet=quiet, width=wide)
 
 
 def _conclude(export: "Export", chosen: "tuple[ModelPrecision, ...] | None" = None) -> None:

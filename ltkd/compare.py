@@ -397,7 +397,7 @@ def _table(comparison: Comparison, gamma: float | None) -> Table:
         caption="all, LA: after post-hoc logit adjustment.  * best epoch, chosen on the test set: not a result",
         box=SIMPLE_HEAD,
     )
-    table.add_column("network", no_wrap=True)
+    table.add_column("network", overflow="fold")  # in a narrow terminal the name gives way, not the figures
     for name in by_group[TEACHER]:
         table.add_column(name, justify="right", no_wrap=True)
     for name in count_names:

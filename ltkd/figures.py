@@ -183,7 +183,7 @@ def plot_sensitivity(sweeps: Sequence[Sweep], mean: Table, deviation: Table, tit
         panels[1, column].set_xlabel(sweep.parameter)
     ringed = " (ringed: the default)" if any(sweep.base is not None for sweep in sweeps) else ""
     spread = _spread_named(deviation)
-    figure.suptitle(f"Test accuracy over the weights of the loss, last epoch{ringed}{spread}\n{title}")
+    figure.suptitle(f"Test accuracy over the weights of the loss,\nlast epoch{ringed}{spread}\n{title}")
     save_figure(figure, out)
     return figure
 

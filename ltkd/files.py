@@ -3,6 +3,7 @@
 Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ltkd.errors import DataError, ImageError
 from ltkd.images import load_image
 
 MAX_THREADS = 8
+AT_ONCE = 256
 _TASK = 16  # files that a thread is handed at once; small ones are decoded faster than handed over
 _TASKS = 64  # under way at once; a future for every file of millions would fill the memory
 
@@ -114,6 +116,19 @@ def look_at(
             look.levels_3L += found
         on_file(place + 1)
     return look
+
+
+def in_batches(images: Images) -> Iterator[NDArray[np.uint8]]:
+    """The images, few of them in memory at once."""
+    for start in range(0, len(images), AT_ONCE):
+        yield np.ascontiguousarray(images[start : start + AT_ONCE])
+
+
+def digests(images: Images) -> Iterator[bytes]:
+    """A hash of the pixels of each image."""
+    for images_BSS3 in in_batches(images):
+        for pixels_SS3 in images_BSS3:
+            yield hashlib.blake2b(pixels_SS3.data, digest_size=16).digest()
 
 
 def unreadable(problems: Sequence[str], num_files: int) -> DataError:

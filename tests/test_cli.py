@@ -9,8 +9,11 @@ import pytest
 import torch
 from training_toys import write_tree
 
-from export import certify
+from export import bundling
+from export.gates import margins_for
+from export.splits import divide
 from ltkd import cli, display
+from ltkd.groups import groups_by_share
 from ltkd.networks import build_network
 from ltkd.runs import open_run
 
@@ -150,12 +153,13 @@ def test_an_unreadable_image_is_named_and_nothing_is_written(ltkd: Ltkd, tmp_pat
 def test_an_inconclusive_export_ends_with_code_3_and_without_a_bundle(
     ltkd: Ltkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certify, "topped_up", lambda data, margins: (data.test_images, data.test_labels, 0))
+    loose = margins_for("fp32", {"all": 0.3, "head": 0.3, "medium": 0.3, "tail": 0.3}, groups_by_share([3, 2, 1]))
+    monkeypatch.setattr(bundling, "divide", lambda data, margins: divide(data, loose))  # too few views for the default
     tree, run = write_tree(tmp_path / "tree"), tmp_path / "run"
     assert ltkd("train", "--data", tree, "--recipe", "demo", "--model", "resnet8", "--out", run)[0] == 0
     code, out, _ = ltkd("export", run, "--out", tmp_path / "bundles" / "b")
     assert code == 3
-    assert "INCONCLUSIVE" in out and "no bundle; the candidate and its report: " in out
+    assert "INCONCLUSIVE" in out and f"did not pass: {tmp_path / 'bundles' / 'rejected' / 'b'}" in out
     assert not (tmp_path / "bundles" / "b").exists()
     rejected = tmp_path / "bundles" / "rejected" / "b"
     assert json.loads((rejected / "parity.json").read_text())["verdict"] == "INCONCLUSIVE"
@@ -169,7 +173,7 @@ def test_forty_images_with_a_class_of_two_go_the_whole_way_without_an_option(ltk
     assert ltkd("distill", teacher, "--out", student)[0] == 0
     code, out, _ = ltkd("export", student, "--out", bundle)
     assert code == 0
-    assert "the 12 test images of photos, too few to certify alone, and 1,605 random views of them" in out
+    assert "of them random views of others, out of the 12 test images of photos" in out
     assert ltkd("verify", bundle)[0] == 0
     code, out, _ = ltkd("classify", bundle, *(tree / "test" / "red").iterdir())
     assert code == 0 and out.count("by group: head") == 4

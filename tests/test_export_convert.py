@@ -3,6 +3,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,33 @@ def test_a_network_in_training_is_exported_for_inference_and_left_in_training() 
 def test_the_exporter_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     to_onnx(toy().network, TASK)
     assert capfd.readouterr() == ("", "")
+
+
+class Pooled(torch.nn.Module):
+    """Ends as the classifiers of torchvision and timm do: adaptive pooling, then flatten."""
+
+    def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.pool, self.classifier = torch.nn.Conv2d(3, 12, 3), pool, torch.nn.Linear(12, 6)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.pool(self.conv(image)), 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.AdaptiveAvgPool2d((1, 1)),
+        lambda image: torch.nn.functional.adaptive_avg_pool2d(image, (1, 1)),
+        lambda image: torch.nn.functional.adaptive_avg_pool2d(image, output_size=1),
+    ],
+)
+def test_adaptive_pooling_to_a_pixel_is_a_plain_mean(pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    network = Pooled(pool).eval()
+    content = to_onnx(network, TASK)
+    operators = [node.op_type for node in onnx.load_model_from_string(content).graph.node]
+    assert operators == ["Transpose", "Cast", "Mul", "Add", "Conv", "ReduceMean", "Reshape", "Gemm"]
+    expected = torch_logits(network, TASK, toy().images[:9], torch.float64)
+    np.testing.assert_allclose(run(open_session(content), toy().images[:9]), expected, atol=1e-4)

@@ -400,7 +400,7 @@ def test_too_few_images_are_inconclusive_and_say_how_many_would_do() -> None:
     assert gate.verdict == "INCONCLUSIVE"
     assert gate.findings == (
         "tail: 60 images certify no margin below 4.89 %, the margin is 0.5 %. "
-        "If nothing is lost, about 600 images certify it.",
+        "If nothing is lost, about 601 images certify it.",
     )
 
 

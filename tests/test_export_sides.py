@@ -102,7 +102,7 @@ def without_classes(model: ModelProto) -> None:
 
 
 def other_order(model: ModelProto) -> None:
-    names = [entry for entry in model.metadata_props if entry.key == "class_names"][0]
+    names = next(entry for entry in model.metadata_props if entry.key == "class_names")
     names.value = json.dumps(list(reversed(TASK.class_names)))
 
 

@@ -77,6 +77,16 @@ def test_one_more_broken_image_never_lowers_a_limit(data: st.DataObject) -> None
     assert loss_upper(b + 1, c, n) >= loss_upper(b, c, n) - 2e-6  # the root is sought to a millionth
 
 
+@pytest.mark.parametrize(
+    ("b", "c", "n"), [(3445, 0, 4346), (0, 3445, 4346), (4346, 0, 4346), (0, 4346, 4346), (2000, 2346, 4346)]
+)
+def test_a_candidate_that_changed_nearly_everything_has_limits_too(b: int, c: int, n: int) -> None:
+    for confidence in (0.95, 0.9875):
+        assert tango_upper(b, c, n, confidence) <= loss_upper(b, c, n, confidence) <= 1
+        # with thousands of changes Tango's limit needs no mending to speak of
+        assert loss_upper(b, c, n, confidence) == pytest.approx(tango_upper(b, c, n, confidence), abs=2e-3)
+
+
 def test_without_images_every_loss_is_possible() -> None:
     assert (loss_lower(0, 0, 0), tango_upper(0, 0, 0), loss_upper(0, 0, 0)) == (-1, 1, 1)
 
@@ -175,7 +185,10 @@ def test_so_many_images_and_no_fewer_bring_tangos_limit_below_a_margin(
     ],
 )  # fmt: skip
 def test_so_many_images_and_no_fewer_certify_a_margin(margin: float, discordant: float, n: int) -> None:
-    assert images_needed(margin, discordant) == n
+    changed_each_way = round(discordant * n / 2)
+    assert loss_upper(changed_each_way, changed_each_way, n) < margin
+    assert loss_upper(changed_each_way, changed_each_way, n - 1) >= margin
+    assert n <= images_needed(margin, discordant) <= 1.005 * n + 1
     if not discordant:  # without a flip no rule whatever may pass fewer: the chance of none has to be below 5 %
         assert n - math.log(0.05) / math.log(1 - margin) == pytest.approx(0, abs=0.01 * n)
 
@@ -206,6 +219,7 @@ def test_mcnemars_test_is_that_of_scipy_and_statsmodels(b: int, c: int) -> None:
     )
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_and_benjamini_hochberg_are_those_of_scipy_and_statsmodels(p_values: list[float]) -> None:
     assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist(), rel=1e-12)

@@ -26,10 +26,10 @@ def test_enough_test_images_are_left_alone() -> None:
 def test_every_group_gets_what_its_margin_takes_and_all_together_what_theirs_takes() -> None:
     data = toy_data(num_test=4)
     images, labels, num_views = topped_up_test(data, FP32)
-    assert np.bincount(labels).tolist() == [600, 600, 600]  # 0.5 pp without a flip
+    assert np.bincount(labels).tolist() == [601, 601, 601]  # 0.5 pp without a flip
     assert len(images) == len(labels) == 12 + num_views
     _, labels, _ = topped_up_test(data, Margins(overall=0.001, group=0.005))
-    assert len(labels) == pytest.approx(3004, abs=3)  # log(0.0495) / log(1 - 0.001)
+    assert len(labels) == pytest.approx(3004, rel=0.006)  # log(0.0495) / log(1 - 0.001), and what the search adds
 
 
 def test_the_images_come_first_and_a_view_is_the_same_however_it_is_asked_for() -> None:
@@ -63,7 +63,7 @@ def test_a_group_without_a_test_image_stays_without_one() -> None:
     )
     _, labels, _ = topped_up_test(data, FP32)
     assert np.bincount(labels, minlength=3)[2] == 0
-    assert np.bincount(labels)[0] >= 600
+    assert np.bincount(labels)[0] >= 601
 
 
 def test_a_group_with_a_margin_of_its_own_gets_what_that_one_takes() -> None:

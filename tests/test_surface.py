@@ -16,8 +16,10 @@ OPTIONS = {
     "train": DATA | TRAINING | RUN | {"--model", "--weights", "--set"},
     "distill": TRAINING | RUN | {"--method", "--set", "--model", "--teacher-views"},
     "compare": DATA | TRAINING | {"--teacher-model", "--student-model", "--methods", "--seeds", "--gammas", "--out"},
-    "export": {"--out"},
+    "export": {"--out", "--precisions", "--margin", "--target-precision", "--target-coverage", "--triton"},
+    "parity": DATA | {"--margin", "--out"},
     "verify": set(),
+    "inspect": set(),
     "serve": {"--host", "--port", "--device", "--max-body-bytes"},
     "classify": {"--top-k", "--json"},
     "pipeline": DATA | {"--teacher-model", "--student-model", "--recipe", "--device", "--seed", "--out"},
@@ -41,6 +43,7 @@ def test_the_files_on_disk_have_these_fields_and_no_others() -> None:
         "weights_from_sha256", "teacher", "teacher_weights_sha256", "teacher_views", "versions",
     }  # fmt: skip
     assert set(Manifest.model_fields) == {
-        "schema_version", "name", "task", "precisions", "parity", "golden", "certified_on", "source",
+        "schema_version", "name", "task", "precisions", "parity", "report", "card", "golden", "certified_on", "source",
     }  # fmt: skip
-    assert {model.model_fields["schema_version"].default for model in (Task, RunConfig, Manifest)} == {1}
+    assert {model.model_fields["schema_version"].default for model in (Task, RunConfig)} == {1}
+    assert Manifest.model_fields["schema_version"].default == 2
