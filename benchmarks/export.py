@@ -43,7 +43,6 @@ from export.candidate import INPUT, OUTPUT, isa, open_session
 from export.convert import PixelsToLogits, to_onnx
 from export.integers import WEIGHT_LIMIT
 from export.quantise import Form, seen_by
-from export.ranges import RULES
 from ltkd.cores import num_cores
 from ltkd.groups import groups_by_share
 from ltkd.longtail import long_tailed_counts
@@ -245,8 +244,7 @@ def calibration_rows(subject: Subject, plan: Plan, say: Callable[[str], None]) -
     """What every group loses with either kind of calibration images, and how much less with balanced ones."""
     rows = []
     names = (*subject.task.groups.names, "all")
-    for rule in RULES:
-        found = losses_by_draw(subject, rule, plan.draws, say)
+    for rule, found in losses_by_draw(subject, plan.draws, say).items():
         for place, what, unit, scale in ((0, "accuracy lost", "points", 100), (1, "KL", "nats", 1)):
             for name in names:
                 values = {kind: [scale * draw_[name][place] for draw_ in drawn] for kind, drawn in found.items()}

@@ -237,7 +237,7 @@ def main() -> None:
     chosen = [setting for setting in settings() if setting.images <= 300 or not given.quick]
     found = [measured(setting, certifications, seed) for seed, setting in enumerate(chosen)]
     together = {error: pooled(found, error, certifications) for error in ("false alarm", "false pass")}
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(_table(found, certifications))
     for error, rate in together.items():
         console.print(f"{error} in all: {_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})")
@@ -274,7 +274,7 @@ def _table(found: Sequence[Measured], certifications: int) -> Table:
         "n",
         "discordant",
         "true loss",
-        "PASS/FAIL/none",
+        "PASS/FAIL/neither",
         "error",
         "95 % interval",
         "row: Tango",

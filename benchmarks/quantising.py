@@ -86,15 +86,16 @@ def draw(subject: Subject, kind: str, seed: int) -> NDArray[np.int64]:
     return random.choice(len(order_N), size, replace=False, p=chance_N / chance_N.sum())
 
 
-def losses_by_draw(subject: Subject, rule: str, draws: int, say: Callable[[str], None]) -> dict[str, list[Losses]]:
-    """What int8 loses with calibration images of either kind, draw by draw."""
-    found: dict[str, list[Losses]] = {"balanced": [], "natural": []}
+def losses_by_draw(subject: Subject, draws: int, say: Callable[[str], None]) -> dict[str, dict[str, list[Losses]]]:
+    """What int8 loses, by the rule for ranges and by the kind of calibration images, draw by draw."""
+    found: dict[str, dict[str, list[Losses]]] = {rule: {"balanced": [], "natural": []} for rule in RULES}
     for seed in range(draws):
-        for kind, seen in found.items():
-            say(f"{kind} calibration images, {rule}, draw {seed + 1} of {draws}")
+        for kind in ("balanced", "natural"):
+            say(f"{kind} calibration images, draw {seed + 1} of {draws}")
             source = seen_by(subject.fp32, subject.pool_NSS3[draw(subject, kind, seed)])
-            content = source.written(Form(rule, per_channel=True))
-            seen.append(losses(subject, run(open_session(content), subject.images_NSS3)))
+            for rule, seen in found.items():
+                content = source.written(Form(rule, per_channel=True))
+                seen[kind].append(losses(subject, run(open_session(content), subject.images_NSS3)))
     return found
 
 

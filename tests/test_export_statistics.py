@@ -123,7 +123,9 @@ WORST = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("n", "margin"), WORST)
+@pytest.mark.parametrize(
+    ("n", "margin"), [*WORST[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in WORST[2:])]
+)
 def test_a_loss_at_the_margin_passes_in_at_most_one_case_of_twenty(n: int, margin: float) -> None:
     """The guarantee of the gate: exact, whatever the share of images that go from wrong to right."""
     for p_c in (0, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 0.015, 0.03):
@@ -145,6 +147,7 @@ def test_small_samples_with_any_discordance_keep_the_promise(n: int, loss: float
         assert chance_of(lambda b, c: loss_upper(b, c, n) < loss, n, p_b, p_c) <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("b", "c", "n"), [(0, 0, 600), (6, 6, 1270), (3, 0, 200), (4, 9, 300)])
 def test_the_limit_is_where_as_good_an_outcome_has_a_chance_of_one_in_twenty(b: int, c: int, n: int) -> None:
     """Buehler's limit by brute force: every outcome is put in order by Tango's limit, and q is scanned finely."""
