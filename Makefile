@@ -34,6 +34,9 @@ paper: install ## the published table, on a GPU: DATA=tree of CIFAR-100 or cifar
 	$(BIN)/ltkd compare --data $(DATA) --gammas 100 --teacher-model resnet32x4 --student-model resnet8x4 \
 		--methods kd,dkd,ltkd,ltkd_plus --seeds 0,1,2 --recipe paper --device cuda --compile --out runs/paper
 
-bench: install ## the journey and the training loop, against their limits
+bench: install ## everything that is measured, against its limits
 	$(BIN)/python benchmarks/journey.py
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.gates
+	$(BIN)/python -m benchmarks.confidence
+	$(BIN)/python -m benchmarks.export

@@ -115,6 +115,8 @@ def groups_by_mapping(class_names: Sequence[str], mapping: Mapping[str, Sequence
     for problem, classes in (("unknown", unknown), ("in no group", missing), ("in more than one group", twice)):
         if classes:
             raise DataError(f"the mapping of groups has classes {problem}: {', '.join(classes[:5])}; each class once.")
+    if "all" in mapping:
+        raise DataError("a group is named 'all', which is the name of all classes together; give it another one.")
     if len(mapping) < 2 or not all(mapping.values()):
         raise DataError(f"a mapping needs at least two groups with a class each, got {list(mapping)}.")
     group_of_name = {name: group for group, members in enumerate(mapping.values()) for name in members}

@@ -89,6 +89,7 @@ def test_a_mapping_becomes_groups_in_its_own_order() -> None:
         ({"a": ["ant", "bee"], "b": ["cat", "ant"]}, "in more than one group: ant"),
         ({"a": ["ant", "bee", "cat"]}, "at least two groups"),
         ({"a": ["ant", "bee", "cat"], "b": []}, "at least two groups with a class each"),
+        ({"all": ["ant", "bee"], "rare": ["cat"]}, "named 'all'"),
     ],
 )
 def test_a_mapping_that_is_no_partition_is_refused(mapping: dict[str, list[str]], said: str) -> None:
