@@ -517,24 +517,56 @@ def inspect(bundle: Path) -> None:
     _console().print(inspection(opened, read_report(opened)))
 
 
-@cli.command(short_help="Serve a bundle over HTTP.")
+@cli.command(short_help="Serve bundles over HTTP.")
 @path_argument("bundle")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="TCP port; 0 takes a free one.  [default: 8000]")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="cuda: on CUDA or not at all.  [default: auto]"
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8", "fp16"]),
+    help="Which certified model answers.  [default: int8 on the CPU, fp16 on CUDA, where the bundle has them; else fp32]",
+)
+@click.option("--processes", type=int, help="Engine processes for each model; they share the cores.  [default: 1]")
 @click.option("--max-body-bytes", type=int, help="Largest request body.  [default: 20 MiB]")
-def serve(bundle: Path, host: str | None, port: int | None, device: str | None, max_body_bytes: int | None) -> None:
+@click.option("--default-model", help="Which model answers where a request names none and there are several.")
+@click.option("--key-file", type=click.Path(path_type=Path), help="Who may use it; lines are made by: ltkd key NAME")
+@click.option("--log-format", type=click.Choice(["plain", "json"]), help="json: one object a line.  [default: plain]")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="info: one line a request.  [default: warning]",
+)
+def serve(bundle: Path, **given: "str | int | Path | None") -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
-    Every setting, these and the rarer ones, can also be given as a variable LTKD_NAME, such as LTKD_PORT=9000.
+    BUNDLE is a bundle, or a directory of bundles (NAME/) or of their versions (NAME/1/, NAME/2/: the highest answers).
+    SIGHUP reads it again: what changed is verified and warm before it answers, and stays out if it fails.
+
+    Every setting, these and the rarer ones, can also be given as a variable LTKD_NAME, such as LTKD_PORT=9000; all of
+    them are printed at the start.
     """
     from serve.main import serve as serve_bundle
     from serve.settings import read_settings
 
-    given = {"host": host, "port": port, "device": device, "max_body_bytes": max_body_bytes}
-    serve_bundle(bundle, read_settings(given))
+    serve_bundle(bundle, read_settings(given), given)
+
+
+@cli.command(short_help="Make a key for the service.")
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="The key may also give orders, such as reloading.")
+def key(name: str, admin: bool) -> None:
+    """Make a key for NAME: printed once on stderr, and on stdout the line of it for the file of --key-file.
+
+    The line has a hash of the key, so the file gives nobody access. In use: ltkd key NAME >> keys
+    """
+    from serve.keys import make_key
+
+    secret, line = make_key(name, "admin" if admin else "classify")
+    click.echo(f"the key of {name}, shown only now: {secret}", err=True)
+    click.echo(line)
 
 
 @cli.command(short_help="Classify image files with a bundle.")
@@ -545,7 +577,7 @@ def serve(bundle: Path, host: str | None, port: int | None, device: str | None, 
 def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) -> None:
     """Classify image files with BUNDLE, exactly as the service would. Exits with 1 if an image was refused."""
     from serve.answers import Refused
-    from serve.main import classify_files
+    from serve.files import classify_files
 
     results = classify_files(bundle, list(images), top_k)
     for path, result in zip(images, results, strict=True):
@@ -584,7 +616,7 @@ def pipeline(
     from ltkd.display import shown_loading
     from ltkd.images import save_image
     from ltkd.recipes import recipe_of
-    from serve.main import classify_files
+    from serve.files import classify_files
 
     _keep_freed_memory()
     console = _console()

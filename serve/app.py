@@ -1,11 +1,10 @@
-"""The HTTP service around an engine."""
+"""The HTTP service: its routes, and how they are put together."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -13,21 +12,15 @@ import ltkd
 from ltkd.bundle import Manifest
 from ltkd.images import FORMATS
 from ltkd.records import Record
-from serve.answers import Answer, Answers, ModelRef, Refused, model_ref
+from serve.answers import Answers, ModelRef, model_ref
 from serve.bodies import read_images
-from serve.classifier import Classifier
-from serve.engine import Engine
 from serve.envelope import Envelope
-from serve.openapi import CLASSIFY_BODY, problem_responses
-from serve.problems import (
-    ProblemError,
-    answer_http,
-    answer_problem,
-    answer_validation,
-    problem_of,
-)
-from serve.settings import Settings
-from serve.telemetry import MEDIA_TYPE, Telemetry
+from serve.handlers import answer_http, answer_problem, answer_validation
+from serve.openapi import CLASSIFY_BODY, describe, problem_responses
+from serve.operations import operations
+from serve.problems import ProblemError
+from serve.service import TIMEOUT_HEADER, Service, server_timing
+from serve.v2 import open_inference
 
 
 class Preprocessing(Record):
@@ -46,6 +39,7 @@ class ModelFacts(Record):
     """The model that answers: where it runs, what it takes and all that its bundle says of it."""
 
     model: ModelRef
+    version: str
     preprocessing: Preprocessing
     manifest: Manifest
 
@@ -57,40 +51,24 @@ class Alive(Record):
 
 
 class Ready(Record):
-    """The model is proved on its golden samples and answers."""
+    """Every model is proved on its golden samples and answers."""
 
     status: str = "ready"
-    model: ModelRef
+    models: tuple[ModelRef, ...]
 
 
-@dataclass
-class Readiness:
-    """Whether requests are taken: from the end of the start to the beginning of the stop."""
-
-    ready: bool = False
-
-    def require(self) -> None:
-        """Let a request pass, or answer 503.
-
-        Raises:
-            ProblemError: The service is starting or stopping.
-        """
-        if not self.ready:
-            raise ProblemError(problem_of(503, "the service is not ready; try again."), {"Retry-After": "1"})
+ModelName = Annotated[str | None, Query(description="Name of the model; not needed where there is one")]
+ModelVersion = Annotated[str | None, Query(description="Its version; the highest where it is not given")]
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(service: Service) -> FastAPI:
     """The service, handed everything it uses; it is ready once the server has started it."""
-    telemetry = Telemetry(model_ref(engine), engine.manifest.task.groups.names)
-    classifier = Classifier(engine, settings.max_pixels, settings.max_requests)
-    readiness = Readiness()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        readiness.ready = True
-        yield
-        readiness.ready = False
-        classifier.close()
+    async def lifespan(_: FastAPI) -> AsyncGenerator[dict[str, Service], None]:
+        await service.start()
+        yield {"service": service}  # the protocol that answers the usual request by itself finds it there
+        await service.close()
 
     app = FastAPI(
         title="ltkd",
@@ -105,50 +83,75 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             RequestValidationError: answer_validation,
         },
     )
-    app.add_middleware(Envelope, provider=engine.provider, telemetry=telemetry)
-    app.include_router(classification(engine, settings, classifier, telemetry, readiness))
-    app.include_router(operations(engine, settings, telemetry, readiness))
+    app.add_middleware(Envelope, service=service)
+    app.include_router(classification(service))
+    app.include_router(facts(service))
+    app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
+    key = Depends(service.keys.requires("classify"))
+    app.include_router(open_inference(service.models, service.settings, service.require_ready), dependencies=[key])
+    describe(app)
     return app
 
 
-def classification(
-    engine: Engine, settings: Settings, classifier: Classifier, telemetry: Telemetry, readiness: Readiness
-) -> APIRouter:
-    """The route that classifies."""
+def classification(service: Service) -> APIRouter:
+    """The route that classifies, in full; the usual request never gets here (serve/protocol.py)."""
     router = APIRouter(tags=["classify"])
-    model = model_ref(engine)
+    settings = service.settings
 
     @router.post(
         "/v1/classify",
         summary="Classify one image or many",
         openapi_extra=CLASSIFY_BODY,
-        responses=problem_responses(400, 408, 413, 415, 422, 429, 500, 503),
+        response_model=Answers,
+        responses=problem_responses(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     )
     async def classify(
         request: Request,
-        response: Response,
+        _: Annotated[str, Depends(service.keys.requires("classify"))],
         top_k: Annotated[int, Query(ge=1, description="Classes to list; at most all of them are")] = settings.top_k,
-    ) -> Answers:
-        readiness.require()
-        with classifier.admitted():
-            classified = await classifier.classify(await read_images(request, settings), top_k)
-        telemetry.watch(classified.results, classified.stage_seconds)
-        timing = [f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in classified.stage_seconds.items()]
-        response.headers["Server-Timing"] = ", ".join(timing)
-        return Answers(model=model, results=tuple(some_answered(classified.results)))
+        model: ModelName = None,
+        version: ModelVersion = None,
+        timeout: Annotated[
+            str, Header(alias=TIMEOUT_HEADER, description="Seconds after which nobody needs the answer")
+        ] = "",
+    ) -> Response:
+        service.require_accepting()
+        asked = request.state.asked
+        deadline = service.deadline(asked, timeout)
+        served = service.models.find(model, version)
+        with served.held():
+            contents = await read_images(request, settings)
+            top_k = min(top_k, len(served.worker.manifest.task.class_names))
+            classified = await served.worker.classify(contents, top_k, deadline)
+        body = service.answer(served, classified, asked)
+        headers = {"X-Ltkd-Provider": served.worker.provider, "Server-Timing": server_timing(classified.stage_seconds)}
+        return Response(body, media_type="application/json", headers=headers)
 
     return router
 
 
-def operations(engine: Engine, settings: Settings, telemetry: Telemetry, readiness: Readiness) -> APIRouter:
-    """The routes for those who run the service."""
+def facts(service: Service) -> APIRouter:
+    """The routes that say what is served, and whether."""
     router = APIRouter(tags=["operate"])
-    model = model_ref(engine)
-    taken = Preprocessing(formats=FORMATS, input_px=engine.manifest.task.input_px, max_pixels=settings.max_pixels)
+    key = Depends(service.keys.requires("classify"))
 
-    @router.get("/v1/model", summary="The model, where it runs and what it takes")
-    async def facts() -> ModelFacts:
-        return ModelFacts(model=model, preprocessing=taken, manifest=engine.manifest)
+    @router.get(
+        "/v1/model",
+        summary="A model, where it runs and what it takes",
+        dependencies=[key],
+        responses=problem_responses(400, 401, 404),
+    )
+    async def model_facts(model: ModelName = None, version: ModelVersion = None) -> ModelFacts:
+        served = service.models.find(model, version)
+        manifest = served.worker.manifest
+        return ModelFacts(
+            model=model_ref(manifest, served.worker.precision, served.worker.provider),
+            version=served.key.version,
+            preprocessing=Preprocessing(
+                formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
+            ),
+            manifest=manifest,
+        )
 
     @router.get("/livez", summary="Whether the process answers")
     async def livez() -> Alive:
@@ -156,27 +159,8 @@ def operations(engine: Engine, settings: Settings, telemetry: Telemetry, readine
 
     @router.get("/readyz", summary="Whether requests are taken", responses=problem_responses(503))
     async def readyz() -> Ready:
-        readiness.require()
-        return Ready(model=model)
-
-    @router.get("/metrics", summary="What Prometheus reads", response_class=Response)
-    async def metrics() -> Response:
-        return Response(telemetry.exposition(), media_type=MEDIA_TYPE)
+        service.require_ready()
+        workers = [served.worker for served in service.models.all()]
+        return Ready(models=tuple(model_ref(one.manifest, one.precision, one.provider) for one in workers))
 
     return router
-
-
-def some_answered(results: list[Answer | Refused]) -> list[Answer | Refused]:
-    """The results, if at least one image could be used.
-
-    Raises:
-        ProblemError: None could; the first problem speaks for all.
-    """
-    problems = [result.error for result in results if isinstance(result, Refused)]
-    if len(problems) < len(results):
-        return results
-    first = problems[0]
-    if len(problems) == 1:
-        raise ProblemError(first)
-    detail = f"none of the {len(problems)} images could be used; the first: {first.detail}"
-    raise ProblemError(problem_of(first.status, detail))

@@ -1,56 +1,110 @@
-"""The three forms of a request body: the bytes of one image, a multipart form with files, JSON with base64.
+"""Request bodies: bytes with a bound and a deadline, and the three forms in which images come.
 
-Bytes are counted as they arrive, so a body that is too large is never held, whatever its Content-Length says.
+Bytes are counted as they arrive and again as they are unpacked, so a body that is too large is never held, whatever its
+Content-Length says and however well it was compressed.
 """
 
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Protocol
 
 from fastapi import Request
 from pydantic import Field, ValidationError
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ltkd.records import Record
-from serve.classifier import Content
-from serve.problems import Problem, ProblemError, problem_of
-from serve.settings import Settings
+from serve.forms import form_files, too_many_images
+from serve.problems import Content, ProblemError, problem_of
 
 MULTIPART, JSON, ANY_BYTES = "multipart/form-data", "application/json", "application/octet-stream"
+BASE64 = "base64-image"  # the format that the description of the API gives to images in JSON
 _TAKEN = f"image/jpeg, image/png, image/webp, {ANY_BYTES}, {MULTIPART} and {JSON}"
+_STEP_BYTES = 2**18
+_GZIP_OR_ZLIB = zlib.MAX_WBITS + 32
+
+
+class BodyLimits(Protocol):
+    """What the settings say of request bodies."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Larger bodies are refused while they arrive, compressed ones while they are unpacked."""
+
+    @property
+    def max_images(self) -> int:
+        """Images in one request."""
+
+    @property
+    def body_seconds(self) -> float:
+        """A body must have arrived within this time."""
 
 
 class ImagesBody(Record):
     """Images in JSON."""
 
-    images: tuple[str, ...] = Field(min_length=1, description="Files in base64 (RFC 4648, with padding)")
+    images: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files in base64 (RFC 4648, with padding)",
+        json_schema_extra={"items": {"type": "string", "format": BASE64}},
+    )
 
 
-async def read_images(request: Request, settings: Settings) -> list[Content]:
+async def read_images(request: Request, limits: BodyLimits) -> list[Content]:
     """The images of a request, in order; one that cannot be read is a problem in its own place.
 
     Raises:
         ProblemError: The body is too large, too slow, malformed, empty or of another type.
     """
-    media_type = request.headers.get("content-type", ANY_BYTES).partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type not in (MULTIPART, JSON, ANY_BYTES) and not media_type.startswith("image/"):
-        detail = f"the Content-Type is {media_type}, expected one of {_TAKEN}."
+        detail = f"the Content-Type is {_shortened(media_type)}, expected one of {_TAKEN}."
         raise ProblemError(problem_of(415, f"{detail} With curl: -H 'Content-Type: image/jpeg' --data-binary @FILE"))
-    try:
-        async with asyncio.timeout(settings.body_seconds), aclosing(counted(request, settings.max_body_bytes)) as body:
-            if media_type == MULTIPART:
-                contents = await _form_files(request, body, settings)
-            else:
-                whole = b"".join([chunk async for chunk in body])
-                contents = await asyncio.to_thread(json_images, whole) if media_type == JSON else [whole]
-    except TimeoutError:
-        detail = f"the body did not arrive within {settings.body_seconds:g} s; send less, or over a faster line."
-        raise ProblemError(problem_of(408, detail), {"Connection": "close"}) from None
-    if len(contents) > settings.max_images:
-        raise ProblemError(problem_of(400, _too_many(settings.max_images)))
+    async with arriving(request, limits) as body:
+        if media_type == MULTIPART:
+            contents: list[Content] = [*await form_files(request.headers["content-type"], body, limits.max_images)]
+        else:
+            whole = b"".join([chunk async for chunk in body])
+            contents = await asyncio.to_thread(json_images, whole) if media_type == JSON else [whole]
+    if len(contents) > limits.max_images:
+        raise ProblemError(problem_of(400, too_many_images(limits.max_images)))
     return contents
+
+
+async def read_whole(request: Request, limits: BodyLimits) -> bytes:
+    """A body as one piece, unpacked.
+
+    Raises:
+        ProblemError: The body is too large, too slow or cannot be unpacked.
+    """
+    async with arriving(request, limits) as body:
+        return b"".join([chunk async for chunk in body])
+
+
+def media_type_of(request: Request) -> str:
+    """The type of a body, without its parameters; bytes of any kind where nothing is said."""
+    return request.headers.get("content-type", ANY_BYTES).partition(";")[0].strip().lower() or ANY_BYTES
+
+
+@asynccontextmanager
+async def arriving(request: Request, limits: BodyLimits) -> AsyncGenerator[AsyncIterator[bytes], None]:
+    """The chunks of a body, counted and unpacked, for as long as it may take to arrive.
+
+    Raises:
+        ProblemError: The body is too large, too slow or cannot be unpacked.
+    """
+    try:
+        async with (
+            asyncio.timeout(limits.body_seconds),
+            aclosing(counted(request, limits.max_body_bytes)) as chunks,
+            aclosing(unpacked(chunks, request.headers.get("content-encoding", ""), limits.max_body_bytes)) as body,
+        ):
+            yield body
+    except TimeoutError:
+        detail = f"the body did not arrive within {limits.body_seconds:g} s; send less, or over a faster line."
+        raise ProblemError(problem_of(408, detail), {"Connection": "close"}) from None
 
 
 async def counted(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -59,17 +113,51 @@ async def counted(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
     Raises:
         ProblemError: The body is, or says that it is, larger than ``max_bytes``.
     """
-    too_large = ProblemError(problem_of(413, f"the body is larger than {max_bytes:,} bytes; send fewer or less."))
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     num_bytes = 0
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
-                raise too_large
+                raise _too_large(max_bytes)
             yield chunk
+
+
+async def unpacked(chunks: AsyncIterator[bytes], encoding: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Chunks as they were before ``Content-Encoding``: gzip and deflate are undone, in steps that stay small.
+
+    Raises:
+        ProblemError: They are packed in another way, damaged, or become more than ``max_bytes``.
+    """
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        async for chunk in chunks:
+            yield chunk
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        detail = f"the Content-Encoding is {_shortened(encoding)}, expected gzip, deflate or none."
+        raise ProblemError(problem_of(415, detail), {"Accept-Encoding": "gzip, deflate"})
+    unpacker = zlib.decompressobj(_GZIP_OR_ZLIB)
+    num_bytes = 0
+    async for chunk in chunks:
+        rest = chunk
+        while rest and not unpacker.eof:
+            try:
+                piece = unpacker.decompress(rest, _STEP_BYTES)
+            except zlib.error as reason:
+                raise ProblemError(problem_of(400, f"the body is not {encoding} ({reason}); send it whole.")) from None
+            rest = unpacker.unconsumed_tail
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                raise _too_large(max_bytes, " when unpacked")
+            yield piece
+            await asyncio.sleep(0)  # other requests get their turn between two steps
+        if rest or unpacker.unused_data:
+            raise ProblemError(problem_of(400, f"bytes follow the end of the {encoding} body; send one stream."))
+    if not unpacker.eof:
+        raise ProblemError(problem_of(400, f"the {encoding} body ends too early; send it whole."))
 
 
 def json_images(body: bytes) -> list[Content]:
@@ -83,7 +171,7 @@ def json_images(body: bytes) -> list[Content]:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
-        detail = f'{where}: {first["msg"]}; expected {{"images": ["<base64>", ...]}}.'
+        detail = f'{_shortened(where)}: {first["msg"]}; expected {{"images": ["<base64>", ...]}}.'
         raise ProblemError(problem_of(400, detail)) from None
     return [base64_bytes(text) for text in parsed.images]
 
@@ -98,30 +186,9 @@ def base64_bytes(text: str) -> Content:
         return problem_of(400, f"the image is not base64 ({reason}); use the standard alphabet with padding.")
 
 
-async def _form_files(request: Request, body: AsyncGenerator[bytes, None], settings: Settings) -> list[Content]:
-    parser = MultiPartParser(request.headers, body, max_files=settings.max_images, max_fields=0)
-    parser.spool_max_size = settings.max_body_bytes + 1  # stay in memory: a read-only container has no place for files
-    try:
-        form = await parser.parse()
-    except MultiPartException as reason:
-        raise ProblemError(_form_problem(reason, settings.max_images)) from None
-    contents: list[Content] = []
-    for _, upload in form.multi_items():
-        assert not isinstance(upload, str)  # fields without a file are refused by max_fields
-        contents.append(await upload.read())
-    await form.close()
-    if not contents:
-        raise ProblemError(problem_of(400, "the form has no file; with curl: -F image=@FILE"))
-    return contents
+def _too_large(max_bytes: int, when: str = "") -> ProblemError:
+    return ProblemError(problem_of(413, f"the body is larger than {max_bytes:,} bytes{when}; send fewer or less."))
 
 
-def _form_problem(reason: MultiPartException, max_images: int) -> Problem:
-    if "Too many files" in reason.message:
-        return problem_of(400, _too_many(max_images))
-    if "Too many fields" in reason.message:
-        return problem_of(400, "the form has a field that is no file; send files alone, with curl: -F image=@FILE")
-    return problem_of(400, f"the form is malformed: {reason.message}")
-
-
-def _too_many(max_images: int) -> str:
-    return f"the request has more than {max_images} images; send them in several requests."
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."

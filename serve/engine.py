@@ -8,7 +8,9 @@ import ctypes
 import io
 import logging
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,14 +22,19 @@ from numpy.typing import NDArray
 from ltkd.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Precision
 from ltkd.cores import num_cores
 from ltkd.errors import BundleError, DeviceError
+from serve.wire import Device
 
-Device = Literal["auto", "cpu", "cuda"]
+Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+"""uint8 [N, S, S, 3], or N times [S, S, 3]."""
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE searches half a second for every new batch size
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",  # the gates certified float32, not a shortened one
 }
+_PROVING_PIXELS = 2**15  # in one batch: more would take memory that a large network never uses again
+LONGEST_RUN_SECONDS = 0.1
+FASTEST: dict[str, tuple[Precision, ...]] = {"cuda": ("fp16", "fp32"), "cpu": ("int8", "fp32")}
 _SILENT = 4  # ONNX Runtime's errors come as exceptions too; printed, they would say everything twice
 
 _log = logging.getLogger(__name__)
@@ -48,53 +55,111 @@ class Engine(Protocol):
     def provider(self) -> str:
         """The execution provider that really runs it, as ONNX Runtime names it."""
 
-    def logits(self, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @property
+    def seconds_of(self) -> Mapping[int, float]:
+        """The batch sizes that are run, and how long each takes."""
+
+    def logits(self, images: Images) -> NDArray[np.float32]:
         """The logits of a batch, float32 [N, C]."""
 
 
 @dataclass(frozen=True)
 class OnnxEngine:
-    """A bundle's model in an ONNX Runtime session."""
+    """A bundle's model in an ONNX Runtime session.
+
+    Batches are padded to a few sizes, so that every shape is known to the runtime before the first request. Rows
+    do not see each other, so what pads them changes nothing.
+    """
 
     manifest: Manifest
     precision: Precision
     provider: str
+    seconds_of: Mapping[int, float]
     session: ort.InferenceSession
 
-    def logits(self, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def logits(self, images: Images) -> NDArray[np.float32]:
         """The logits of a batch, float32 [N, C]. One caller at a time."""
-        logits_NC: NDArray[np.float32] = self.session.run(["logits"], {"image": images_NSS3})[0]
-        return logits_NC
+        if not len(images):
+            return np.zeros((0, len(self.manifest.task.class_names)), np.float32)
+        largest = max(self.seconds_of)
+        parts = [self._run(images[first : first + largest]) for first in range(0, len(images), largest)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _run(self, images: Images) -> NDArray[np.float32]:
+        num = len(images)
+        size = min(size for size in self.seconds_of if size >= num)
+        batch_NSS3 = np.empty((size, *images[0].shape), np.uint8)
+        batch_NSS3[num:] = 0
+        for row, pixels_SS3 in enumerate(images):
+            batch_NSS3[row] = pixels_SS3
+        if self.provider == CPU:
+            logits_NC: NDArray[np.float32] = self.session.run(["logits"], {"image": batch_NSS3})[0]
+        else:  # bound, the runtime copies once in each direction and does not look for a place every time
+            bound = self.session.io_binding()
+            bound.bind_cpu_input("image", batch_NSS3)
+            bound.bind_output("logits")
+            self.session.run_with_iobinding(bound)
+            logits_NC = bound.copy_outputs_to_cpu()[0]
+        return logits_NC[:num]
 
 
-def open_engine(bundle: Bundle, device: Device = "auto") -> OnnxEngine:
-    """Load a bundle's float32 model and replay its golden samples on the device that will answer.
+def open_engine(
+    bundle: Bundle, device: Device = "auto", precision: Precision | None = None, num_threads: int | None = None
+) -> OnnxEngine:
+    """Load a bundle's model and replay its golden samples on the device that will answer.
 
     Args:
         bundle: An opened bundle: its hashes have been checked.
         device: ``cuda`` runs on CUDA or not at all; ``auto`` takes CUDA where it works, else the CPU.
+        precision: One of the bundle's; None takes the fastest that is certified, of those for the device.
+        num_threads: How many cores the CPU may use for a run; None takes all that this process has.
 
     Raises:
         DeviceError: ``cuda`` was asked for and does not work.
         BundleError: The model cannot be run, or does not give the logits that were certified.
     """
     ort.set_default_logger_severity(_SILENT)
-    session = open_session(bundle.model_path("fp32"), device)
-    engine = OnnxEngine(bundle.manifest, "fp32", session.get_providers()[0], session)
-    replay(engine, bundle.golden())
-    return engine
-
-
-def open_session(model_path: Path, device: Device) -> ort.InferenceSession:
-    """Load a model on a device; what runs is ``get_providers()[0]``, never a silent second choice."""
-    if device == "cuda":
-        return _cuda_session(model_path)
+    num_threads = num_threads or num_cores()
     if device == "auto" and num_cuda_devices() > 0:
         try:
-            return _cuda_session(model_path)
+            return _proved(bundle, "cuda", precision, num_threads)
         except DeviceError as reason:
             _log.warning("--device auto takes the CPU: %s", reason)
-    return _cpu_session(model_path)
+    return _proved(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
+
+
+def warm(engine: OnnxEngine, max_batch: int) -> OnnxEngine:
+    """The engine with every batch size run until it is warm: powers of two, and the largest.
+
+    On a CPU large batches of a large network gain nothing and keep everybody in them waiting, so sizes that would
+    take longer than LONGEST_RUN_SECONDS are left out, but for one image.
+    """
+    seconds_of: dict[int, float] = {}
+    seconds_each = 0.0
+    for size in batch_sizes(max_batch):
+        if engine.provider == CPU and seconds_of and size * seconds_each > LONGEST_RUN_SECONDS:
+            break
+        resized = replace(engine, seconds_of={size: 0.0})
+        blank_NSS3 = np.zeros((size, engine.manifest.task.input_px, engine.manifest.task.input_px, 3), np.uint8)
+        resized.logits(blank_NSS3)  # the first run of a shape allocates and searches
+        seconds_of[size] = min(_seconds(resized, blank_NSS3) for _ in range(2))
+        seconds_each = seconds_of[size] / size
+    return replace(engine, seconds_of=seconds_of)
+
+
+def _seconds(engine: OnnxEngine, images_NSS3: NDArray[np.uint8]) -> float:
+    """How long a run takes; on a CPU how long its threads worked, which other programs do not change."""
+    clock, num_threads = time.perf_counter, 1
+    if engine.provider == CPU:
+        clock, num_threads = time.process_time, engine.session.get_session_options().intra_op_num_threads
+    started = clock()
+    engine.logits(images_NSS3)
+    return max(clock() - started, 1e-6) / num_threads
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """The sizes that batches are padded to: powers of two, and the largest."""
+    return (*(2**power for power in range(max_batch.bit_length()) if 2**power < max_batch), max_batch)
 
 
 def replay(engine: Engine, golden: Golden) -> None:
@@ -104,12 +169,6 @@ def replay(engine: Engine, golden: Golden) -> None:
         BundleError: They differ.
     """
     expected_MC = golden.logits[engine.precision]
-    num_classes = len(engine.manifest.task.class_names)
-    if expected_MC.shape != (len(golden.images_MSS3), num_classes):
-        raise BundleError(
-            f"the golden samples have logits of shape {list(expected_MC.shape)}, expected "
-            f"[{len(golden.images_MSS3)}, {num_classes}] as in the manifest; export again."
-        )
     try:
         seen_MC = engine.logits(golden.images_MSS3)
     except Exception as reason:  # ONNX Runtime's errors have no family of their own
@@ -126,6 +185,20 @@ def replay(engine: Engine, golden: Golden) -> None:
             f"on {engine.provider} the golden samples give logits that differ by {difference:.3g} from the certified "
             f"ones, at most {allowed:.3g} is rounding; export again on this machine, or start with another --device."
         )
+
+
+def _proved(
+    bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int
+) -> OnnxEngine:
+    certified = bundle.manifest.precisions
+    chosen = precision if precision else next(name for name in FASTEST[device] if name in certified)
+    path = bundle.model_path(chosen)
+    options = _session_options(num_threads)
+    session = _cuda_session(path, options) if device == "cuda" else _session(path, [CPU], options)
+    sizes = dict.fromkeys(batch_sizes(max(1, _PROVING_PIXELS // bundle.manifest.task.input_px**2)), 0.0)
+    engine = OnnxEngine(bundle.manifest, chosen, session.get_providers()[0], sizes, session)
+    replay(engine, bundle.golden())
+    return engine
 
 
 def num_cuda_devices() -> int:
@@ -150,17 +223,12 @@ def both_runtimes() -> bool:
     return installed == 2
 
 
-def _cpu_session(model_path: Path) -> ort.InferenceSession:
-    return _session(model_path, [CPU], _session_options())
-
-
-def _cuda_session(model_path: Path) -> ort.InferenceSession:
+def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     if CUDA not in ort.get_available_providers():
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
     missing = _preload()
-    options = _session_options()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
@@ -181,9 +249,9 @@ def _preload() -> str:
     return next((line.rstrip(".") for line in lines if line.startswith("Failed to load")), "")
 
 
-def _session_options() -> ort.SessionOptions:
+def _session_options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = num_cores()
+    options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _SILENT
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder needs the cores too

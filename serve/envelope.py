@@ -1,59 +1,114 @@
-"""What every answer carries: a request id and the active provider; and what a defect looks like from outside."""
+"""What every answer of the framework carries, what is counted of it, and what a defect looks like from outside.
 
+When a client leaves, its request is cancelled wherever it is, so nothing is computed for nobody.
+"""
+
+import asyncio
 import logging
-import re
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.problems import problem_of, problem_response
-from serve.telemetry import Telemetry
+from serve.handlers import problem_response
+from serve.problems import problem_of
+from serve.service import CLIENT_LEFT, Asked, Service
 
-CLIENT_LEFT = 499  # nginx's number, for the metrics alone: nobody reads an answer
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger(__name__)
 
 
 class Envelope:
-    """Middleware around every route: headers, the request count, and 500 without a stack trace."""
+    """Middleware around every route: headers, counts, bytes in hand, and 500 without a stack trace."""
 
-    def __init__(self, app: ASGIApp, provider: str, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._provider = provider
-        self._telemetry = telemetry
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = request_id_of(Headers(scope=scope).get("x-request-id", ""))
-        status = 0
-
-        async def send_in_envelope(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Ltkd-Provider"] = self._provider
-            await send(message)
-
+        headers = Headers(scope=scope)
+        this = self._service.asked(headers.get("x-request-id", ""), headers.get("traceparent", ""))
+        scope.setdefault("state", {})["asked"] = this
+        letter = _Letter(this, self._service, receive, send)
         try:
-            await self._app(scope, receive, send_in_envelope)
+            await self._app(scope, letter.receive, letter.send)
         except ClientDisconnect:
-            status = CLIENT_LEFT
-        except Exception:
-            _log.exception("request %s ended in a defect", request_id)
-            if status:  # half an answer is out; the server closes the connection
+            letter.status = CLIENT_LEFT
+        except asyncio.CancelledError:
+            if not letter.forget_cancellation():
                 raise
-            detail = f"the service has a defect; its log has the cause under request {request_id}."
-            await problem_response(problem_of(500, detail))(scope, receive, send_in_envelope)
+        except Exception:
+            _log.exception("request %s ended in a defect", this.request_id)
+            if letter.status:  # half an answer is out; the server closes the connection
+                raise
+            detail = f"the service has a defect; its log has the cause under request {this.request_id}."
+            await problem_response(problem_of(500, detail))(scope, receive, letter.send)
         finally:
-            self._telemetry.count_request(getattr(scope.get("route"), "path", "none"), status)
+            letter.close()
+            self._service.count(this, getattr(scope.get("route"), "path", "none"), letter.status)
 
 
-def request_id_of(incoming: str) -> str:
-    """The caller's request id where it is short and plain, else a new one."""
-    return incoming if _SANE_ID.fullmatch(incoming) else uuid.uuid4().hex
+class _Letter:
+    """One request on its way through the framework.
+
+    Attributes:
+        status: Of the answer, once it has begun; CLIENT_LEFT if nobody reads it.
+    """
+
+    def __init__(self, this: Asked, service: Service, receive: Receive, send: Send) -> None:
+        self.status = 0
+        self._asked = this
+        self._service = service
+        self._receive = receive
+        self._send = send
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
+        self._held_bytes = 0
+        self._answered = False
+
+    async def receive(self) -> Message:
+        """What the client sends, counted; once that is all, its leaving is watched for."""
+        message = await self._receive()
+        num_bytes = len(message.get("body", b""))
+        self._held_bytes += num_bytes
+        self._service.hold_bytes(num_bytes)
+        if message["type"] == "http.request" and not message.get("more_body") and not self._watcher:
+            self._watcher = asyncio.create_task(self._watch())
+        return message
+
+    async def send(self, message: Message) -> None:
+        """What the client gets, with the headers that every answer has."""
+        self._answered = self._answered or not message.get("more_body", True)
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._asked.request_id
+            if provider := self._service.provider():
+                headers.setdefault("X-Ltkd-Provider", provider)
+            if self._asked.trace:
+                headers["traceparent"] = self._asked.trace.header
+            if self._service.leaving:
+                headers["Connection"] = "close"
+        await self._send(message)
+
+    def forget_cancellation(self) -> bool:
+        """Whether the request was cancelled because its client left, which is nobody else's business."""
+        if self.status != CLIENT_LEFT or self._task is None:
+            return False
+        self._task.uncancel()
+        return True
+
+    def close(self) -> None:
+        """Let go of what was held."""
+        if self._watcher:
+            self._watcher.cancel()
+        self._service.hold_bytes(-self._held_bytes)
+
+    async def _watch(self) -> None:
+        await self._receive()  # after the body there is only one message: that the client left, or has its answer
+        if not self._answered and self._task:
+            self.status = CLIENT_LEFT
+            self._task.cancel()

@@ -1,87 +1,113 @@
-"""What the commands ``ltkd serve`` and ``ltkd classify`` do."""
+"""What the command ``ltkd serve`` does."""
 
+import asyncio
 import signal
 import socket
-import warnings
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from PIL import Image
 
-from ltkd.bundle import open_bundle
 from ltkd.errors import UsageError
-from ltkd.images import MAX_PIXELS
-from serve.answers import Answer, Refused
 from serve.app import create_app
-from serve.classifier import decode, infer, results_of, usable
-from serve.engine import Device, Engine, open_engine
+from serve.launch import collect_rarely
+from serve.logs import set_up_logging, settings_lines
+from serve.operations import reload_on_hangup
+from serve.protocol import Connection
+from serve.service import Service
 from serve.settings import Settings
 
-_BATCH = 64  # files decoded at one time; more would only take memory
 
+def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = None) -> None:
+    """Serve a bundle, or a directory of them, until SIGTERM or SIGINT; both end it cleanly.
 
-def serve(bundle_path: Path, settings: Settings) -> None:
-    """Serve a bundle until SIGTERM or SIGINT; both end it cleanly.
-
-    Raises:
-        LtkdError: The bundle, the device or the address cannot be used.
-    """
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
-    with _signals_exit():
-        engine = open_engine(open_bundle(bundle_path), settings.device)
-        with _listening(settings.host, settings.port) as listener:
-            host, port = listener.getsockname()[:2]
-            print(_greeting(engine, host, port), flush=True)  # noqa: T201 - the line a user waits for
-            config = uvicorn.Config(
-                create_app(engine, settings),
-                loop="auto",  # uvloop and httptools wherever they exist
-                http="auto",
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=settings.drain_seconds,
-            )
-            uvicorn.Server(config).run(sockets=[listener])
-
-
-def classify_files(
-    bundle_path: Path, images: list[Path], top_k: int = 5, device: Device = "auto"
-) -> list[Answer | Refused]:
-    """Classify image files with the engine and the answers of the service.
-
-    Returns:
-        One result a file, in order; a file that is no usable image is refused in its own place.
+    Args:
+        path: A bundle, or a directory of bundles or of versions.
+        settings: As read.
+        given: What the command line gave, for the print of the settings.
 
     Raises:
-        UsageError: A file cannot be read.
-        LtkdError: The bundle or the device cannot be used.
+        LtkdError: A bundle, the device or the address cannot be used.
     """
-    engine = open_engine(open_bundle(bundle_path), device)
-    size_px = engine.manifest.task.input_px
-    results = []
-    for first in range(0, len(images), _BATCH):
-        decoded = [decode(_content(path), size_px, MAX_PIXELS) for path in images[first : first + _BATCH]]
-        results += results_of(engine, decoded, infer(engine, usable(decoded)), top_k)
-    return results
+    set_up_logging(settings.log_format, settings.log_level)
+    with (
+        _signals_exit(),
+        _listening(settings.host, settings.port) as listener,
+        asyncio.Runner(loop_factory=_loop_factory()) as runner,
+    ):
+        runner.run(_serve(path, settings, given or {}, listener))
 
 
-def _content(path: Path) -> bytes:
+async def _serve(path: Path, settings: Settings, given: Mapping[str, object], listener: socket.socket) -> None:
+    service = Service(path, settings)
     try:
-        return path.read_bytes()
-    except OSError as reason:
-        raise UsageError(f"{path} cannot be read ({reason.strerror}); give the path of an image.") from None
+        await service.start()
+        for line in settings_lines(settings, given):
+            print(line, file=sys.stderr)  # noqa: T201 - the start of the log, in whatever form that is
+        host, port = listener.getsockname()[:2]
+        print(_greeting(service, host, port), flush=True)  # noqa: T201 - the line a user waits for
+        reload_on_hangup(service.models, service.keys)
+        config = uvicorn.Config(
+            create_app(service),
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=settings.max_connections,
+            timeout_graceful_shutdown=settings.drain_seconds,
+        )
+        collect_rarely()
+        await Server(config, service).serve(sockets=[listener])
+    finally:
+        await service.close()
 
 
-def _greeting(engine: Engine, host: str, port: int) -> str:
-    manifest = engine.manifest
+class Server(uvicorn.Server):
+    """uvicorn's server, with a delay between the signal and the end in which it says that it is leaving."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._leave_at = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the delay; a second one ends it."""
+        if self._service.leaving:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._service.leaving = True
+        self._leave_at = time.monotonic() + self._service.settings.delay_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to end."""
+        if self._service.leaving and time.monotonic() >= self._leave_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every system
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _greeting(service: Service, host: str, port: int) -> str:
     shown = f"[{host}]" if ":" in host else host
+    what = ", ".join(
+        f"{served.key.name} ({len(served.worker.manifest.task.class_names)} classes, {served.worker.precision}, "
+        f"{served.worker.provider})"
+        for served in service.models.all()
+    )
     return (
-        f"serving {manifest.name} ({len(manifest.task.class_names)} classes, {engine.precision}, {engine.provider}) "
-        f"on http://{shown}:{port} - try: "
+        f"serving {what} on http://{shown}:{port} - try: "
         f"curl -H 'Content-Type: image/jpeg' --data-binary @FILE http://{shown}:{port}/v1/classify"
     )
 

@@ -3,19 +3,19 @@
 The status says which kind of problem it is, so ``type`` is ``about:blank`` and ``title`` the HTTP phrase:
 
     400  the request is malformed            415  not an image of a type that is read
-    404  no such path                        422  damaged, truncated or too many pixels
-    405  not this method                     429  too many requests in hand
-    408  the body took too long              500  a defect of the service
-    413  too many bytes                      503  not ready
+    401  no key, or one that is not known    422  damaged, truncated or too many pixels
+    404  no such path or model               429  too many requests in hand
+    405  not this method                     500  a defect of the service
+    408  the body took too long              503  not ready
+    413  too many bytes                      504  no answer within the request's deadline
+
+Nothing here knows of HTTP servers: the engine's process says what is wrong with an image in the same words.
 """
 
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import Field
-from starlette.exceptions import HTTPException
 
 from ltkd.errors import ImageError, ImageTypeError, LtkdError
 from ltkd.records import Record
@@ -38,6 +38,10 @@ class Problem(Record):
     error: str
 
 
+Content = bytes | Problem
+"""The file of an image as it came, or what was wrong with it before anybody looked inside."""
+
+
 class ProblemError(LtkdError):
     """A request that ends with a problem."""
 
@@ -55,30 +59,3 @@ def problem_of(status: int, detail: str) -> Problem:
 def image_problem(error: ImageError) -> Problem:
     """The problem of one image: 415 for bytes of no known type, 422 for an image that cannot be decoded."""
     return problem_of(415 if isinstance(error, ImageTypeError) else 422, str(error))
-
-
-def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
-    """The HTTP answer that carries a problem."""
-    return Response(problem.model_dump_json(), problem.status, headers, MEDIA_TYPE)
-
-
-async def answer_problem(_: Request, error: ProblemError) -> Response:
-    """Answer a request that ends with a problem."""
-    return problem_response(error.problem, error.headers)
-
-
-async def answer_http(request: Request, error: HTTPException) -> Response:
-    """Answer what the framework refuses itself, such as 404 and 405."""
-    path, headers = request.url.path, error.headers
-    detail = {
-        404: f"there is no {path} here; /openapi.json lists what there is.",
-        405: f"{path} does not take {request.method}, it takes {(headers or {}).get('Allow', 'another method')}.",
-    }.get(error.status_code, str(error.detail))
-    return problem_response(problem_of(error.status_code, detail), headers)
-
-
-async def answer_validation(_: Request, error: RequestValidationError) -> Response:
-    """Answer a parameter that is not what the API describes."""
-    first = error.errors()[0]
-    where = " ".join(str(part) for part in first["loc"])
-    return problem_response(problem_of(400, f"{where} is {first['input']!r}: {first['msg']}."))

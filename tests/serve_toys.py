@@ -1,16 +1,20 @@
 """A bundle small enough to compute by hand, served by the real engine over real sockets."""
 
+import atexit
 import io
 import os
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -20,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 from PIL import Image
 
 from ltkd.bundle import (
@@ -47,8 +52,16 @@ from ltkd.calibration import (
     SetThreshold,
 )
 from ltkd.groups import ClassGroups
+from ltkd.images import MAX_PIXELS
 from ltkd.records import write_record
 from ltkd.task import Task
+from serve.app import create_app
+from serve.launch import Launched, connected_lines
+from serve.process import serve_line
+from serve.protocol import Connection
+from serve.service import Service
+from serve.settings import Settings
+from serve.worker import Worker
 
 SIZE_PX = 8
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")
@@ -119,23 +132,83 @@ def toy_model() -> onnx.ModelProto:
     return model
 
 
-def write_toy_bundle(path: Path, golden_shift: float = 0.0, model: onnx.ModelProto | None = None) -> Path:
+def convolution() -> onnx.ModelProto:
+    """A network with the layers of a real one: normalisation, two convolutions, pooling, a classifier."""
+    random = np.random.default_rng(11)
+
+    def weights(name: str, *shape: int) -> TensorProto:
+        return numpy_helper.from_array(random.normal(0, 0.3, shape).astype(np.float32), name)
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["float", "scale"], ["unit"]),
+            helper.make_node("Transpose", ["unit"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("Conv", ["planes", "first"], ["one"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["one"], ["two"]),
+            helper.make_node("Conv", ["two", "second"], ["three"], pads=[1, 1, 1, 1], strides=[2, 2]),
+            helper.make_node("Relu", ["three"], ["four"]),
+            helper.make_node("GlobalAveragePool", ["four"], ["five"]),
+            helper.make_node("Flatten", ["five"], ["six"]),
+            helper.make_node("Gemm", ["six", "last", "bias"], ["logits"], transB=1),
+        ],
+        "convolution",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", SIZE_PX, SIZE_PX, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(CLASS_NAMES)])],
+        [
+            numpy_helper.from_array(np.array(255, np.float32), "scale"),
+            weights("first", 16, 3, 3, 3), weights("second", 32, 16, 3, 3),
+            weights("last", len(CLASS_NAMES), 32), weights("bias", len(CLASS_NAMES)),
+        ],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model
+
+
+def logits_of(model: onnx.ModelProto, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What ONNX Runtime gives for a model."""
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], {"image": images_NSS3})[0], np.float32)
+
+
+def write_toy_bundle(
+    path: Path,
+    golden_shift: float = 0.0,
+    model: onnx.ModelProto | None = None,
+    precisions: Sequence[Precision] = ("fp32",),
+) -> Path:
     """A whole bundle of the toy network.
 
     Args:
         path: Where it becomes.
         golden_shift: Added to the golden logits, to plant a mismatch.
         model: Another network than the toy.
+        precisions: Under which names it is certified; it is the same network under each.
     """
     images = np.stack([toy_pixels(seed) for seed in range(6)])
-    golden = Golden(images, np.arange(6), {"fp32": expected_logits(images) + np.float32(golden_shift)})
+    try:
+        logits = expected_logits(images) if model is None else logits_of(model, images)
+    except Exception:  # a network that cannot be run: that is what the test is about
+        logits = expected_logits(images)
+    golden = Golden(images, np.arange(6), dict.fromkeys(precisions, logits + np.float32(golden_shift)))
     with staged_bundle(path) as stage:
-        (stage / MODEL_FILES["fp32"]).write_bytes((model or toy_model()).SerializeToString())
+        for precision in precisions:
+            (stage / MODEL_FILES[precision]).write_bytes((model or toy_model()).SerializeToString())
         (stage / GOLDEN_FILE).write_bytes(golden.to_bytes())
         for file in (PARITY_FILE, REPORT_FILE, CARD_FILE):
             (stage / file).write_text("{}")
-        names = (MODEL_FILES["fp32"], PARITY_FILE, REPORT_FILE, CARD_FILE, GOLDEN_FILE)
-        write_record(stage / MANIFEST_FILE, toy_manifest(*(record_of(stage / file) for file in names)))
+        records = [record_of(stage / file) for file in (PARITY_FILE, REPORT_FILE, CARD_FILE, GOLDEN_FILE)]
+        manifest = toy_manifest(record_of(stage / MODEL_FILES["fp32"]), *records)
+        certified = {
+            precision: CertifiedModel(
+                **record_of(stage / MODEL_FILES[precision]).model_dump(),
+                provider="CPUExecutionProvider",
+                calibration=toy_calibration(),
+            )
+            for precision in precisions
+        }
+        write_record(stage / MANIFEST_FILE, manifest.model_copy(update={"precisions": certified}))
     return path
 
 
@@ -191,11 +264,12 @@ class ToyEngine:
     precision: Precision = "fp32"
     provider: str = "ToyProvider"
     breaks: bool = False
+    seconds_of: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 4, 8, 16, 32), 0.001))
 
-    def logits(self, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def logits(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.float32]:
         if self.breaks:
             raise RuntimeError("a secret of the inside")
-        return expected_logits(images_NSS3)
+        return expected_logits(np.stack(list(images)))
 
 
 def toy_engine(breaks: bool = False) -> ToyEngine:
@@ -203,11 +277,81 @@ def toy_engine(breaks: bool = False) -> ToyEngine:
     return ToyEngine(toy_manifest(*[nothing] * 5), breaks=breaks)
 
 
+class HeldEngine(ToyEngine):
+    """Holds every run until it is let go, and remembers how many images each had."""
+
+    begun: threading.Event
+    go: threading.Event
+    sizes: list[int]
+
+    def logits(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.sizes.append(len(images))
+        self.begun.set()
+        assert self.go.wait(30)
+        return super().logits(images)
+
+
+def held_engine() -> HeldEngine:
+    engine = HeldEngine(toy_engine().manifest)
+    engine.begun, engine.go, engine.sizes = threading.Event(), threading.Event(), []
+    return engine
+
+
+def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> Launched:
+    """An engine process that is a thread of this one, so that tests can hold it and look inside."""
+    ours, theirs = connected_lines()
+    thread = threading.Thread(target=serve_line, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
+    thread.start()
+
+    def kill() -> None:
+        with suppress(OSError):
+            theirs.shutdown(socket.SHUT_RDWR)
+
+    return Launched(ours, kill, os.getpid())
+
+
+@cache
+def toy_bundle() -> Path:
+    """A toy bundle for all tests that do not change it."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return write_toy_bundle(folder / "toy")
+
+
+def toy_service(
+    engine: ToyEngine | None = None, settings: Settings | None = None, processes: Iterator[Launched] | None = None
+) -> Service:
+    """The service around a toy engine.
+
+    Args:
+        engine: What every engine process runs.
+        settings: Otherwise the defaults, without a delay at the end.
+        processes: The engine processes, one after another, instead.
+    """
+    engine = engine or toy_engine()
+    settings = settings or Settings(delay_seconds=0)
+
+    def start_process() -> Launched:
+        return next(processes) if processes else toy_process(engine, settings.max_pixels)
+
+    async def start_worker(_: Path) -> Worker:
+        return await Worker.start_with(start_process, settings)
+
+    return Service(toy_bundle(), settings, start_worker)
+
+
+def toy_app(engine: ToyEngine | None = None, settings: Settings | None = None) -> FastAPI:
+    """The app around a toy engine."""
+    return create_app(toy_service(engine, settings))
+
+
 @contextmanager
 def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
-    """A client of the app behind a real uvicorn on a free port of this machine."""
+    """A client of the app behind a real server on a free port of this machine."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, ws="none", access_log=False, lifespan=lifespan)  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        app, http=Connection, log_config=None, ws="none", access_log=False, lifespan=lifespan  # type: ignore[arg-type]
+    )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -228,9 +372,22 @@ class Served:
     greeting: str
 
     def peak_bytes(self) -> int:
-        """The most memory the process has held so far (Linux)."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        """The most memory that the front and its engine processes have held so far, each for itself (Linux)."""
+        return sum(_kibibytes(pid, "VmHWM") for pid in self.pids())
+
+    def resident_bytes(self) -> int:
+        """The memory that they hold now (Linux)."""
+        return sum(_kibibytes(pid, "VmRSS") for pid in self.pids())
+
+    def pids(self) -> list[int]:
+        """The front and its engine processes (Linux)."""
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return [self.process.pid, *(int(pid) for path in threads for pid in (path / "children").read_text().split())]
+
+
+def _kibibytes(pid: int, name: str) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
 
 
 _SERVE = """
@@ -238,16 +395,16 @@ import sys
 from pathlib import Path
 from serve.main import serve
 from serve.settings import read_settings
-serve(Path(sys.argv[1]), read_settings({"port": 0}))
+serve(Path(sys.argv[1]), read_settings({"port": 0, "delay_seconds": float(sys.argv[2])}))
 """
 
 
 @contextmanager
-def served(bundle: Path) -> Iterator[Served]:
+def served(bundle: Path, delay_seconds: float = 0.0) -> Iterator[Served]:
     """The real thing: ``serve`` in a fresh process, from start to SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(bundle)],
+        [sys.executable, "-c", _SERVE, str(bundle), str(delay_seconds)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

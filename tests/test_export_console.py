@@ -83,7 +83,8 @@ def test_a_candidate_that_failed_its_structure_is_one_line_and_the_reason() -> N
         "G0 structure FAIL",
         "G0 structure FAIL: it is [no] model.",
         "",
-        f"certified on {report.data.splits[-1].num_images:,} images, 300 of them random views of others, out of the 10,000 test images of cifar100",
+        f"certified on {report.data.splits[-1].num_images:,} images, 1,000 of them random views of others, "
+        "out of the 10,000 test images of cifar100",
     ]
 
 

@@ -1,17 +1,20 @@
 """The three body forms and their limits, over real sockets."""
 
 import base64
+import gzip
+import io
+import json
 import socket
+import zlib
 from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serve_toys import ToyEngine, encoded, expected_logits, running, toy_engine, toy_pixels
+from serve_toys import encoded, expected_logits, running, toy_app, toy_pixels
 
 from ltkd.images import decode_image
-from serve.app import create_app
 from serve.settings import Settings
 
 LIMITS = Settings(max_body_bytes=200_000, max_images=4, max_pixels=1_000_000)
@@ -20,13 +23,8 @@ JPEG = encoded(toy_pixels(1, 64, 64), "JPEG")
 
 
 @pytest.fixture(scope="module")
-def engine() -> ToyEngine:
-    return toy_engine()
-
-
-@pytest.fixture(scope="module")
-def client(engine: ToyEngine) -> Iterator[httpx.Client]:
-    with running(create_app(engine, LIMITS)) as client:
+def client() -> Iterator[httpx.Client]:
+    with running(toy_app(settings=LIMITS)) as client:
         yield client
 
 
@@ -133,6 +131,7 @@ def test_a_data_url_is_refused_with_a_hint(client: httpx.Client) -> None:
         (b"--b\r\nContent-Disposition: form-data; name=\"k\"\r\n\r\n5\r\n--b--\r\n", "a field that is no file"),
         (b"--b--\r\n", "no file"),
         (b"garbage", "malformed"),
+        (b"", "ends before"),
         (b"--b\r\nContent-Disposition: form-data\r\n\r\n5\r\n--b--\r\n", "malformed"),
     ],
 )  # fmt: skip
@@ -162,6 +161,120 @@ def test_a_body_beyond_the_limit_is_413_in_every_form(client: httpx.Client, medi
     assert "200,000 bytes" in problem(client.post("/v1/classify", content=iter([body]), headers=headers), 413)
 
 
+PACKINGS = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "identity": bytes,
+    "GZIP": gzip.compress,
+}
+
+
+@pytest.mark.parametrize("encoding", PACKINGS)
+@pytest.mark.parametrize("form", ["image/png", "application/json", "multipart/form-data; boundary=b"])
+def test_a_compressed_body_is_unpacked_in_every_form(client: httpx.Client, form: str, encoding: str) -> None:
+    content = encoded(toy_pixels(3))
+    bodies = {
+        "image/png": content,
+        "application/json": json.dumps(in_json(content)).encode(),
+        "multipart/form-data; boundary=b": form_of([content]),
+    }
+    headers = {"Content-Type": form, "Content-Encoding": encoding}
+    packed = client.post("/v1/classify", content=PACKINGS[encoding](bodies[form]), headers=headers)
+    assert packed.json() == client.post("/v1/classify", content=content).json()
+
+
+@pytest.mark.parametrize("form", ["image/png", "application/json", "multipart/form-data; boundary=b"])
+def test_a_body_that_swells_beyond_the_limit_is_413_in_every_form(client: httpx.Client, form: str) -> None:
+    bomb = gzip.compress(form_of([bytes(10**7)]))
+    assert len(bomb) < LIMITS.max_body_bytes
+    response = client.post("/v1/classify", content=bomb, headers={"Content-Type": form, "Content-Encoding": "gzip"})
+    assert "200,000 bytes when unpacked" in problem(response, 413)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"hello", "not gzip"),
+        (gzip.compress(b"hello")[:-4], "ends too early"),
+        (gzip.compress(b"hello") + b"x", "bytes follow"),
+        (gzip.compress(b"hello") * 2, "bytes follow"),
+        (b"", "ends too early"),
+    ],
+)
+def test_a_body_that_is_not_packed_as_it_says_is_400(client: httpx.Client, body: bytes, said: str) -> None:
+    response = client.post("/v1/classify", content=body, headers={**PNG, "Content-Encoding": "gzip"})
+    assert said in problem(response, 400)
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "x" * 5000])
+def test_a_packing_that_is_not_known_is_415_and_those_known_are_named(client: httpx.Client, encoding: str) -> None:
+    response = client.post("/v1/classify", content=b"x", headers={**PNG, "Content-Encoding": encoding})
+    assert len(problem(response, 415)) < 300
+    assert response.headers["accept-encoding"] == "gzip, deflate"
+
+
+def form_of(files: list[bytes]) -> bytes:
+    """A form with the boundary b."""
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    return b"".join(head + file + b"\r\n" for file in files) + b"--b--\r\n"
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+FIELD = b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\nv\r\n'
+HOSTILE_FORMS = {
+    "thousands of files": form_of([b""] * 2000),
+    "thousands of fields": FIELD * 3000 + b"--b--\r\n",
+    "a header without end": b"--b\r\nContent-Disposition: form-data; " + b"x" * 190_000,
+    "thousands of headers": b"--b\r\n" + b"A: b\r\n" * 30_000 + b"\r\nx\r\n--b--\r\n",
+    "a long name": b'--b\r\nContent-Disposition: form-data; name="' + b"n" * 190_000 + b'"\r\n\r\nv\r\n--b--\r\n',
+    "boundaries alone": b"--b\r\n" * 30_000,
+    "empty lines": b"\r\n" * 90_000,
+    "nothing": b"",
+    "a file that does not end": form_of([b"x"])[:-9],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FORMS)
+def test_a_hostile_form_is_a_problem(client: httpx.Client, name: str) -> None:
+    response = client.post("/v1/classify", content=HOSTILE_FORMS[name], headers=FORM)
+    assert len(problem(response, response.status_code)) < 300
+    assert response.status_code in (400, 415)
+
+
+def test_a_form_that_was_cut_is_refused_as_a_whole(client: httpx.Client) -> None:
+    whole = form_of([encoded(toy_pixels(4)), encoded(toy_pixels(5))])
+    assert len(client.post("/v1/classify", content=whole, headers=FORM).json()["results"]) == 2
+    for missing in (6, 8, 40, 300):
+        assert "ends before" in problem(client.post("/v1/classify", content=whole[:-missing], headers=FORM), 400)
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "text/plain", "video/mp4", "application/xml", "image", "/", ";", "x" * 5000, "multipart/mixed; boundary=b",
+        "multipart/form-data; boundary=" + "b" * 5000, 'multipart/form-data; boundary="',
+        "multipart/form-data; boundary=\xe4",
+        "application/json; charset=utf-7", "APPLICATION/JSON",
+    ],
+)  # fmt: skip
+def test_a_wrong_content_type_is_a_problem(client: httpx.Client, media_type: str) -> None:
+    response = client.post("/v1/classify", content=b"x", headers={b"Content-Type": media_type.encode("latin-1")})
+    assert len(problem(response, response.status_code)) < 300
+    assert response.status_code in (400, 415)
+
+
+@pytest.mark.parametrize(
+    "text", ["aGk", "aGk=\n", " aGk=", "aGk=aGk=", "a-_b", "====", "ä", "\u0000", "aGk=" * 3 + "!", "data:,x", ""]
+)
+def test_base64_with_junk_is_a_problem_in_its_own_place(client: httpx.Client, text: str) -> None:
+    good = base64.b64encode(encoded(toy_pixels(4))).decode()
+    response = client.post("/v1/classify", json={"images": [text, good]})
+    refused, answered = response.json()["results"]
+    assert refused["error"]["status"] in (400, 415)
+    assert answered["label"]
+
+
 def test_a_declared_length_beyond_the_limit_is_refused_before_anything_is_sent(client: httpx.Client) -> None:
     with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as line:
         line.sendall(
@@ -171,9 +284,9 @@ def test_a_declared_length_beyond_the_limit_is_refused_before_anything_is_sent(c
         assert line.recv(12) == b"HTTP/1.1 413"
 
 
-def test_a_body_that_does_not_arrive_is_408_and_the_line_is_closed(engine: ToyEngine) -> None:
+def test_a_body_that_does_not_arrive_is_408_and_the_line_is_closed() -> None:
     with (
-        running(create_app(engine, Settings(body_seconds=0.05))) as client,
+        running(toy_app(settings=Settings(body_seconds=0.05))) as client,
         socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as line,
     ):
         line.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx")
@@ -211,8 +324,6 @@ def test_every_exif_orientation_gives_the_same_answer(client: httpx.Client, orie
 
 
 def animated() -> bytes:
-    import io
-
     file = io.BytesIO()
     first, second = (Image.fromarray(toy_pixels(seed)) for seed in (1, 2))
     first.save(file, "WEBP", save_all=True, append_images=[second], lossless=True)

@@ -9,9 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from serve_toys import running, toy_engine
+from serve_toys import running, toy_app
 
-from serve.app import create_app
 from serve.settings import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +55,7 @@ def test_the_command_is_exec_form_so_that_it_gets_sigterm() -> None:
     (command,) = instructions("CMD")
     assert json.loads(command) == ["ltkd", "serve", "/bundle"]
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
-    assert Settings().drain_seconds < 10, "docker stop waits 10 s"
+    assert Settings().delay_seconds + Settings().drain_seconds < 10, "docker stop waits 10 s"
 
 
 def test_its_variables_are_settings_that_listen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +73,7 @@ def test_the_health_check_asks_for_readiness() -> None:
     assert program[0] == "python"
 
     def status(lifespan: str) -> int:
-        with running(create_app(toy_engine(), Settings()), lifespan) as client:
+        with running(toy_app(), lifespan) as client:
             variables = {**os.environ, "LTKD_PORT": str(client.base_url.port)}
             return subprocess.run([sys.executable, *program[1:]], env=variables, check=False).returncode
 

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from serve_toys import expected_logits, toy_model, toy_pixels, write_toy_bundle
+from serve_toys import convolution, expected_logits, toy_model, toy_pixels, write_toy_bundle
 
 import serve.engine
 from ltkd.bundle import open_bundle
 from ltkd.errors import BundleError, DeviceError
-from serve.engine import num_cuda_devices, open_engine
+from serve.engine import batch_sizes, num_cuda_devices, open_engine, warm
 
 
 @pytest.fixture
@@ -29,6 +29,47 @@ def test_logits_are_what_numpy_computes_directly(bundle_path: Path) -> None:
 def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu")
     assert engine.provider == engine.session.get_providers()[0] == "CPUExecutionProvider"
+
+
+def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(tmp_path: Path) -> None:
+    bundle = open_bundle(write_toy_bundle(tmp_path / "toy", model=convolution()))
+    engine = warm(open_engine(bundle, "cpu"), 32)
+    images = np.stack([toy_pixels(seed) for seed in range(32)])
+    alone = [engine.logits(images[row : row + 1])[0].tobytes() for row in range(32)]
+    for num in range(1, 33):  # 3 is padded to 4, 20 to 32
+        assert [row.tobytes() for row in engine.logits(images[:num])] == alone[:num]
+
+
+def test_more_images_than_the_largest_batch_are_run_in_several(bundle_path: Path) -> None:
+    engine = warm(open_engine(open_bundle(bundle_path), "cpu"), 4)
+    images = np.stack([toy_pixels(seed) for seed in range(11)])
+    assert tuple(engine.seconds_of) == (1, 2, 4)
+    np.testing.assert_allclose(engine.logits(images), expected_logits(images), atol=1e-4)
+    assert engine.logits([]).shape == (0, 6)
+
+
+def test_batch_sizes_are_powers_of_two_and_the_largest() -> None:
+    assert [batch_sizes(largest) for largest in (1, 4, 6, 32)] == [
+        (1,), (1, 2, 4), (1, 2, 4, 6), (1, 2, 4, 8, 16, 32)
+    ]  # fmt: skip
+
+
+def test_a_cpu_leaves_out_batches_that_keep_everybody_waiting(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.engine, "LONGEST_RUN_SECONDS", 0.0)
+    assert tuple(warm(open_engine(open_bundle(bundle_path), "cpu"), 32).seconds_of) == (1,)
+
+
+def test_a_cpu_takes_int8_where_it_is_certified_and_what_it_is_told_otherwise(tmp_path: Path) -> None:
+    bundle = open_bundle(write_toy_bundle(tmp_path / "toy", precisions=("fp32", "int8", "fp16")))
+    chosen = [open_engine(bundle, "cpu", precision).precision for precision in (None, "fp32", "fp16")]
+    assert chosen == ["int8", "fp32", "fp16"]
+
+
+def test_a_precision_that_is_not_certified_is_one_line(bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match="has no certified int8 model, it has: fp32"):
+        open_engine(open_bundle(bundle_path), "cpu", "int8")
 
 
 @pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")

@@ -1,6 +1,9 @@
 """The whole service in a process of its own, and classification without it."""
 
 import itertools
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +16,8 @@ from serve_toys import Served, bomb_png, encoded, served, toy_pixels, write_toy_
 
 from ltkd.errors import UsageError
 from serve.answers import Answer, Refused
-from serve.main import classify_files, serve
+from serve.files import classify_files
+from serve.main import serve
 from serve.settings import Settings
 
 MIB = 2**20
@@ -36,7 +40,7 @@ def test_it_starts_answers_and_ends_cleanly_on_sigterm(bundle_path: Path) -> Non
     with served(bundle_path) as service:
         ready = httpx.get(f"{service.url}/readyz")
         answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(3)))
-    assert ready.json()["model"]["name"] == "toy"
+    assert [model["name"] for model in ready.json()["models"]] == ["toy"]
     assert len(answer.json()["results"]) == 1
     assert "server" not in answer.headers
     assert service.process.returncode == 0
@@ -54,6 +58,65 @@ def test_the_service_and_the_files_command_answer_alike(service: Served, bundle_
     assert isinstance(local, Answer)
     (remote,) = httpx.post(f"{service.url}/v1/classify", content=content).json()["results"]
     assert local.model_dump(mode="json") == remote
+
+
+def test_sigterm_answers_everything_that_was_accepted_and_ends_with_0(bundle_path: Path) -> None:
+    content = encoded(toy_pixels(3))
+    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    with served(bundle_path) as service:
+        url = httpx.URL(service.url)
+        address = (url.host, url.port or 0)
+        lines = [socket.create_connection(address, timeout=30) for _ in range(20)]
+        os.kill(service.pids()[1], signal.SIGSTOP)  # nothing is answered before the signal
+        for line in lines:
+            line.sendall(request % len(content) + content)
+        while not re.search(r"^ltkd_queue_images\{.*\} 20\.0$", httpx.get(f"{service.url}/metrics").text, re.MULTILINE):
+            pass
+        service.process.send_signal(signal.SIGTERM)
+        while is_listening(address):
+            pass
+        os.kill(service.pids()[1], signal.SIGCONT)
+        answers = [b"".join(iter(lambda line=line: line.recv(65536), b"")) for line in lines]  # type: ignore[misc]
+        assert all(answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer for answer in answers)
+        assert service.process.wait(30) == 0
+        for line in lines:
+            line.close()
+
+
+def is_listening(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=30).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+def test_while_it_leaves_it_is_not_ready_but_answers(bundle_path: Path) -> None:
+    with served(bundle_path, delay_seconds=2) as service, httpx.Client(base_url=service.url) as client:
+        assert client.get("/readyz").status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:
+            pass
+        answer = client.post("/v1/classify", content=encoded(toy_pixels(3)))
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert client.get("/livez").status_code == 200
+        assert service.process.wait(30) == 0
+
+
+@on_linux
+def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> None:
+    with served(bundle_path) as service:
+        (_, engine) = service.pids()
+        service.process.kill()
+        while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split()[2]:
+            pass
+
+
+@on_linux
+def test_all_processes_together_take_less_than_300_mb(service: Served) -> None:
+    for seed in range(50):
+        httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(seed, 200, 200), "JPEG"))
+    assert service.resident_bytes() < 300 * MIB
 
 
 @on_linux

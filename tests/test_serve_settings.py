@@ -38,3 +38,24 @@ def test_a_value_out_of_range_is_one_line_that_names_the_setting(name: str, valu
         read_settings({name: value})
     assert repr(value) in str(said.value)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_body_bytes": 2000, "max_queue_bytes": 1000}, "max_queue_bytes"),
+        ({"max_images": 20, "max_queue_images": 10}, "max_queue_images"),
+        ({"device": "cpu", "precision": "fp16"}, "fp16"),
+    ],
+)
+def test_settings_that_contradict_each_other_stop_the_start_with_one_line(
+    given: dict[str, str | int], said: str
+) -> None:
+    with pytest.raises(UsageError, match=f"the settings contradict each other: .*{said}") as error:
+        read_settings(given)
+    assert "\n" not in str(error.value)
+
+
+def test_the_stop_takes_less_than_container_engines_wait() -> None:
+    settings = read_settings({})
+    assert settings.delay_seconds + settings.drain_seconds < 10, "docker stop waits 10 s"

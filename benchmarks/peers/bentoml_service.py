@@ -1,0 +1,25 @@
+"""BentoML: a batchable API in one worker. A request is a list for it; here the raw body is a list of one."""
+
+from typing import Annotated
+
+import bentoml
+from pydantic import BeforeValidator, WithJsonSchema
+
+from benchmarks.peers.model import MAX_BATCH, WAIT_MS, Answer, answers, decoded, open_session
+
+Bodies = Annotated[list[bytes], BeforeValidator(lambda body: [body]), WithJsonSchema({"type": "string"})]
+
+
+@bentoml.service(
+    workers=1, threads=1, traffic={"timeout": 60}, metrics={"enabled": False}, logging={"access": {"enabled": False}}
+)
+class Classify:
+    """The service."""
+
+    def __init__(self) -> None:
+        self.session = open_session()
+
+    @bentoml.api(route="/classify", batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=round(WAIT_MS))
+    def classify(self, images: Bodies, /) -> list[Answer]:
+        """Classify a batch."""
+        return answers(self.session, [decoded(content) for content in images])

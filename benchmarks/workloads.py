@@ -1,0 +1,253 @@
+"""The images and bundles that the measurements of the service use.
+
+    python -m benchmarks.workloads FOLDER [NAME ...]
+
+makes below FOLDER for every workload
+
+    NAME/images/     encoded images, 500 x 375 JPEG or 32 x 32 PNG
+    NAME/same/       a bundle with the float32 model alone: what everybody serves
+    NAME/default/    the same with an int8 model beside it: what our service takes by itself on a CPU
+
+The images are noise with about the spectrum of a photograph (benchmarks/training.py). The networks are not trained
+ones: what an answer costs does not depend on the weights. Batch statistics and the classifier are set on the images, so
+that activations are of a natural size and different images get different answers. Nothing here is certified, and the
+manifests say so. The same call makes the same bytes.
+
+Shape legend: N images, S pixels a side, C classes.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from PIL import Image
+from torch import nn
+
+from benchmarks.shapes import WORKLOADS, Workload
+from benchmarks.training import photo
+from export.convert import to_onnx
+from ltkd.bundle import (
+    CARD_FILE,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    MODEL_FILES,
+    PARITY_FILE,
+    REPORT_FILE,
+    CertifiedModel,
+    Golden,
+    Manifest,
+    Precision,
+    Source,
+    record_of,
+    staged_bundle,
+)
+from ltkd.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
+from ltkd.groups import groups_by_share
+from ltkd.images import decode_image
+from ltkd.longtail import long_tailed_counts
+from ltkd.networks import Normalise, build_network
+from ltkd.records import write_record
+from ltkd.task import Task
+
+NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
+SPREAD = 4.0
+NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy was certified"
+
+
+def make(workload: Workload, folder: Path) -> None:
+    """Make the images and both bundles of a workload."""
+    candidates = [encoded(number, workload) for number in range(NUM_IMAGES * 3 // 2)]
+    pixels_NSS3 = np.stack([decode_image(content, workload.input_px).pixels_SS3 for content in candidates])
+    task = task_of(workload)
+    network = build_network(workload.network, NUM_CLASSES, seed=0)
+    settle(network, task, pixels_NSS3)
+    fp32 = to_onnx(network, task)
+    models: dict[Precision, bytes] = {"fp32": fp32, "int8": quantised(fp32, pixels_NSS3, folder)}
+    logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
+    clear = clearest(list(logits.values()))[:NUM_IMAGES]
+    (folder / "images").mkdir(parents=True)
+    for number in clear:
+        suffix = "jpg" if workload.media_type == "image/jpeg" else "png"
+        (folder / "images" / f"{number:03}.{suffix}").write_bytes(candidates[number])
+    golden = Golden(
+        pixels_NSS3[clear[:NUM_GOLDEN]],
+        logits["fp32"][clear[:NUM_GOLDEN]].argmax(axis=1),
+        {precision: found[clear[:NUM_GOLDEN]] for precision, found in logits.items()},
+    )
+    write_bundle(
+        folder / "same",
+        task,
+        {"fp32": fp32},
+        Golden(golden.images_MSS3, golden.labels_M, {"fp32": golden.logits["fp32"]}),
+    )
+    write_bundle(folder / "default", task, models, golden)
+
+
+def encoded(number: int, workload: Workload) -> bytes:
+    """The file of one image."""
+    image = Image.fromarray(photo(np.random.default_rng((2, number))))
+    file = io.BytesIO()
+    if workload.media_type == "image/jpeg":
+        image.save(file, "JPEG", quality=85)
+    else:
+        side = min(image.size)
+        image.resize((32, 32), Image.Resampling.BOX, box=(0, 0, side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def task_of(workload: Workload) -> Task:
+    """A long tail of a hundred classes."""
+    counts = long_tailed_counts([500] * NUM_CLASSES, 100)
+    return Task(
+        class_names=tuple(f"class {number}" for number in range(NUM_CLASSES)),
+        train_counts=tuple(counts),
+        groups=groups_by_share(counts),
+        input_px=workload.input_px,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def settle(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> None:
+    """Give a network batch statistics, and a classifier that tells the images apart."""
+    classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        image_N3SS = Normalise(task)(torch.from_numpy(pixels_NSS3))
+        network.train()(image_N3SS)
+        logits_NC = network.eval()(image_N3SS)
+        scale = SPREAD / logits_NC.std()
+        classifier.weight *= scale
+        classifier.bias.copy_((classifier.bias - logits_NC.mean(dim=0)) * scale)
+
+
+class _Pixels(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, pixels_NSS3: NDArray[np.uint8]) -> None:
+        self._batches = iter([{"image": pixels_NSS3[first : first + 8]} for first in range(0, len(pixels_NSS3), 8)])
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        return next(self._batches, None)
+
+
+def quantised(fp32: bytes, pixels_NSS3: NDArray[np.uint8], folder: Path) -> bytes:
+    """The model in int8: unsigned activations, signed weights; preprocessing and classifier stay in float."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, ready, after = (folder / f"{name}.onnx" for name in ("before", "ready", "after"))
+    before.write_bytes(fp32)
+    quant_pre_process(before, ready, skip_symbolic_shape=True)
+    quantize_static(
+        ready,
+        after,
+        _Pixels(pixels_NSS3),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=not has_vnni(),
+        op_types_to_quantize=["Conv", "Add", "Relu", "MaxPool"],
+    )
+    content = after.read_bytes()
+    for path in (before, ready, after):
+        path.unlink()
+    return content
+
+
+def has_vnni() -> bool:
+    """Whether this processor multiplies unsigned by signed bytes without overflow."""
+    return "vnni" in Path("/proc/cpuinfo").read_text()
+
+
+def logits_of(model: bytes, pixels_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Logits [N, C] of images one by one."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], {"image": image_SS3[None]})[0] for image_SS3 in pixels_NSS3])
+
+
+def clearest(logits: Sequence[NDArray[np.float32]]) -> list[int]:
+    """Images by how far the first class lies before the second in the least certain model, those that all agree on."""
+    margins = np.full(len(logits[0]), np.inf)
+    for logits_NC in logits:
+        second, first = np.sort(logits_NC, axis=1)[:, -2:].T
+        margins = np.minimum(margins, first - second)
+    agreed = np.all([found.argmax(axis=1) == logits[0].argmax(axis=1) for found in logits], axis=0)
+    return [number for number in np.argsort(-margins, kind="stable").tolist() if agreed[number]]
+
+
+def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden: Golden) -> None:
+    """A bundle that was never certified."""
+    with staged_bundle(path) as stage:
+        for precision, model in models.items():
+            (stage / MODEL_FILES[precision]).write_bytes(model)
+        (stage / GOLDEN_FILE).write_bytes(golden.to_bytes())
+        for file in (PARITY_FILE, REPORT_FILE, CARD_FILE):
+            (stage / file).write_text("{}")
+        certified: dict[Precision, CertifiedModel] = {
+            precision: CertifiedModel(
+                **record_of(stage / MODEL_FILES[precision]).model_dump(),
+                provider="CPUExecutionProvider",
+                calibration=made_up_calibration(task),
+            )
+            for precision in models
+        }
+        manifest = Manifest(
+            name=path.parent.name,
+            task=task,
+            precisions=certified,
+            parity=record_of(stage / PARITY_FILE),
+            report=record_of(stage / REPORT_FILE),
+            card=record_of(stage / CARD_FILE),
+            golden=record_of(stage / GOLDEN_FILE),
+            certified_on=NOT_CERTIFIED,
+            source=Source(
+                run="none",
+                config_sha256="0" * 64,
+                weights_sha256="0" * 64,
+                model=path.parent.name,
+                method="none",
+                versions={},
+            ),
+        )
+        write_record(stage / MANIFEST_FILE, manifest)
+
+
+def made_up_calibration(task: Task) -> Calibration:
+    """Figures of the usual form: an answer with them costs what it costs with true ones."""
+    share = Proportion(value=0.75, low=0.65, high=0.85, n=40)
+    bins = tuple(ConfidenceBin(above=tenth / 10, up_to=(tenth + 1) / 10, accuracy=share) for tenth in range(10))
+    return tuple(
+        GroupCalibration(
+            group=group,
+            temperature=1.0,
+            expected_accuracy=bins,
+            abstention=Abstention(target_precision=0.7, threshold=0.4, coverage=0.8, precision=share),
+            prediction_set=SetThreshold(
+                target_coverage=0.9, least_probability=0.05, num_images=40, low=0.8, high=0.97, coverage=share
+            ),
+            predicted_share=1 / len(task.groups.names),
+            confidence_counts=(0, 0, 1, 2, 3, 4, 5, 4, 3, 2),
+        )
+        for group in task.groups.names
+    )
+
+
+def main() -> None:
+    """Make the workloads."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workloads", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
+    given = parser.parse_args()
+    for name in given.names or WORKLOADS:
+        make(WORKLOADS[name], given.folder / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""The front's side of a model's engine processes: what is asked of them, and what becomes of it when one dies.
+
+A request is admitted, sent down a line, and answered when its outcomes come back, when its deadline passes, or when the
+process dies, whichever comes first; what nobody waits for any more is cancelled over there. All of it belongs to the
+event loop's thread.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltkd.bundle import Manifest, Precision
+from ltkd.errors import BundleError, LtkdError
+from serve.admission import Admission
+from serve.answers import model_ref
+from serve.launch import Launched, launch
+from serve.line import Line
+from serve.problems import Content, Problem, ProblemError, problem_of
+from serve.settings import Settings
+from serve.wire import Device, Done, Orders, Seen, Wanted, Work, pack_cancel, pack_work
+
+_BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_SETTLED_SECONDS = 30.0  # a process that lived so long died of something new
+_WATCH_SECONDS = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class Classified(NamedTuple):
+    """What came back for one request.
+
+    Attributes:
+        results: One an image, in the order of the request: the answer in JSON (or logits, float32 [C]), or why there
+            is none.
+        seen: The facts of each answered image; None in the place of a refused one.
+        stage_seconds: ``decode``, ``queue`` and ``infer``, of the slowest image.
+        batch_size: Images in the last batch that one of them ran in; 0 if nothing ran.
+    """
+
+    results: list[bytes | Problem]
+    seen: list[Seen | None]
+    stage_seconds: dict[str, float]
+    batch_size: int
+
+
+Answered = Callable[[Classified | ProblemError], None]
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A request in the hands of an engine process.
+
+    Attributes:
+        number: Its number on the line.
+        line: Where it was sent.
+        problems: Of the images that were not sent, by their place.
+        num_images: Images that were sent.
+        sent: When, on the clock of ``time.monotonic``.
+        answered: Told what became of it; None once it has been, or when nobody waits any more.
+    """
+
+    number: int
+    line: "Line[Call]"
+    problems: dict[int, Problem]
+    num_images: int
+    sent: float
+    answered: Answered | None
+
+
+class Worker:
+    """A model version in engine processes of its own, watched and replaced.
+
+    Attributes:
+        manifest: The manifest of its bundle.
+        precision: Which of the bundle's models runs.
+        provider: The execution provider that really runs it, as ONNX Runtime names it.
+        alive: Whether at least one engine process answers.
+        on_change: Called when that changes.
+    """
+
+    manifest: Manifest
+    precision: Precision
+    provider: str
+
+    def __init__(self, start_process: Callable[[], Launched], settings: Settings) -> None:
+        self.alive = False
+        self.on_change: Callable[[], None] | None = None
+        self._start_process = start_process
+        self._stall_seconds = settings.stall_seconds
+        self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
+        self._lines: list[Line[Call]] = []
+        self._deadlines: list[tuple[float, int, Call]] = []
+        self._next_number = 0
+        self._closing = False
+        self._emptied = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.TimerHandle | None = None
+        self._watch_at = math.inf
+        self._started_in_seconds = 1.0
+
+    @classmethod
+    async def start(
+        cls, bundle: Path, settings: Settings, device: Device | None = None, precision: Precision | None = None
+    ) -> Self:
+        """A model version that answers: verified, golden samples replayed, every batch size warm.
+
+        Args:
+            bundle: The bundle's directory.
+            settings: Limits and sizes; device and precision too, where they are not given.
+            device: ``cuda`` runs on CUDA or not at all.
+            precision: One of the bundle's.
+
+        Raises:
+            LtkdError: The bundle or the device cannot be used.
+        """
+        orders = Orders(
+            bundle=bundle.resolve(),
+            device=device or settings.device,
+            precision=precision or settings.precision,
+            max_batch=settings.max_batch,
+            max_wait_ms=settings.max_wait_ms,
+            max_pixels=settings.max_pixels,
+            processes=settings.processes,
+        )
+        return await cls.start_with(lambda: launch(orders), settings)
+
+    @classmethod
+    async def start_with(cls, start_process: Callable[[], Launched], settings: Settings) -> Self:
+        """The same with engine processes of another make."""
+        worker = cls(start_process, settings)
+        started = await asyncio.gather(*(worker._connect() for _ in range(settings.processes)), return_exceptions=True)
+        for one in started:
+            if isinstance(one, BaseException):
+                await worker.close(0)
+                raise one
+        return worker
+
+    @cached_property
+    def ref_json(self) -> bytes:
+        """Which model answers, in JSON."""
+        return model_ref(self.manifest, self.precision, self.provider).model_dump_json().encode()
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that were accepted and are not answered."""
+        return self._admission.num_images
+
+    def submit(
+        self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float, answered: Answered
+    ) -> Call | None:
+        """Ask for something, and be told what becomes of it.
+
+        Args:
+            contents: Images as ``wanted`` says; a problem that is known already stays in its place.
+            wanted: What is to be made of them.
+            top_k: Classes to list in an answer.
+            deadline: On the clock of ``time.monotonic``.
+            answered: Told once, unless the call is cancelled; perhaps before this function returns.
+
+        Returns:
+            What ``cancel`` takes; None if there was nothing to send.
+
+        Raises:
+            ProblemError: 429, 503 or 504: it was not accepted.
+        """
+        images = [content for content in contents if not isinstance(content, Problem)]
+        problems = {}
+        if len(images) < len(contents):
+            problems = {place: content for place, content in enumerate(contents) if isinstance(content, Problem)}
+            if not images:
+                answered(Classified(list(problems.values()), [None] * len(problems), {}, 0))
+                return None
+        line = self._best_line()
+        now = time.monotonic()
+        if deadline <= now:
+            raise ProblemError(problem_of(504, "the deadline passed before the images had arrived; allow more time."))
+        self._admission.admit(len(images), now)
+        self._next_number = number = self._next_number + 1
+        call = line.calls[number] = Call(number, line, problems, len(images), now, answered)
+        line.transport.write(pack_work(Work(number, deadline, wanted, top_k, images)))
+        heapq.heappush(self._deadlines, (deadline, number, call))
+        if deadline < self._watch_at:
+            self._watch_again(min(deadline, now + _WATCH_SECONDS))
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """Drop what nobody waits for any more."""
+        call.answered = None
+        if call.number in call.line.calls:
+            call.line.transport.write(pack_cancel(call.number))
+
+    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
+        """The same as a coroutine; cancelled, the work is dropped.
+
+        Raises:
+            ProblemError: 429 full, 503 the engine process died, 504 the deadline passed.
+        """
+        future: asyncio.Future[Classified | ProblemError] = asyncio.get_running_loop().create_future()
+
+        def answered(told: Classified | ProblemError) -> None:
+            if not future.done():
+                future.set_result(told)
+
+        call = self.submit(contents, wanted, top_k, deadline, answered)
+        try:
+            told = await future
+        except asyncio.CancelledError:
+            if call:
+                self.cancel(call)
+            raise
+        if isinstance(told, ProblemError):
+            raise told
+        return told
+
+    async def classify(self, contents: Sequence[Content], top_k: int, deadline: float) -> Classified:
+        """Answer encoded images.
+
+        Raises:
+            ProblemError: As ``ask``.
+        """
+        return await self.ask(contents, Wanted.ANSWERS, top_k, deadline)
+
+    async def infer(self, images_NSS3: NDArray[np.uint8], deadline: float) -> NDArray[np.float32]:
+        """The logits, float32 [N, C], of pixels.
+
+        Raises:
+            ProblemError: As ``ask``; or an image could not be run.
+        """
+        images = [pixels_SS3.tobytes() for pixels_SS3 in images_NSS3]
+        rows = (await self.ask(images, Wanted.LOGITS_OF_PIXELS, 1, deadline)).results
+        for row in rows:
+            if isinstance(row, Problem):
+                raise ProblemError(row)
+        return np.stack([np.frombuffer(row, np.float32) for row in rows if isinstance(row, bytes)])
+
+    async def infer_encoded(self, contents: Sequence[Content], deadline: float) -> list[NDArray[np.float32] | Problem]:
+        """The logits of encoded images, float32 [C] each, or why there are none.
+
+        Raises:
+            ProblemError: As ``ask``.
+        """
+        rows = (await self.ask(contents, Wanted.LOGITS, 1, deadline)).results
+        return [row if isinstance(row, Problem) else np.frombuffer(row, np.float32) for row in rows]
+
+    async def close(self, drain_seconds: float) -> None:
+        """Answer what was accepted, for as long as that may take, then end the processes."""
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_seconds):
+                while self.num_waiting:
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(line.end() for line in list(self._lines)))
+        if self._watching:
+            self._watching.cancel()
+
+    def _best_line(self) -> "Line[Call]":
+        if self.alive and not self._closing:
+            return self._lines[0] if len(self._lines) == 1 else min(self._lines, key=lambda line: len(line.calls))
+        detail = "the service is stopping" if self._closing else "the model's engine process is being replaced"
+        raise ProblemError(problem_of(503, f"{detail}; try again."), self._retry_after())
+
+    def _on_done(self, done: Done) -> None:
+        """Take in what became of a request."""
+        for line in self._lines:
+            if call := line.calls.pop(done.number, None):
+                self._forget(call, time.monotonic())
+                if answered := call.answered:
+                    call.answered = None
+                    answered(_classified(done, call.problems))
+                return
+
+    def _on_lost(self, line: "Line[Call]") -> None:
+        """An engine process died, or was killed: answer what it had, and start another."""
+        self._lines.remove(line)
+        lost = list(line.calls.values())
+        line.calls.clear()
+        for call in lost:
+            self._forget(call, None)
+        self._note_change()
+        died = problem_of(503, "the engine process that had the request died and is being replaced; try again.")
+        for call in lost:
+            if answered := call.answered:
+                call.answered = None
+                answered(ProblemError(died, self._retry_after()))
+        if self._closing:
+            return
+        _log.error("an engine process died with %d requests in hand; another one is being started", len(lost))
+        task = asyncio.get_running_loop().create_task(self._replace(line))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _forget(self, call: Call, now: float | None) -> None:
+        self._admission.release(call.num_images, now)
+        if not self.num_waiting:
+            self._emptied.set()
+
+    def _retry_after(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self._started_in_seconds)))}
+
+    async def _connect(self) -> None:
+        """Start an engine process and wait until it is ready."""
+        began = time.monotonic()
+        line: Line[Call] = Line(self._start_process(), self._on_done, self._on_lost)
+        hello = await line.open()
+        if hello.manifest != getattr(self, "manifest", hello.manifest):
+            await line.end()
+            raise BundleError("the bundle is another than the one that was served; reload to serve it.")
+        self._started_in_seconds = time.monotonic() - began
+        self.manifest, self.precision, self.provider = hello.manifest, hello.precision, hello.provider
+        self._admission.expect(min(seconds / size for size, seconds in hello.seconds_of.items()))
+        line.ready = True
+        self._lines.append(line)
+        self._note_change()
+
+    async def _replace(self, lost: "Line[Call]") -> None:
+        """Start engine processes until one is ready, with pauses that grow."""
+        attempt = 0 if time.monotonic() - lost.since > _SETTLED_SECONDS else 1
+        while True:
+            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+            attempt += 1
+            try:
+                await self._connect()
+                return
+            except (LtkdError, OSError) as reason:
+                _log.error("no engine process could be started: %s", reason)
+
+    def _note_change(self) -> None:
+        alive = bool(self._lines)
+        if alive != self.alive:
+            self.alive = alive
+            if self.on_change:
+                self.on_change()
+
+    def _watch(self) -> None:
+        """Answer what is late, and kill processes that have work and say nothing."""
+        now = time.monotonic()
+        late = ProblemError(problem_of(504, "there was no answer within the deadline; send fewer, or allow more time."))
+        while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].answered):
+            _, _, call = heapq.heappop(self._deadlines)
+            if answered := call.answered:
+                self.cancel(call)
+                answered(late)
+        for line in list(self._lines):
+            if line.calls:
+                silent_seconds = now - max(line.heard, next(iter(line.calls.values())).sent)
+                if silent_seconds > self._stall_seconds:
+                    _log.error("an engine process has work and said nothing for %.1f s; it is killed", silent_seconds)
+                    line.kill()
+        self._watch_at = math.inf
+        if self.num_waiting:
+            next_deadline = self._deadlines[0][0] if self._deadlines else math.inf
+            self._watch_again(min(next_deadline, now + _WATCH_SECONDS))
+
+    def _watch_again(self, at: float) -> None:
+        if self._watching:
+            self._watching.cancel()
+        self._watch_at = at
+        self._watching = asyncio.get_running_loop().call_later(at - time.monotonic(), self._watch)
+
+
+def _classified(done: Done, problems: Mapping[int, Problem]) -> Classified:
+    _, decode_seconds, queue_seconds, infer_seconds, batch_size, outcomes = done
+    results: list[bytes | Problem] = []
+    facts: list[Seen | None] = []
+    for status, payload, seen in outcomes:
+        results.append(problem_of(status, payload.decode()) if status else payload)
+        facts.append(seen)
+    for place in sorted(problems):
+        results.insert(place, problems[place])
+        facts.insert(place, None)
+    stage_seconds = {"decode": decode_seconds}
+    if batch_size:
+        stage_seconds["queue"] = queue_seconds
+        stage_seconds["infer"] = infer_seconds
+    return Classified(results, facts, stage_seconds, batch_size)
