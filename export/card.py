@@ -193,7 +193,8 @@ def _certification(report: ParityReport) -> Iterator[str]:
     gates = dict.fromkeys(gate.name for candidate in passed(report) for gate in candidate.gates)
     yield (
         f"Gates passed: {', '.join(gates)}. The loss of accuracy of each group is bounded by Tango's paired score "
-        f"interval, or the exact one where that is larger, one-sided. `{REPORT_FILE}` shows everything that was measured, `{PARITY_FILE}` says it to programs."
+        f"interval, or the exact one where that is larger, one-sided. `{REPORT_FILE}` shows everything that was "
+        f"measured, `{PARITY_FILE}` says it to programs."
     )
     rejected = [candidate.precision for candidate in report.candidates if candidate.verdict != "PASS"]
     if rejected:

@@ -137,9 +137,9 @@ def _accuracy(report: ParityReport, candidate: CandidateReport) -> Iterator[Mark
     yield group_table(candidate)
     yield element(
         "p",
-        f"“At most” is the upper {100 * report.confidence:g} % limit of the loss (Tango's paired score interval, or the "
-        "exact one where that is larger). A group passes when it lies below the margin, fails when the lower limit lies above it, and is inconclusive "
-        "otherwise.",
+        f"“At most” is the upper {100 * report.confidence:g} % limit of the loss: Tango's paired score interval, or "
+        "the exact one where that is larger. A group passes when it lies below the margin, fails when the lower limit "
+        "lies above it, and is inconclusive otherwise.",
         class_="quiet",
     )
 

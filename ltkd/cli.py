@@ -527,7 +527,7 @@ def inspect(bundle: Path) -> None:
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "int8", "fp16"]),
-    help="Which certified model answers.  [default: int8 on the CPU, fp16 on CUDA, where the bundle has them; else fp32]",
+    help="Which certified model answers.  [default: int8 on the CPU, fp16 on CUDA, if they are there; else fp32]",
 )
 @click.option("--processes", type=int, help="Engine processes for each model; they share the cores.  [default: 1]")
 @click.option("--max-body-bytes", type=int, help="Largest request body.  [default: 20 MiB]")
