@@ -292,14 +292,17 @@ def draw_figure(rows: Sequence[Row], groups: Sequence[str], out: Path) -> None:
     """The ratios against what is promised, and what natural calibration images cost beside balanced ones."""
     promised = [row for row in rows if row.at_least]
     extra = [row for row in rows if row.what.endswith("natural less balanced") and row.part.endswith("KL")]
-    figure = Figure(figsize=(11 if extra else 6.5, 0.34 * len(promised) + 1.4), layout="constrained")
+    figure = Figure(figsize=(12 if extra else 6.5, max(4.2, 0.34 * len(promised) + 1.4)), layout="constrained")
     left = figure.add_subplot(1, 2 if extra else 1, 1)
     for place, row in enumerate(reversed(promised)):
         left.hlines(place, min(row.ratios), max(row.ratios), color="#1b6ca8", linewidth=3)
         left.plot(statistics.median(row.ratios), place, "o", color="#1b6ca8")
         left.plot(row.at_least, place, "|", color="#d1603d", markersize=14)
     left.set_yticks(range(len(promised)), [f"{row.part}\n{row.what}" for row in reversed(promised)], fontsize=7)
-    left.set_xlim(left=0)
+    left.set_xscale("log")
+    ticks = (1, 1.5, 2, 3, 5, 10, 20, 50)
+    left.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    left.minorticks_off()
     label_axes(left, x="ratio: median, lowest to highest; the mark is what is promised", y="", grid="x")
     if extra:
         right = figure.add_subplot(1, 2, 2)
@@ -314,8 +317,8 @@ def draw_figure(rows: Sequence[Row], groups: Sequence[str], out: Path) -> None:
             )
         right.axhline(0, color="#222222", linewidth=0.8)
         right.set_xticks(range(len(names)), names)
-        right.legend(frameon=False, fontsize=8)
-        label_axes(right, x="group", y="natural less balanced, KL (nats), a draw")
+        right.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(rules))
+        label_axes(right, x="group", y="KL (nats), natural less balanced")
     save_figure(figure, out)
 
 
