@@ -39,8 +39,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.quantising import CALIBRATION_IMAGES, Subject, losses_by_draw, losses_by_weights, subject_of
-from export.candidate import INPUT, OUTPUT, isa, open_session
+from export.candidate import CPU, CUDA, INPUT, OUTPUT, cuda_works, isa, open_session
 from export.convert import PixelsToLogits, to_onnx
+from export.half import to_fp16
 from export.integers import WEIGHT_LIMIT
 from export.quantise import Form, seen_by
 from ltkd.cores import num_cores
@@ -175,8 +176,27 @@ def in_turn(forms: Mapping[str, Call], images_NSS3: NDArray[np.uint8], plan: Pla
     return times
 
 
-def _onnx_call(content: bytes) -> Call:
-    session = open_session(content)
+def cuda_rows(name: str, size_px: int, plan: Plan) -> list[Row]:
+    """Speed of one network on CUDA: fp32 without and with TF32, and fp16."""
+    part = f"{name}, {size_px} px, CUDA"
+    fp32 = to_onnx(_network(name, size_px), _task(size_px))
+    forms = {
+        "fp32": _onnx_call(fp32, CUDA),
+        "fp32 with TF32": _onnx_call(fp32, CUDA, tf32=True),
+        "fp16": _onnx_call(to_fp16(fp32), CUDA),
+    }
+    noise = np.random.default_rng(0).integers(0, 256, (32, size_px, size_px, 3), dtype=np.uint8)
+    rows = []
+    for batch in (1, 32):
+        times = in_turn(forms, noise[:batch], plan)
+        for form in forms:
+            ratios = [plain / fast for plain, fast in zip(times["fp32"], times[form], strict=True)]
+            rows.append(Row(part, f"batch {batch}, {form}", "ms", times[form], f"fp32 / {form}", ratios))
+    return rows
+
+
+def _onnx_call(content: bytes, provider: str = CPU, *, tf32: bool = False) -> Call:
+    session = open_session(content, provider, tf32=tf32)
     return lambda images_NSS3: session.run([OUTPUT], {INPUT: images_NSS3})
 
 
@@ -361,6 +381,9 @@ def main() -> None:
     for name, size_px in plan.networks:
         console.print(f"[dim]{name}, {size_px} px")
         rows += speed_rows(name, size_px, plan)
+        rows += cuda_rows(name, size_px, plan) if cuda_works() else []
+    if not cuda_works():
+        console.print("CUDA does not work here: fp16 beside fp32 with and without TF32 is left out")
     subject, groups = "left out: no --run was given", ()
     if given.run:
         found = subject_of(given.run, plan.most_images)

@@ -18,7 +18,7 @@ from export.gates import copied, host, margins_for, worst
 from export.half import to_fp16
 from export.judge import NUMERIC_IMAGES, Reference, judge, spread_over_groups
 from export.latency import measure
-from export.parity import CandidateReport, ParityReport, QuantisationTrial
+from export.parity import CandidateReport, Margins, ParityReport, QuantisationTrial
 from export.quantise import search_int8
 from export.reference import torch_logits
 from export.splits import Splits
@@ -123,9 +123,9 @@ def certify(
     for precision in policy.tried:
         if reports and not passed(reports[0]):
             break  # what is wrong with fp32 is wrong with what is made of it
-        contents[precision], trials = _converted(precision, fp32, splits, task, tell)
-        tell(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
         margins = margins_for(precision, policy.margins, task.groups)
+        contents[precision], trials = _converted(precision, fp32, splits, task, margins, tell)
+        tell(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
         file, provider = MODEL_FILES[precision], PROVIDERS[precision]
         report = judge(contents[precision], file, precision, reference, margins, provider)
         report = report.model_copy(update={"quantisation": trials})
@@ -188,7 +188,7 @@ def passed(report: CandidateReport) -> bool:
 
 
 def _converted(
-    precision: Precision, fp32: bytes, splits: Splits, task: Task, tell: Callable[[str], None]
+    precision: Precision, fp32: bytes, splits: Splits, task: Task, margins: Margins, tell: Callable[[str], None]
 ) -> tuple[bytes, tuple[QuantisationTrial, ...]]:
     if precision == "fp32":
         return fp32, ()
@@ -198,7 +198,8 @@ def _converted(
     def told(trial: QuantisationTrial) -> None:
         tell(f"int8: {trial.configuration}: {trial.worst_group} loses {100 * trial.worst_group_loss:.2f} %")
 
-    return search_int8(fp32, splits.quantisation, splits.selection, task.groups, told)
+    tolerated_loss = min(map(margins.of, task.groups.names)) / 4  # leaves room to prove the rest
+    return search_int8(fp32, splits.quantisation, splits.selection, task.groups, told, tolerated_loss)
 
 
 def _with_confidence(

@@ -226,12 +226,13 @@ class QuantisationTrial(Record):
 
 
 class LayerError(Record):
-    """How far a layer's output is from the reference's.
+    """How far a layer's output is from the reference's, given what the reference gives to that layer.
 
     Attributes:
         layer: Name of the node.
         operator: Its type.
-        error: Root mean square of the difference as a share of the reference's root mean square.
+        error: Root mean square of the difference as a share of the reference's root mean square; at most 1,000, which
+            also stands for what is not finite.
     """
 
     layer: str
