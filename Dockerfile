@@ -3,8 +3,9 @@
 #   docker build -t ltkd .
 #   docker run --rm -p 8000:8000 --read-only --cap-drop ALL -v "$PWD/bundle:/bundle:ro" ltkd
 #
-# SIGTERM drains for LTKD_DRAIN_SECONDS (8 by default); whoever stops the container must wait longer than that, as
-# docker stop does with its 10 s. Every setting of the service is an LTKD_ variable.
+# After SIGTERM it is not ready for LTKD_DELAY_SECONDS (0.5 by default), then drains for at most LTKD_DRAIN_SECONDS (8);
+# whoever stops the container must wait longer than both, as docker stop does with its 10 s. Every setting of the
+# service is an LTKD_ variable.
 
 FROM python:3.11-slim AS build
 WORKDIR /src

@@ -88,7 +88,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(facts(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
     key = Depends(service.keys.requires("classify"))
-    app.include_router(open_inference(service.models, service.settings, service.require_ready), dependencies=[key])
+    app.include_router(open_inference(service.models, service.settings, service.require_ready, guards=[key]))
     describe(app)
     return app
 

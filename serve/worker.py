@@ -28,7 +28,7 @@ from serve.launch import Launched, launch
 from serve.line import Line
 from serve.problems import Content, Problem, ProblemError, problem_of
 from serve.settings import Settings
-from serve.wire import Device, Done, Orders, Seen, Wanted, Work, pack_cancel, pack_work
+from serve.wire import Done, Orders, Seen, Wanted, Work, pack_cancel, pack_work
 
 _BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _SETTLED_SECONDS = 30.0  # a process that lived so long died of something new
@@ -110,30 +110,17 @@ class Worker:
         self._started_in_seconds = 1.0
 
     @classmethod
-    async def start(
-        cls, bundle: Path, settings: Settings, device: Device | None = None, precision: Precision | None = None
-    ) -> Self:
+    async def start(cls, bundle: Path, settings: Settings) -> Self:
         """A model version that answers: verified, golden samples replayed, every batch size warm.
 
         Args:
             bundle: The bundle's directory.
-            settings: Limits and sizes; device and precision too, where they are not given.
-            device: ``cuda`` runs on CUDA or not at all.
-            precision: One of the bundle's.
+            settings: Device, precision, sizes and limits.
 
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        orders = Orders(
-            bundle=bundle.resolve(),
-            device=device or settings.device,
-            precision=precision or settings.precision,
-            max_batch=settings.max_batch,
-            max_wait_ms=settings.max_wait_ms,
-            max_pixels=settings.max_pixels,
-            processes=settings.processes,
-        )
-        return await cls.start_with(lambda: launch(orders), settings)
+        return await cls.start_with(lambda: launch(orders(bundle, settings)), settings)
 
     @classmethod
     async def start_with(cls, start_process: Callable[[], Launched], settings: Settings) -> Self:
@@ -371,6 +358,19 @@ class Worker:
             self._watching.cancel()
         self._watch_at = at
         self._watching = asyncio.get_running_loop().call_later(at - time.monotonic(), self._watch)
+
+
+def orders(bundle: Path, settings: Settings) -> Orders:
+    """What the engine processes of a bundle are told."""
+    return Orders(
+        bundle=bundle.resolve(),
+        device=settings.device,
+        precision=settings.precision,
+        max_batch=settings.max_batch,
+        max_wait_ms=settings.max_wait_ms,
+        max_pixels=settings.max_pixels,
+        processes=settings.processes,
+    )
 
 
 def _classified(done: Done, problems: Mapping[int, Problem]) -> Classified:

@@ -1,0 +1,115 @@
+"""The server: starts the models, listens, and on SIGTERM leaves in good order."""
+
+import asyncio
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from serve.app import create_app
+from serve.launch import collect_rarely
+from serve.logs import set_up_logging, settings_lines
+from serve.models import StartWorker
+from serve.operations import reload_on_hangup
+from serve.protocol import Connection
+from serve.service import Service
+from serve.settings import Settings
+from serve.worker import Worker
+
+
+def run(
+    path: Path,
+    settings: Settings,
+    given: Mapping[str, object],
+    listener: socket.socket,
+    start_worker: StartWorker[Worker],
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        path: A bundle, or a directory of bundles or of versions.
+        settings: As read.
+        given: What the command line gave, for the print of the settings.
+        listener: Bound and listening.
+        start_worker: Starts the engine processes of a bundle.
+
+    Raises:
+        LtkdError: A bundle or the device cannot be used.
+    """
+    set_up_logging(settings.log_format, settings.log_level)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(Service(path, settings, start_worker), given, listener))
+
+
+async def _serve(service: Service, given: Mapping[str, object], listener: socket.socket) -> None:
+    try:
+        await service.start()
+        app = create_app(service)
+        reload_on_hangup(service.models, service.keys)
+        for line in settings_lines(service.settings, given):
+            print(line, file=sys.stderr)  # noqa: T201 - the start of the log, in whatever form that is
+        host, port = listener.getsockname()[:2]
+        print(_greeting(service, host, port), flush=True)  # noqa: T201 - the line a user waits for
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=service.settings.max_connections,
+            timeout_graceful_shutdown=service.settings.drain_seconds,
+        )
+        collect_rarely()
+        await Server(config, service).serve(sockets=[listener])
+    finally:
+        await service.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with a delay between the signal and the end in which it says that it is leaving."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._leave_at = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the delay; a second one ends it."""
+        if self._service.leaving:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._service.leaving = True
+        self._leave_at = time.monotonic() + self._service.settings.delay_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to end."""
+        if self._service.leaving and time.monotonic() >= self._leave_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every system
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _greeting(service: Service, host: str, port: int) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    what = ", ".join(
+        f"{served.key.name} ({len(served.worker.manifest.task.class_names)} classes, {served.worker.precision}, "
+        f"{served.worker.provider})"
+        for served in service.models.all()
+    )
+    return (
+        f"serving {what} on http://{shown}:{port} - try: "
+        f"curl -H 'Content-Type: image/jpeg' --data-binary @FILE http://{shown}:{port}/v1/classify"
+    )
