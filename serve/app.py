@@ -88,7 +88,9 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(facts(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
     key = Depends(service.keys.requires("classify"))
-    app.include_router(open_inference(service.models, service.settings, service.require_ready, guards=[key]))
+    app.include_router(
+        open_inference(service.models, service.settings, service.require_ready, service.require_accepting, guards=[key])
+    )
     describe(app)
     return app
 

@@ -128,6 +128,7 @@ def open_inference(
     catalogue: Catalogue,
     limits: InferenceLimits,
     require_ready: Callable[[], None],
+    require_accepting: Callable[[], None],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
     """The routes of the protocol.
@@ -135,7 +136,8 @@ def open_inference(
     Args:
         catalogue: The models that are served.
         limits: Of bodies and of time.
-        require_ready: Raises a ProblemError when no requests are taken.
+        require_ready: Raises a ProblemError unless load balancers should send requests here.
+        require_accepting: Raises a ProblemError when no requests are taken.
         guards: Dependencies of every route but the two probes; they raise a ProblemError for who is not let in.
     """
     whole = APIRouter(tags=[_TAG], route_class=ProtocolRoute)
@@ -168,7 +170,7 @@ def open_inference(
 
     for path, wanted in (("/models/{model}", named), ("/models/{model}/versions/{version}", versioned)):
         _describe(router, path, wanted, catalogue, limits)
-        _infer(router, path, wanted, catalogue, limits, require_ready)
+        _infer(router, path, wanted, catalogue, limits, require_accepting)
     whole.include_router(router)
     return whole
 
@@ -205,7 +207,7 @@ def _infer(
     wanted: Callable[..., Awaitable[Wanted]],
     catalogue: Catalogue,
     limits: InferenceLimits,
-    require_ready: Callable[[], None],
+    require_accepting: Callable[[], None],
 ) -> None:
     one_at_a_time = asyncio.Lock()  # a tensor in JSON takes some thirty times its size while it is read
 
@@ -225,7 +227,7 @@ def _infer(
             Header(alias=JSON_LENGTH, description="How much of the body is JSON, if not all of it"),
         ] = None,
     ) -> Response:
-        require_ready()
+        require_accepting()
         served = catalogue.find(*key)
         with served.held():
             task = served.worker.manifest.task

@@ -279,7 +279,7 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
             raise ProblemError(problem_of(503, "the service is not ready; try again."), {"Retry-After": "1"})
 
     made = FastAPI(docs_url=None, redoc_url=None, exception_handlers={404: answer_http})
-    made.include_router(open_inference(MODELS, LIMITS, require_ready, guards))
+    made.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, guards))
     describe(made)
     return made
 
