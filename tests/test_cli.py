@@ -138,7 +138,7 @@ def test_a_run_folder_without_weights_is_not_exported(ltkd: Ltkd, tmp_path: Path
 def test_folders_that_are_no_runs_and_no_bundles_are_told_apart(ltkd: Ltkd, tmp_path: Path) -> None:
     one_line(ltkd("export", tmp_path / "none", "--out", tmp_path / "b"), "is no run folder: no such directory")
     one_line(ltkd("verify", tmp_path / "none"), "is no bundle: no such directory")
-    one_line(ltkd("serve", tmp_path), "manifest.json does not exist; is", "the right folder?")
+    one_line(ltkd("serve", tmp_path), "holds no bundle, none in NAME/", "make one with: ltkd export RUN --out")
 
 
 def test_an_unreadable_image_is_named_and_nothing_is_written(ltkd: Ltkd, tmp_path: Path) -> None:
