@@ -35,7 +35,7 @@ paper: install ## the published table, on a GPU: DATA=tree of CIFAR-100 or cifar
 		--methods kd,dkd,ltkd,ltkd_plus --seeds 0,1,2 --recipe paper --device cuda --compile --out runs/paper
 
 bench: install ## everything that is measured, against its limits
-	$(BIN)/python benchmarks/journey.py
+	$(BIN)/python -m benchmarks.journey
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.gates
 	$(BIN)/python -m benchmarks.confidence

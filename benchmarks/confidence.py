@@ -10,13 +10,7 @@ docs/benchmarks/confidence.json and .png.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import betabinom
 
+from benchmarks.circumstances import circumstances
 from export.calibrate import certify_confidence
 from export.parity import ConfidenceCertificate
 from export.statistics import calibration_error
@@ -285,19 +280,8 @@ def _draw_coverage(axes: Axes, place: int, row: Row, colour: str) -> None:
 
 def report(worlds: Sequence[Row], runs: Sequence[Row], command: str) -> dict[str, object]:
     """What is written."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    processor = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return {
-        "command": command,
-        "commit": commit.stdout.strip(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "hardware": f"{processor[1] if processor else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
-        },
+        **circumstances(command, ("numpy", "scipy", "torch")),
         "targets": {"coverage": TARGET, "precision": TARGET, "precision of runs": RUN_PRECISION},
         "simulated": list(worlds),
         "runs": list(runs),

@@ -14,22 +14,16 @@ is left out, and the report says so.
 
 import argparse
 import copy
-import datetime
 import itertools
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -38,6 +32,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from benchmarks.circumstances import circumstances, spread
 from benchmarks.quantising import CALIBRATION_IMAGES, Subject, losses_by_draw, losses_by_weights, subject_of
 from export.candidate import CPU, CUDA, INPUT, OUTPUT, cuda_works, isa, open_session
 from export.convert import PixelsToLogits, to_onnx
@@ -117,19 +112,10 @@ class Row:
 
     def as_record(self) -> dict[str, object]:
         """Its form in the JSON."""
-        record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **_spread(self.values)}
+        record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **spread(self.values)}
         if self.ratio is not None:
-            record["ratio"] = {"of": self.ratio, **_spread(self.ratios), "at_least": self.at_least}
+            record["ratio"] = {"of": self.ratio, **spread(self.ratios), "at_least": self.at_least}
         return record
-
-
-def _spread(values: Sequence[float]) -> dict[str, object]:
-    return {
-        "median": statistics.median(values),
-        "lowest": min(values),
-        "highest": max(values),
-        "values": list(values),
-    }
 
 
 def speed_rows(name: str, size_px: int, plan: Plan) -> list[Row]:
@@ -344,25 +330,13 @@ def draw_figure(rows: Sequence[Row], groups: Sequence[str], out: Path) -> None:
 
 def report(rows: Sequence[Row], plan: Plan, command: str, subject: str) -> dict[str, object]:
     """What is written."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    about = circumstances(command, ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy"))
     return {
-        "command": command,
-        "commit": commit.stdout.strip(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "hardware": f"{found[1].strip() if found else platform.machine()}, {num_cores()} cores, {isa()}",
+        **about,
+        "hardware": f"{about['hardware']}, {isa()}",
         "load_before": round(os.getloadavg()[0], 2),
         "torch_threads": torch.get_num_threads(),
         "calibration": subject,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-        },
         "plan": asdict(plan),
         "rows": [row.as_record() for row in rows],
     }

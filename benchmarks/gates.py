@@ -14,17 +14,12 @@ Shape legend: N images, C classes.
 """
 
 import argparse
-import datetime
 import functools
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
 
+from benchmarks.circumstances import circumstances
 from export.comparison import compare
 from export.gates import MARGINS, task_accuracy
 from export.parity import ALL, Verdict
@@ -241,13 +237,9 @@ def main() -> None:
     console.print(_table(found, certifications))
     for error, rate in together.items():
         console.print(f"{error} in all: {_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = "python -m benchmarks.gates" + (" --quick" if given.quick else "")
     content = {
-        "command": "python -m benchmarks.gates" + (" --quick" if given.quick else ""),
-        "commit": commit.stdout.strip(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ltkd", "numpy", "scipy")},
+        **circumstances(command, ("ltkd", "numpy", "scipy")),
         "seconds": round(time.perf_counter() - begin, 1),
         "nominal": NOMINAL,
         "certifications": certifications,

@@ -7,11 +7,8 @@ Every short measurement is repeated; median and spread are shown.
 """
 
 import argparse
-import datetime
 import http.client
 import json
-import os
-import platform
 import re
 import resource
 import statistics
@@ -23,6 +20,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.circumstances import circumstances
 
 LTKD = str(Path(sys.executable).parent / "ltkd")
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "journey.json"
@@ -37,7 +36,7 @@ def help_seconds() -> float:
 
 
 def ready_seconds(bundle: Path) -> tuple[float, float]:
-    """Seconds from the start of ``ltkd serve`` to the first /readyz that says 200, and its resident MiB then."""
+    """Seconds from the start of ``ltkd serve`` to the first /readyz that says 200, and the resident MiB then."""
     start = time.perf_counter()
     with subprocess.Popen([LTKD, "serve", str(bundle), "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -54,11 +53,17 @@ def ready_seconds(bundle: Path) -> tuple[float, float]:
             finally:
                 line.close()
         seconds = time.perf_counter() - start
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = resident_mib(process.pid)
         process.terminate()
-    resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert resident
-    return seconds, int(resident[1]) / 1024
+    return seconds, resident
+
+
+def resident_mib(pid: int) -> float:
+    """What a process and those that it started hold: front and engine share the work of the service."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found[1]) / 1024 + sum(resident_mib(int(child)) for child in children)
 
 
 def pipeline(folder: Path) -> tuple[float, float]:
@@ -95,22 +100,9 @@ def main() -> None:
         table.add_row(what, f"{median:.2f} {unit}", spread, f"{limit:g} {unit}", f"{median / limit:.2f}")
         record.append({"what": what, "unit": unit, "values": values, "limit": limit})
     Console(width=110).print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(
-        json.dumps(
-            {
-                "command": " ".join(["python", *sys.argv]),
-                "commit": commit.stdout.strip(),
-                "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-                "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-                "python": platform.python_version(),
-                "rows": record,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    content = {**circumstances("python -m benchmarks.journey", ("torch", "onnxruntime-gpu")), "rows": record}
+    OUT.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from benchmarks.load import (
     slow_clients,
 )
 from benchmarks.servers import ROOT, Running, on_core, ours_running
-from benchmarks.serving import LOAD_CORE, Asked, circumstances, listed, workloads_made
+from benchmarks.serving import LOAD_CORE, Asked, about_the_run, listed, workloads_made
 
 TABLE, OUT = ROOT / "docs" / "reliability.md", ROOT / "docs" / "benchmarks" / "reliability.json"
 BEGIN, END = "<!-- table of benchmarks/reliability.py: begin -->", "<!-- end -->"
@@ -664,7 +664,7 @@ def main() -> int:
             rows = inject(benches, plan, given.faults, say=lambda what: print(what, flush=True))
     print(table(rows))
     if given.write or not (given.quick or given.faults != list(FAULTS)):
-        about = circumstances(" ".join(["python -m benchmarks.reliability", *sys.argv[1:]]), 1, {})
+        about = about_the_run(" ".join(["python -m benchmarks.reliability", *sys.argv[1:]]), 1, {})
         content = {**about, "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
         OUT.parent.mkdir(parents=True, exist_ok=True)
         OUT.write_text(json.dumps(content, indent=2) + "\n")

@@ -16,11 +16,8 @@ the int8 model where the bundle has one, against the peers as before.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,11 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 import onnxruntime as ort
 
+from benchmarks.circumstances import circumstances
 from benchmarks.load import Question, Result, closed_loop, one_by_one, open_loop, poisson, uniform
 from benchmarks.servers import (
     OURS,
@@ -329,37 +326,14 @@ def workloads_made(names: Sequence[str], folder: Path) -> dict[str, Asked]:
     return asked
 
 
-def hardware() -> str:
-    """The kind of machine, and nothing that names this one."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1].strip() if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def circumstances(command: str, repeats: int, plans: dict[str, Plan]) -> dict[str, object]:
+def about_the_run(command: str, repeats: int, plans: dict[str, Plan]) -> dict[str, object]:
     """What a reader must know of the run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    packages = ("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "uvloop", "httptools")
-    versions = {name: version for name in packages if (version := installed(name))}
     return {
-        "command": command,
-        "commit": commit.stdout.strip(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **versions},
+        **circumstances(command, ("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "uvloop", "httptools")),
         "peers": {name: f"{peer.package} {peer.version}" for name, peer in PEER_SERVERS.items()},
         "repeats": repeats,
         "plans": {name: dataclasses.asdict(plan) for name, plan in plans.items()},
     }
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def main() -> None:
@@ -381,7 +355,7 @@ def main() -> None:
         asked = workloads_made(given.workloads, folder / "workloads")
         stack.enter_context(on_core(LOAD_CORE))
         found = measure(asked, plans, repeats, given.peers, cache, say=lambda what: print(what, flush=True))
-    about = circumstances(" ".join(["python -m benchmarks.serving", *flags(given)]), repeats, plans)
+    about = about_the_run(" ".join(["python -m benchmarks.serving", *flags(given)]), repeats, plans)
     write_report(found, about, None if given.quick and given.out == OUT else given.out)
 
 

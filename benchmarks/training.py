@@ -12,11 +12,7 @@ and about 40 kB, noise of many scales with about the detail of a photograph.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -28,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.circumstances import circumstances, spread
 from benchmarks.loops import NUM_CLASSES, PLAIN_WORKERS, Loop, Measured, ltkd_epochs, measured
 from ltkd.batches import Shard, default_workers
 from ltkd.groups import groups_by_share
@@ -159,23 +155,14 @@ class Row:
 
     def as_record(self) -> dict[str, object]:
         """Its form in the JSON."""
-        record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **_spread(self.values)}
+        record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **spread(self.values)}
         if self.to is not None:
             record["ratio"] = {
                 "to": self.to,
-                **_spread(self.ratios),
+                **spread(self.ratios),
                 "limit": str(self.limit) if self.limit else None,
             }
         return record
-
-
-def _spread(values: Sequence[float]) -> dict[str, object]:
-    return {
-        "median": statistics.median(values),
-        "lowest": min(values),
-        "highest": max(values),
-        "values": list(values),
-    }
 
 
 def variants(loop: Loop, *, compiled: bool) -> dict[str, Loop]:
@@ -357,31 +344,15 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
 
 
-def hardware(device: str) -> str:
-    """The kind of machine, and nothing that names this one."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    parts = [found[1].strip() if found else platform.machine(), f"{len(os.sched_getaffinity(0))} cores"]
-    return ", ".join([*parts, torch.cuda.get_device_name()] if device == "cuda" else parts)
-
-
 def report(rows: Sequence[Row], plan: Plan, command: str) -> dict[str, object]:
     """What is written."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    about = circumstances(command, ("torch", "torchvision", "numpy"))
+    if plan.narrow.device == "cuda":
+        about["hardware"] = f"{about['hardware']}, {torch.cuda.get_device_name()}"
     return {
-        "command": command,
-        "commit": commit.stdout.strip(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "hardware": hardware(plan.narrow.device),
+        **about,
         "torch_threads": torch.get_num_threads(),
         "workers": {"plain loop": PLAIN_WORKERS, "ltkd, from files": default_workers(Shard())},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
         "plan": asdict(plan),
         "rows": [row.as_record() for row in rows],
     }
