@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import uvicorn
 
 from serve.app import create_app
 from serve.launch import collect_rarely
-from serve.logs import set_up_logging, settings_lines
+from serve.logs import log_settings, set_up_logging
 from serve.models import StartWorker
 from serve.operations import reload_on_hangup
 from serve.protocol import Connection
@@ -50,8 +49,7 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
         await service.start()
         app = create_app(service)
         reload_on_hangup(service.models, service.keys)
-        for line in settings_lines(service.settings, given):
-            print(line, file=sys.stderr)  # noqa: T201 - the start of the log, in whatever form that is
+        log_settings(service.settings, given)
         host, port = listener.getsockname()[:2]
         print(_greeting(service, host, port), flush=True)  # noqa: T201 - the line a user waits for
         config = uvicorn.Config(
