@@ -74,7 +74,7 @@ def export_run(
     """
     check_replaceable(out)  # before minutes of certifying
     policy = policy or Policy()
-    _ = policy.tried
+    _ = policy.tried  # refuses what cannot be certified here, likewise
     trained = open_run(run_dir)
     data = data or load_data(trained.config.data)
     if data.task != trained.task:

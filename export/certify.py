@@ -7,7 +7,9 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from torch import nn
 
@@ -18,16 +20,12 @@ from export.gates import copied, host, margins_for, worst
 from export.half import to_fp16
 from export.judge import NUMERIC_IMAGES, Reference, judge, spread_over_groups
 from export.latency import measure
-from export.parity import CandidateReport, Margins, ParityReport, QuantisationTrial
+from export.parity import CandidateReport, ConfidenceCertificate, Margins, ParityReport, QuantisationTrial
 from export.quantise import search_int8
 from export.reference import torch_logits
 from export.splits import Splits
 from export.statistics import CONFIDENCE
-from ltkd.bundle import (
-    MODEL_FILES,
-    Golden,
-    Precision,
-)
+from ltkd.bundle import MODEL_FILES, Golden, Precision
 from ltkd.errors import DeviceError
 from ltkd.files import Images
 from ltkd.task import Task
@@ -120,6 +118,7 @@ def certify(
     reference = reference_of(network, task, splits, fp32)
     contents: dict[Precision, bytes] = {}
     reports: list[CandidateReport] = []
+    sessions: dict[Precision, InferenceSession] = {}
     for precision in policy.tried:
         if reports and not passed(reports[0]):
             break  # what is wrong with fp32 is wrong with what is made of it
@@ -127,13 +126,13 @@ def certify(
         contents[precision], trials = _converted(precision, fp32, splits, task, margins, tell)
         tell(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
         file, provider = MODEL_FILES[precision], PROVIDERS[precision]
-        report = judge(contents[precision], file, precision, reference, margins, provider)
-        report = report.model_copy(update={"quantisation": trials})
-        if passed(report):
-            report = _with_confidence(report, open_session(contents[precision], provider), splits, task, policy)
-        reports.append(report)
+        judged = judge(contents[precision], file, precision, reference, margins, provider)
+        update: dict[str, object] = {"quantisation": trials}
+        if passed(judged.report) and judged.session is not None and judged.certify_NC is not None:
+            sessions[precision] = judged.session
+            update["certificate"] = _certificate(judged.session, judged.certify_NC, splits, task, policy)
+        reports.append(judged.report.model_copy(update=update))
     tell("replaying golden images, measuring speed")
-    sessions = {r.precision: open_session(contents[r.precision], r.runtime.provider) for r in reports if passed(r)}
     golden = golden_of(sessions, task, splits)
     reports = [_on_this_host(report, contents, golden) for report in reports]
     latency = measure(sessions, splits.certify.images)
@@ -202,26 +201,21 @@ def _converted(
     return search_int8(fp32, splits.quantisation, splits.selection, task.groups, told, tolerated_loss)
 
 
-def _with_confidence(
-    report: CandidateReport, session: InferenceSession, splits: Splits, task: Task, policy: Policy
-) -> CandidateReport:
+def _certificate(
+    session: InferenceSession, certify_NC: NDArray[np.float32], splits: Splits, task: Task, policy: Policy
+) -> ConfidenceCertificate:
     num_real = len(splits.certify.label_N) - splits.num_views  # views of one image are not further images
-    selection, threshold, certify = (
-        run(session, images)
-        for images in (splits.selection.images, splits.confidence.images, splits.certify.images[:num_real])
-    )
-    certificate = certify_confidence(
-        selection,
+    return certify_confidence(
+        run(session, splits.selection.images),
         splits.selection.label_N,
-        threshold,
+        run(session, splits.confidence.images),
         splits.confidence.label_N,
-        certify,
+        certify_NC[:num_real],
         splits.certify.label_N[:num_real],
         task.groups,
         policy.target_precision,
         policy.target_coverage,
     )
-    return report.model_copy(update={"certificate": certificate})
 
 
 def _on_this_host(report: CandidateReport, contents: Mapping[Precision, bytes], golden: Golden) -> CandidateReport:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from export.candidate import CPU, isa, open_session, run, runtime_version
 from export.comparison import compare, compare_classes, compare_confidence, flips_by_margin
@@ -47,9 +48,24 @@ class Reference:
     onnx: bytes | None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What became of a candidate.
+
+    Attributes:
+        report: What the gates say.
+        session: It, opened where it was judged; None where it failed the structure.
+        certify_NC: Its logits of the certify images, likewise.
+    """
+
+    report: CandidateReport
+    session: InferenceSession | None = None
+    certify_NC: NDArray[np.float32] | None = None
+
+
 def judge(
     candidate: bytes, file: str, precision: Precision, reference: Reference, margins: Margins, provider: str = CPU
-) -> CandidateReport:
+) -> Judged:
     """Put any ONNX file that claims to be the reference through the gates.
 
     A file that fails the structure is asked nothing more. On FAIL the layers in which the difference arises are sought.
@@ -71,8 +87,10 @@ def judge(
         gates=(structure(candidate, reference.task, images, precision, provider),),
     )
     if report.gates[0].verdict != "PASS":
-        return report
-    return weighed(report, candidate, run(open_session(candidate, provider), images), reference)
+        return Judged(report)
+    session = open_session(candidate, provider)
+    certify_NC = run(session, images)
+    return Judged(weighed(report, candidate, certify_NC, reference), session, certify_NC)
 
 
 def weighed(

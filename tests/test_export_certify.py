@@ -128,7 +128,7 @@ def test_what_a_part_chose_it_does_not_certify(all_precisions: Certification) ->
 def test_a_candidate_that_fails_the_structure_is_asked_nothing_more() -> None:
     splits = toy_splits(600)
     reference = reference_of(toy().network, TASK, splits, None)
-    report = judge(b"no model", "model.onnx", "fp32", reference, FP32)
+    report = judge(b"no model", "model.onnx", "fp32", reference, FP32).report
     assert (report.verdict, len(report.gates), report.groups) == ("FAIL", 1, ())
 
 
@@ -140,7 +140,7 @@ def test_a_failing_candidate_is_told_where_the_difference_arises() -> None:
         return bias_C
 
     bad = damaged(toy().candidate, "network.classifier.bias", damage)
-    report = judge(bad, "model.onnx", "fp32", reference, margins_for("fp32", {"all": 0.2}, TASK.groups))
+    report = judge(bad, "model.onnx", "fp32", reference, margins_for("fp32", {"all": 0.2}, TASK.groups)).report
     assert report.verdict == "FAIL"
     assert {row.group: row.verdict for row in report.groups} == {
         "head": "PASS", "medium": "PASS", "tail": "FAIL", "all": "PASS",
