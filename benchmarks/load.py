@@ -147,8 +147,8 @@ def closed_loop(
     def again(line: _Line | None, status: int) -> None:
         if run.now() >= seconds:
             return
-        if status in (LOST, REFUSED):  # a client comes back, but does not hammer a port that is shut
-            run.at(run.now() + _COME_BACK_S, lambda: run.ask(run.now()) if run.now() < seconds else None)
+        if status in (LOST, REFUSED, 429, 503):  # a client comes back, but does not hammer a door that is shut
+            run.at(run.now() + _COME_BACK_S, lambda: run.ask(run.now(), line) if run.now() < seconds else None)
         else:
             run.ask(run.now(), line)
 

@@ -96,6 +96,9 @@ class Running:
         ready_s: From the start of its process to its first right answer.
         mark: What its processes carry in their environment.
         pid: The process that was started.
+        path: Where images go.
+        named: Reads an answer.
+        key: Sent with every request; empty for none.
     """
 
     address: Address
@@ -104,6 +107,7 @@ class Running:
     pid: int
     path: str
     named: Callable[[bytes], Named]
+    key: str = ""
 
     def question(self, image: bytes, media_type: str, expected: Named) -> Question:
         """A request with its right answer: the class, and the probability that it had when asked alone."""
@@ -113,7 +117,7 @@ class Running:
             # another batch size adds up in another order, which moves a float32 probability by some 1e-6, int8 by more
             return seen.class_index == expected.class_index and abs(seen.probability - expected.probability) < 0.02
 
-        return Question(http_request(self.path, image, media_type), is_right)
+        return Question(http_request(self.path, image, media_type, bearer(self.key)), is_right)
 
     def asked_alone(self, images: Sequence[bytes], media_type: str) -> list[Named]:
         """What it says of every image when nothing else is going on; shorter than the images where it fails."""
@@ -123,13 +127,21 @@ class Running:
             seen.append(self.named(body))
             return True
 
-        requests = [http_request(self.path, image, media_type) for image in images]
+        requests = [http_request(self.path, image, media_type, bearer(self.key)) for image in images]
         one_by_one(self.address, [Question(request, note) for request in requests])
         return seen
 
     def processes(self) -> list[int]:
         """All its processes."""
         return marked_processes(self.mark)
+
+    def children(self) -> list[int]:
+        """The processes that the first one started itself."""
+        return [pid for pid in self.processes() if _stat(pid)[1] == str(self.pid)]
+
+    def has_ended(self) -> bool:
+        """Whether the first process is over, even if nobody has asked yet how it ended."""
+        return _stat(self.pid)[0] in ("Z", "0")
 
     def resident_mib(self) -> float:
         """The resident memory of all its processes; pages that they share count in each."""
@@ -143,6 +155,11 @@ class Running:
     def proportional_mib(self) -> float:
         """The same with a page that several share counted once."""
         return sum(_status_kib(pid, "smaps_rollup", "Pss:") for pid in self.processes()) / 1024
+
+
+def bearer(key: str) -> str:
+    """The header line that shows a key; nothing without one."""
+    return f"Authorization: Bearer {key}\r\n" if key else ""
 
 
 def named_by_us(body: bytes) -> Named:
@@ -218,7 +235,12 @@ def peer_running(peer: Peer, cache: Path, bundle: Path, workload: Workload, imag
 
 @contextmanager
 def ours_running(
-    bundle: Path, image: bytes, media_type: str, variables: Mapping[str, str] | None = None, core: int | None = 0
+    bundle: Path,
+    image: bytes,
+    media_type: str,
+    variables: Mapping[str, str] | None = None,
+    core: int | None = 0,
+    key: str = "",
 ) -> Iterator[Running]:
     """Our service as ``ltkd serve`` starts it, until the block ends.
 
@@ -228,6 +250,7 @@ def ours_running(
         media_type: Of the image.
         variables: Its settings; by default there are none.
         core: The core it gets, by its place among those of this process; None leaves it all of them.
+        key: Sent with every request, for a service that asks for one.
 
     Raises:
         NotStartedError: It does not answer.
@@ -235,7 +258,7 @@ def ours_running(
     port = free_port()
     command = [sys.executable, "-m", "ltkd", "serve", str(bundle), "--port", str(port)]
     given = {"PYTHONPATH": str(ROOT), **(variables or {})}
-    with _running(command, given, port, "/v1/classify", named_by_us, image, media_type, core) as running:
+    with _running(command, given, port, "/v1/classify", named_by_us, image, media_type, core, key) as running:
         yield running
 
 
@@ -249,11 +272,13 @@ def _running(
     image: bytes,
     media_type: str,
     core: int | None = 0,
+    key: str = "",
 ) -> Iterator[Running]:
     mark, address = uuid.uuid4().hex, ("127.0.0.1", port)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LTKD_", "PEER_"))}
     environment |= {**variables, _MARK: mark, "OMP_NUM_THREADS": "1"}
-    question = Question(http_request(path, image, media_type), lambda body: named(body).class_index >= 0)
+    request = http_request(path, image, media_type, bearer(key))
+    question = Question(request, lambda body: named(body).class_index >= 0)
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
         begin = time.perf_counter()
         with on_core(core):
@@ -267,7 +292,7 @@ def _running(
                     said.seek(0)
                     last = " ".join(said.read().split())[-400:]
                     raise NotStartedError(f"it did not answer within {START_SECONDS:g} s: {last}")
-            yield Running(address, time.perf_counter() - begin, mark, process.pid, path, named)
+            yield Running(address, time.perf_counter() - begin, mark, process.pid, path, named, key)
         finally:
             end(process, mark)
 

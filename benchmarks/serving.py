@@ -5,10 +5,11 @@
 Writes docs/benchmarks/serving.json, serving.md and serving.png. Every answer of every server is checked.
 
 Of each workload (benchmarks/workloads.py) a round measures, one after the other, the ceiling (decode and run in a loop,
-no HTTP), our service, and each peer (benchmarks/servers.py); the next round begins with another server. A visit to a
-server is: start, until the first right answer; every image alone; a closed loop with more and more connections, whose
-*knee* is the fewest that give 97 % of the best goodput; then Poisson arrivals at 50 to 200 % of that goodput, for as
-long as each, with latency from the intended time. Goodput is right answers within the workload's time limit.
+no HTTP: its speed, and how late it is with arrivals at 80 % of that), our service, and each peer
+(benchmarks/servers.py); the next round begins with another server. A visit to a server is: start, until the first right
+answer; every image alone; a closed loop with more and more connections, whose *knee* is the fewest that give 97 % of
+the best goodput; then Poisson arrivals at 50 to 200 % of that goodput, for as long as each, with latency from the
+intended time. Goodput is right answers within the workload's time limit.
 
 Ratios are taken within a round. (a) is the same model file for everybody; (b) is our service as it comes, which takes
 the int8 model where the bundle has one, against the peers as before.
@@ -132,19 +133,33 @@ class Visit:
     wrong: int
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """What a loop without HTTP can do.
+
+    Attributes:
+        images_per_s: By batch size.
+        p99_over_alone: At 80 % of the best of them, by kind of arrivals, over what an image takes alone: what queueing
+            costs anybody on this machine.
+    """
+
+    images_per_s: dict[int, float]
+    p99_over_alone: dict[str, float]
+
+
 @dataclass
 class Found:
     """All rounds of one workload.
 
     Attributes:
-        ceilings: Of each round, images a second by batch size, fp32.
+        ceilings: Of each round, fp32.
         int8_ceilings: The same of the int8 model.
         visits: Of each server one a round.
         missing: Servers that could not take part, and why.
     """
 
-    ceilings: list[dict[int, float]] = field(default_factory=list)
-    int8_ceilings: list[dict[int, float]] = field(default_factory=list)
+    ceilings: list[Ceiling] = field(default_factory=list)
+    int8_ceilings: list[Ceiling] = field(default_factory=list)
     visits: dict[str, list[Visit]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -250,8 +265,8 @@ def offer(
     )
 
 
-def ceiling(asked: Asked, model: str, plan: Plan) -> dict[int, float]:
-    """Images a second by batch size in a process of its own on the server's core."""
+def ceiling(asked: Asked, model: str, plan: Plan) -> Ceiling:
+    """What can be done in a process of its own on the server's core."""
     words = [str(asked.folder / model), str(asked.workload.input_px), str(plan.ceiling_s)]
     images = [str(path) for path in sorted((asked.folder / "images").iterdir())]
     with on_core(SERVER_CORE):
@@ -259,7 +274,9 @@ def ceiling(asked: Asked, model: str, plan: Plan) -> dict[int, float]:
             [sys.executable, "-m", "benchmarks.ceiling", *words, *images],
             cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-    return {int(size): speed for size, speed in json.loads(done.stdout).items()}
+    found = json.loads(done.stdout)
+    images_per_s = {int(size): speed for size, speed in found["images_per_s"].items()}
+    return Ceiling(images_per_s, found["p99_over_alone"])
 
 
 def servers(

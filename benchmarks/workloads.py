@@ -25,14 +25,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
 from torch import nn
 
 from benchmarks.shapes import WORKLOADS, Workload
 from benchmarks.training import photo
 from export.convert import to_onnx
+from export.quantise import Form, seen_by
 from ltkd.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
@@ -58,6 +57,7 @@ from ltkd.task import Task
 
 NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
 SPREAD = 4.0
+INT8 = Form("minmax", per_channel=True)
 NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy was certified"
 
 
@@ -69,7 +69,7 @@ def make(workload: Workload, folder: Path) -> None:
     network = build_network(workload.network, NUM_CLASSES, seed=0)
     settle(network, task, pixels_NSS3)
     fp32 = to_onnx(network, task)
-    models: dict[Precision, bytes] = {"fp32": fp32, "int8": quantised(fp32, pixels_NSS3, folder)}
+    models: dict[Precision, bytes] = {"fp32": fp32, "int8": seen_by(fp32, pixels_NSS3).written(INT8)}
     logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
     clear = clearest(list(logits.values()))[:NUM_IMAGES]
     (folder / "images").mkdir(parents=True)
@@ -128,42 +128,6 @@ def settle(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> No
         scale = SPREAD / logits_NC.std()
         classifier.weight *= scale
         classifier.bias.copy_((classifier.bias - logits_NC.mean(dim=0)) * scale)
-
-
-class _Pixels(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, pixels_NSS3: NDArray[np.uint8]) -> None:
-        self._batches = iter([{"image": pixels_NSS3[first : first + 8]} for first in range(0, len(pixels_NSS3), 8)])
-
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        return next(self._batches, None)
-
-
-def quantised(fp32: bytes, pixels_NSS3: NDArray[np.uint8], folder: Path) -> bytes:
-    """The model in int8: unsigned activations, signed weights; preprocessing and classifier stay in float."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before, ready, after = (folder / f"{name}.onnx" for name in ("before", "ready", "after"))
-    before.write_bytes(fp32)
-    quant_pre_process(before, ready, skip_symbolic_shape=True)
-    quantize_static(
-        ready,
-        after,
-        _Pixels(pixels_NSS3),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=not has_vnni(),
-        op_types_to_quantize=["Conv", "Add", "Relu", "MaxPool"],
-    )
-    content = after.read_bytes()
-    for path in (before, ready, after):
-        path.unlink()
-    return content
-
-
-def has_vnni() -> bool:
-    """Whether this processor multiplies unsigned by signed bytes without overflow."""
-    return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
 def logits_of(model: bytes, pixels_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -82,7 +82,7 @@ EXTRA_OF_PACKAGE = {
     **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
     "tensorboard": "tensorboard",
     **dict.fromkeys(("onnx", "onnxscript", "scipy"), "export"),
-    **dict.fromkeys(("onnxruntime", "fastapi", "uvicorn", "pydantic_settings", "prometheus_client"), "serve"),
+    **dict.fromkeys(("onnxruntime", "fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
 
 

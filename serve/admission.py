@@ -1,41 +1,57 @@
-"""Who is let in: bounds on what is in hand, and how long one has to wait for a place."""
+"""Who is let in: bounds on what is in hand, and how long one has to wait for a turn."""
 
 import math
+from collections.abc import Mapping
 
 from serve.problems import ProblemError, problem_of
 
 _MEMORY_IMAGES = 100  # the measured rate forgets what lies so many images back
+_TIMES_ALONE, _LEAST_SECONDS = 10, 0.05
+_LET_GO = 0.25  # of each second after an outage: what waited is worked off at up to three quarters of full load
 
 
 class Admission:
     """Counts the images in hand, measures how fast they go, and refuses what would wait too long.
 
+    A queue that is longer than a moment helps nobody: under a load that is more than the model can do, it stays full,
+    and every answer is late by all of it.
+
     Args:
         max_images: In hand at one time.
-        max_seconds: A request that would wait longer for its turn is refused.
+        max_seconds: A request that would wait longer for its turn is refused; None takes ten times what the model needs
+            for one image, at least 0.05.
     """
 
-    def __init__(self, max_images: int, max_seconds: float) -> None:
+    def __init__(self, max_images: int, max_seconds: float | None) -> None:
         self.num_images = 0
         self.seconds_each = 0.0
         self._max_images = max_images
         self._max_seconds = max_seconds
         self._busy_since = 0.0
+        self._paused = False
+        self._left_behind_seconds = 0.0
+        self._resumed = 0.0
 
-    def expect(self, seconds_each: float) -> None:
-        """Begin with a guess of how long an image takes."""
-        self.seconds_each = self.seconds_each or seconds_each
+    def expect(self, seconds_of: Mapping[int, float]) -> None:
+        """Begin with a guess of how long an image takes: the batch sizes that are run, and how long each takes."""
+        self.seconds_each = self.seconds_each or min(seconds / size for size, seconds in seconds_of.items())
+        if self._max_seconds is None:
+            self._max_seconds = max(_LEAST_SECONDS, _TIMES_ALONE * seconds_of[min(seconds_of)])
 
-    def admit(self, num_images: int, now: float) -> None:
+    def admit(self, num_images: int, now: float, deadline: float) -> None:
         """Take a request in hand.
 
         Raises:
             ProblemError: 429, with the whole seconds after which there should be a place.
         """
         wait = self.num_images * self.seconds_each
-        if self.num_images + num_images > self._max_images or wait > self._max_seconds:
+        if (
+            self.num_images + num_images > self._max_images
+            or wait > self._allowed_seconds(now)
+            or (now + wait > deadline and not self._paused)
+        ):
             retry = max(1, math.ceil(wait))
-            detail = f"{self.num_images} images are in hand, for which {wait:.1f} s are needed; try again in {retry} s."
+            detail = f"{self.num_images} images are in hand, for which {wait:.2f} s are needed; try again in {retry} s."
             raise ProblemError(problem_of(429, detail), {"Retry-After": str(retry)})
         if not self.num_images:
             self._busy_since = now
@@ -56,3 +72,18 @@ class Admission:
             share = min(1.0, num_images / _MEMORY_IMAGES)
             self.seconds_each += share * ((now - self._busy_since) / num_images - self.seconds_each)
         self._busy_since = now
+
+    def pause(self) -> None:
+        """Nothing runs until ``resume``: how long one waits is not known, only the number is bounded."""
+        self._paused = True
+
+    def resume(self, now: float) -> None:
+        """Work goes on; what gathered meanwhile may take its time."""
+        self._paused = False
+        self._busy_since = self._resumed = now
+        self._left_behind_seconds = self.num_images * self.seconds_each
+
+    def _allowed_seconds(self, now: float) -> float:
+        if self._paused or self._max_seconds is None:
+            return math.inf
+        return self._max_seconds + max(0.0, self._left_behind_seconds - _LET_GO * (now - self._resumed))

@@ -202,7 +202,8 @@ class Classifier:
         outcomes = [Outcome(0, text, Seen(*fact)) for text, fact in zip(texts, facts, strict=True)]
         for row, item in enumerate(items):
             if item.request.work.wanted != Wanted.ANSWERS:
-                outcomes[row] = Outcome(0, logits_NC[row].tobytes(), None)
+                seen = outcomes[row].seen if judged.finite[row] else None
+                outcomes[row] = Outcome(0, logits_NC[row].tobytes(), seen)
             elif not judged.finite[row]:
                 outcomes[row] = _ENDLESS
         return outcomes

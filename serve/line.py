@@ -69,6 +69,10 @@ class Line(asyncio.Protocol, Generic[Call]):
         self.since = time.monotonic()
         return hello
 
+    def write(self, message: bytes) -> None:
+        """Send something to the process."""
+        self.transport.write(message)
+
     def kill(self) -> None:
         """End the process at once, whatever it is doing."""
         self._launched.kill()

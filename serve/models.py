@@ -21,6 +21,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from ltkd.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.errors import BundleError, LtkdError, UsageError
 from ltkd.records import Record, read_record, sha256_of
+from serve.calls import Watch
 from serve.drift import Window
 from serve.feedback import Ledger
 from serve.problems import ProblemError, problem_of
@@ -39,6 +40,7 @@ class EngineProcess(Protocol):
     provider: str
     alive: bool
     on_change: Callable[[], None] | None
+    on_answer: Watch | None
 
     @property
     def num_waiting(self) -> int:
@@ -248,6 +250,7 @@ class Models(Generic[AnyEngineProcess]):
         labels = ModelLabels(*key, worker.precision, worker.provider, certified.sha256)
         meter = self._telemetry.meter(labels, task.groups.names, window)
         meter.queue_depth, meter.alive = lambda: worker.num_waiting, lambda: worker.alive
+        worker.on_answer = meter.watch
         worker.on_change = lambda: meter.count_restart() if worker.alive else None
         ledger = Ledger(task, certified.calibration, meter, self._settings.feedback_images)
         self._served[key] = Served(key, fingerprint, worker, meter, ledger)

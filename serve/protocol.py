@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from serve.bodies import ANY_BYTES
+from serve.calls import Call, Classified
 from serve.connection import BoundedConnection
 from serve.problems import MEDIA_TYPE, ProblemError, problem_of
 from serve.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Asked, Head, Service, server_timing
 from serve.wire import Wanted
-from serve.worker import Call, Classified, Worker
+from serve.worker import Worker
 
 _PATH = ROUTE.encode()
 _START = b"POST " + _PATH

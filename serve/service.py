@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from serve.answers import answers_json, refused_json
+from serve.calls import Classified
 from serve.feedback import Feedback
 from serve.keys import Keys
 from serve.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
@@ -19,7 +20,7 @@ from serve.models import Models, Served, StartWorker
 from serve.problems import Problem, ProblemError, problem_of
 from serve.settings import Settings
 from serve.telemetry import Reason, Telemetry
-from serve.worker import Classified, Worker
+from serve.worker import Worker
 
 CLIENT_LEFT = 499  # nginx's number, for metrics and log alone: nobody reads an answer
 ROUTE = "/v1/classify"
@@ -203,12 +204,11 @@ class Service:
         return asked.began + min(longest, float(wanted))
 
     def answer(self, served: Served[Worker], classified: Classified, asked: Asked) -> bytes:
-        """The body of an answer; what there is to count and to remember of it is noted.
+        """The body of an answer; what there is to log and to remember of it is noted.
 
         Raises:
             ProblemError: No image could be used; the first problem speaks for all.
         """
-        served.meter.watch(classified.seen, classified.stage_seconds, classified.batch_size)
         problems = [result for result in classified.results if isinstance(result, Problem)]
         if len(problems) == len(classified.results):
             raise _none_usable(problems, asked)

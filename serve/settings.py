@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ltkd.bundle import Precision
 from ltkd.errors import UsageError
@@ -18,7 +17,7 @@ PREFIX = "LTKD_"
 PILLOW_MAX_PIXELS = 89_478_485
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """How the service listens and what it takes; each field is also ``LTKD_<NAME>``.
 
     Attributes:
@@ -34,7 +33,8 @@ class Settings(BaseSettings):
         max_images: Images in one request.
         max_queue_images: Images in hand at one time, decoded or not; beyond them the answer is 429.
         max_queue_bytes: Encoded bytes in hand at one time, likewise.
-        max_queue_seconds: A request that would wait longer for its turn, at the measured rate, is answered 429.
+        max_queue_seconds: A request that would wait longer for its turn, at the measured rate, is answered 429; by
+            default ten times what the model needs for one image, at least 0.05.
         max_connections: Open connections; one more is answered 503 and closed.
         max_header_bytes: Request line and headers together.
         max_headers: Header lines.
@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         log_level: ``debug``, ``info`` (one line a request), ``warning`` or ``error``.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=64, gt=0, le=10_000)
     max_queue_images: int = Field(default=1024, gt=0)
     max_queue_bytes: int = Field(default=128 * 2**20, gt=0)
-    max_queue_seconds: float = Field(default=1.0, gt=0)
+    max_queue_seconds: float | None = Field(default=None, gt=0)
     max_connections: int = Field(default=1000, gt=0)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
     max_headers: int = Field(default=100, gt=0)
@@ -118,12 +118,15 @@ def read_settings(given: Mapping[str, str | int | float | Path | None]) -> Setti
         UsageError: A value is out of range, two contradict each other, or an ``LTKD_`` variable names no setting.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in sorted(name for name in os.environ if name.upper().startswith(PREFIX)):
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.upper().startswith(PREFIX)}
+    for variable in variables:
         if variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), known, 1) or sorted(known)
             raise UsageError(f"the variable {variable} is no setting; did you mean {' or '.join(near)}? Unset it.")
+    wanted: dict[str, object] = {name.upper().removeprefix(PREFIX).lower(): value for name, value in variables.items()}
+    wanted |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings.model_validate({name: value for name, value in given.items() if value is not None})
+        return Settings.model_validate(wanted)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:

@@ -130,7 +130,7 @@ class Outcome(NamedTuple):
     Attributes:
         status: 0 for an answer, else the HTTP status of the problem.
         payload: The answer, or the problem's sentence.
-        seen: The facts of an answer; None for a problem and for logits.
+        seen: The facts of an answer, of logits too; None for a problem and for logits that are no numbers.
     """
 
     status: int

@@ -1,8 +1,9 @@
 """The front's side of a model's engine processes: what is asked of them, and what becomes of it when one dies.
 
 A request is admitted, sent down a line, and answered when its outcomes come back, when its deadline passes, or when the
-process dies, whichever comes first; what nobody waits for any more is cancelled over there. All of it belongs to the
-event loop's thread.
+process dies, whichever comes first; what nobody waits for any more is cancelled over there. While no process is there,
+requests wait for the next one; if that cannot be started either, they are answered. All of it belongs to the event
+loop's thread.
 """
 
 import asyncio
@@ -11,11 +12,10 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,58 +24,18 @@ from ltkd.bundle import Manifest, Precision
 from ltkd.errors import BundleError, LtkdError
 from serve.admission import Admission
 from serve.answers import model_ref
+from serve.calls import Answered, Call, Classified, Parked, Watch, classified_of
 from serve.launch import Launched, launch
 from serve.line import Line
 from serve.problems import Content, Problem, ProblemError, problem_of
 from serve.settings import Settings
-from serve.wire import Done, Orders, Seen, Wanted, Work, pack_cancel, pack_work
+from serve.wire import Done, Orders, Wanted, Work, pack_cancel, pack_work
 
 _BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _SETTLED_SECONDS = 30.0  # a process that lived so long died of something new
 _WATCH_SECONDS = 0.25
 
 _log = logging.getLogger(__name__)
-
-
-class Classified(NamedTuple):
-    """What came back for one request.
-
-    Attributes:
-        results: One an image, in the order of the request: the answer in JSON (or logits, float32 [C]), or why there
-            is none.
-        seen: The facts of each answered image; None in the place of a refused one.
-        stage_seconds: ``decode``, ``queue`` and ``infer``, of the slowest image.
-        batch_size: Images in the last batch that one of them ran in; 0 if nothing ran.
-    """
-
-    results: list[bytes | Problem]
-    seen: list[Seen | None]
-    stage_seconds: dict[str, float]
-    batch_size: int
-
-
-Answered = Callable[[Classified | ProblemError], None]
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """A request in the hands of an engine process.
-
-    Attributes:
-        number: Its number on the line.
-        line: Where it was sent.
-        problems: Of the images that were not sent, by their place.
-        num_images: Images that were sent.
-        sent: When, on the clock of ``time.monotonic``.
-        answered: Told what became of it; None once it has been, or when nobody waits any more.
-    """
-
-    number: int
-    line: "Line[Call]"
-    problems: dict[int, Problem]
-    num_images: int
-    sent: float
-    answered: Answered | None
 
 
 class Worker:
@@ -87,6 +47,7 @@ class Worker:
         provider: The execution provider that really runs it, as ONNX Runtime names it.
         alive: Whether at least one engine process answers.
         on_change: Called when that changes.
+        on_answer: Called for every answer that somebody still waited for, whichever protocol asked.
     """
 
     manifest: Manifest
@@ -96,10 +57,12 @@ class Worker:
     def __init__(self, start_process: Callable[[], Launched], settings: Settings) -> None:
         self.alive = False
         self.on_change: Callable[[], None] | None = None
+        self.on_answer: Watch | None = None
         self._start_process = start_process
         self._stall_seconds = settings.stall_seconds
         self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
         self._lines: list[Line[Call]] = []
+        self._parked: Parked | None = None
         self._deadlines: list[tuple[float, int, Call]] = []
         self._next_number = 0
         self._closing = False
@@ -172,10 +135,10 @@ class Worker:
         now = time.monotonic()
         if deadline <= now:
             raise ProblemError(problem_of(504, "the deadline passed before the images had arrived; allow more time."))
-        self._admission.admit(len(images), now)
+        self._admission.admit(len(images), now, deadline)
         self._next_number = number = self._next_number + 1
         call = line.calls[number] = Call(number, line, problems, len(images), now, answered)
-        line.transport.write(pack_work(Work(number, deadline, wanted, top_k, images)))
+        line.write(pack_work(Work(number, deadline, wanted, top_k, images)))
         heapq.heappush(self._deadlines, (deadline, number, call))
         if deadline < self._watch_at:
             self._watch_again(min(deadline, now + _WATCH_SECONDS))
@@ -185,7 +148,7 @@ class Worker:
         """Drop what nobody waits for any more."""
         call.answered = None
         if call.number in call.line.calls:
-            call.line.transport.write(pack_cancel(call.number))
+            call.line.write(pack_cancel(call.number))
 
     async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
         """The same as a coroutine; cancelled, the work is dropped.
@@ -251,13 +214,16 @@ class Worker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._give_up_parked()
         await asyncio.gather(*(line.end() for line in list(self._lines)))
         if self._watching:
             self._watching.cancel()
 
-    def _best_line(self) -> "Line[Call]":
+    def _best_line(self) -> Line[Call] | Parked:
         if self.alive and not self._closing:
             return self._lines[0] if len(self._lines) == 1 else min(self._lines, key=lambda line: len(line.calls))
+        if self._parked and not self._closing:
+            return self._parked
         detail = "the service is stopping" if self._closing else "the model's engine process is being replaced"
         raise ProblemError(problem_of(503, f"{detail}; try again."), self._retry_after())
 
@@ -268,28 +234,45 @@ class Worker:
                 self._forget(call, time.monotonic())
                 if answered := call.answered:
                     call.answered = None
-                    answered(_classified(done, call.problems))
+                    classified = classified_of(done, call.problems)
+                    if self.on_answer:
+                        self.on_answer(classified.seen, classified.stage_seconds, classified.batch_size)
+                    answered(classified)
                 return
 
     def _on_lost(self, line: "Line[Call]") -> None:
         """An engine process died, or was killed: answer what it had, and start another."""
         self._lines.remove(line)
+        num_lost = len(line.calls)
+        if not self._lines and not self._closing:
+            self._parked = Parked()
+            self._admission.pause()
+        self._note_change()
+        self._fail(line, "the engine process that had the request died and is being replaced; try again.")
+        if self._closing:
+            return
+        _log.error("an engine process died with %d requests in hand; another one is being started", num_lost)
+        task = asyncio.get_running_loop().create_task(self._replace(line))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _fail(self, line: Line[Call] | Parked, detail: str) -> None:
+        """Answer 503 to everything on a line."""
         lost = list(line.calls.values())
         line.calls.clear()
         for call in lost:
             self._forget(call, None)
-        self._note_change()
-        died = problem_of(503, "the engine process that had the request died and is being replaced; try again.")
+        problem = problem_of(503, detail)
         for call in lost:
             if answered := call.answered:
                 call.answered = None
-                answered(ProblemError(died, self._retry_after()))
-        if self._closing:
-            return
-        _log.error("an engine process died with %d requests in hand; another one is being started", len(lost))
-        task = asyncio.get_running_loop().create_task(self._replace(line))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                answered(ProblemError(problem, self._retry_after()))
+
+    def _give_up_parked(self) -> None:
+        """Let nobody wait any longer for a process that does not come."""
+        parked, self._parked = self._parked, None
+        if parked:
+            self._fail(parked, "the engine process died and could not be replaced; try again.")
 
     def _forget(self, call: Call, now: float | None) -> None:
         self._admission.release(call.num_images, now)
@@ -309,9 +292,14 @@ class Worker:
             raise BundleError("the bundle is another than the one that was served; reload to serve it.")
         self._started_in_seconds = time.monotonic() - began
         self.manifest, self.precision, self.provider = hello.manifest, hello.precision, hello.provider
-        self._admission.expect(min(seconds / size for size, seconds in hello.seconds_of.items()))
+        self._admission.expect(hello.seconds_of)
         line.ready = True
         self._lines.append(line)
+        if len(self._lines) == 1:
+            self._admission.resume(time.monotonic())
+        parked, self._parked = self._parked, None
+        if parked:
+            parked.move_to(line)
         self._note_change()
 
     async def _replace(self, lost: "Line[Call]") -> None:
@@ -325,6 +313,7 @@ class Worker:
                 return
             except (LtkdError, OSError) as reason:
                 _log.error("no engine process could be started: %s", reason)
+                self._give_up_parked()
 
     def _note_change(self) -> None:
         alive = bool(self._lines)
@@ -371,20 +360,3 @@ def orders(bundle: Path, settings: Settings) -> Orders:
         max_pixels=settings.max_pixels,
         processes=settings.processes,
     )
-
-
-def _classified(done: Done, problems: Mapping[int, Problem]) -> Classified:
-    _, decode_seconds, queue_seconds, infer_seconds, batch_size, outcomes = done
-    results: list[bytes | Problem] = []
-    facts: list[Seen | None] = []
-    for status, payload, seen in outcomes:
-        results.append(problem_of(status, payload.decode()) if status else payload)
-        facts.append(seen)
-    for place in sorted(problems):
-        results.insert(place, problems[place])
-        facts.insert(place, None)
-    stage_seconds = {"decode": decode_seconds}
-    if batch_size:
-        stage_seconds["queue"] = queue_seconds
-        stage_seconds["infer"] = infer_seconds
-    return Classified(results, facts, stage_seconds, batch_size)

@@ -1,12 +1,15 @@
-"""The measurements of the service measure: the generator against a server whose answers are known, the arithmetic on
-figures that were made up, and every injected fault once, in small."""
+"""The measurements of the service measure: the generator against a server whose answers are known, and the arithmetic
+on figures that were made up."""
 
+import dataclasses
 import json
 import math
 import os
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +18,6 @@ from pathlib import Path
 import pytest
 from serve_toys import encoded, toy_pixels, write_toy_bundle
 
-from benchmarks import reliability
 from benchmarks.load import (
     LEFT,
     LOST,
@@ -35,11 +37,21 @@ from benchmarks.load import (
     slow_clients,
     uniform,
 )
-from benchmarks.reliability import BEGIN, END, QUICK, Bench, Row, put_table, table
-from benchmarks.servers import PEER_SERVERS, free_port, install, marked_processes, on_core, ours_running
-from benchmarks.serving import SHARES, Found, Offered, Visit, flags, knee_of, listed
+from benchmarks.servers import (
+    PEER_SERVERS,
+    Named,
+    Running,
+    free_port,
+    install,
+    marked_processes,
+    on_core,
+    ours_running,
+)
+from benchmarks.serving import SHARES, Ceiling, Found, Offered, Visit, flags, knee_of, listed
 from benchmarks.serving_report import Spread, checks, content, markdown, plot, ratios
+from benchmarks.trial import seconds_until
 
+QUEUEING = {"even": 1.5, "poisson": 11.0}
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"
 FULL = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 QUESTION = Question(http_request("/x", b"image", "image/png"), lambda body: body == b"good")
@@ -158,7 +170,7 @@ def test_slow_clients_are_told_what_the_server_said() -> None:
                 while b"ima" not in head:
                     head += line.recv(2**16)
                 line.sendall(said)
-        assert reliability.within(10, lambda: len(ended) == 2)
+        assert seconds_until(lambda: len(ended) == 2, limit_s=10) is not None
     assert sorted(ended) == ["408", "closed"]
 
 
@@ -225,8 +237,8 @@ def a_visit(knee: float, p99_ms: float = 4.0, wrong: int = 0) -> Visit:
 
 def found() -> Found:
     return Found(
-        ceilings=[{1: 80.0, 8: 100.0}, {1: 90.0, 8: 120.0}],
-        int8_ceilings=[{1: 200.0}, {1: 200.0}],
+        ceilings=[Ceiling({1: 80.0, 8: 100.0}, QUEUEING), Ceiling({1: 90.0, 8: 120.0}, QUEUEING)],
+        int8_ceilings=[Ceiling({1: 200.0}, QUEUEING)] * 2,
         visits={
             "ltkd": [a_visit(96), a_visit(118)],
             "ltkd, int8": [a_visit(180)] * 2,
@@ -304,58 +316,23 @@ def test_a_core_is_taken_and_given_back() -> None:
     assert os.sched_getaffinity(0) == before
 
 
-def test_the_table_replaces_what_was_between_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / "reliability.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    row = Row("fault", 1000, 20, 1, {"200": 19}, "promise", "seen", kept=False)
-    put_table(page, table([row]))
-    text = page.read_text()
-    assert "old" not in text
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "| fault | 1,000 | 20 | 1 | promise | seen | **no** |" in text
-
-
-def test_the_page_has_a_place_for_the_table() -> None:
-    text = reliability.TABLE.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-
-
-TIMED = ("overload-2x", "overload-10x", "killed-of-two")  # what they promise needs a quiet machine
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    images = [encoded(toy_pixels(seed)) for seed in range(6)]
-    return Bench(write_toy_bundle(tmp_path / "toy"), images, "image/png", slo_s=10.0)
+def test_the_processes_of_a_server_are_its_own_children() -> None:
+    running = Running(("127.0.0.1", 1), 0.0, "no process carries this", os.getpid(), "/x", lambda _: Named(0, 1.0))
+    assert running.children() == []
+    assert not running.has_ended()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    gone = dataclasses.replace(running, pid=child.pid)
+    assert seconds_until(gone.has_ended) is not None  # nobody has waited for it
+    child.wait()
+    assert gone.has_ended()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [name for name in reliability.FAULTS if name not in TIMED])
-def test_the_service_keeps_its_promise_when(fault: str, bench: Bench) -> None:
-    row = reliability.FAULTS[fault](bench, QUICK)
-    assert row.requests > 0
-    assert row.kept, row
-
-
-@pytest.mark.slow
-def test_overload_is_answered_with_200_or_429_and_nothing_else(bench: Bench) -> None:
-    row = reliability.overload(bench, QUICK, 10, "toys")
-    assert row.lost == 0, row
-    assert set(row.ended) <= {"200", "429"}
-
-
-@pytest.mark.slow
-def test_one_engine_process_of_two_goes_on_alone(bench: Bench) -> None:
-    row = reliability.FAULTS["killed-of-two"](bench, QUICK)
-    assert set(row.ended) <= {"200", "429", "503"}, row  # 429 where the start of another takes the core for too long
-    assert row.ended.get("503", 0) < row.requests / 10, row  # with none to go on it is most of them
-
-
-@pytest.mark.slow
-def test_every_process_of_a_service_is_found_and_ended(bench: Bench) -> None:
-    with ours_running(bench.bundle, bench.images[0], bench.media_type) as running:
+def test_every_process_of_a_service_is_found_and_ended(tmp_path: Path) -> None:
+    with ours_running(write_toy_bundle(tmp_path / "toy"), encoded(toy_pixels(0)), "image/png") as running:
         processes = running.processes()
         assert running.pid in processes
+        assert running.children()
         assert running.resident_mib() >= running.proportional_mib() > 0
         assert running.processor_s() > 0
     assert marked_processes(running.mark) == []

@@ -3,10 +3,12 @@ import pytest
 from serve.admission import Admission
 from serve.problems import ProblemError
 
+NEVER = 1e9
 
-def refused(admission: Admission, num_images: int, now: float) -> str:
+
+def refused(admission: Admission, num_images: int, now: float, deadline: float = NEVER) -> str:
     with pytest.raises(ProblemError) as said:
-        admission.admit(num_images, now)
+        admission.admit(num_images, now, deadline)
     assert said.value.problem.status == 429
     assert said.value.headers is not None
     return said.value.headers["Retry-After"]
@@ -14,18 +16,18 @@ def refused(admission: Admission, num_images: int, now: float) -> str:
 
 def test_the_bound_counts_images() -> None:
     admission = Admission(max_images=10, max_seconds=1e9)
-    admission.admit(8, 0.0)
+    admission.admit(8, 0.0, NEVER)
     assert refused(admission, 3, 0.0) == "1"
-    admission.admit(2, 0.0)
+    admission.admit(2, 0.0, NEVER)
     admission.release(8, 1.0)
-    admission.admit(8, 1.0)
+    admission.admit(8, 1.0, NEVER)
     assert admission.num_images == 10
 
 
 def test_the_rate_is_measured_while_there_is_a_queue_and_decides_whom_to_refuse() -> None:
     admission = Admission(max_images=10_000, max_seconds=5.0)
-    admission.expect(0.001)
-    admission.admit(1000, 0.0)
+    admission.expect({1: 0.002, 4: 0.004})
+    admission.admit(1000, 0.0, NEVER)
     for number in range(1, 501):  # ten images a second
         admission.release(1, number / 10)
     # 500 images are five times what is remembered, so of the guess exp(-5), less than 1 %, is left
@@ -35,16 +37,64 @@ def test_the_rate_is_measured_while_there_is_a_queue_and_decides_whom_to_refuse(
 
 def test_an_answer_that_left_no_queue_says_nothing_of_the_rate() -> None:
     admission = Admission(max_images=10, max_seconds=1.0)
-    admission.expect(0.001)
+    admission.expect({1: 0.002, 4: 0.004})
     for second in range(100):
-        admission.admit(1, second)
+        admission.admit(1, second, NEVER)
         admission.release(1, second + 0.9)
     assert admission.seconds_each == 0.001
 
 
 def test_an_answer_that_never_came_says_nothing_of_the_rate() -> None:
     admission = Admission(max_images=10, max_seconds=1.0)
-    admission.expect(0.001)
-    admission.admit(5, 0.0)
+    admission.expect({1: 0.002, 4: 0.004})
+    admission.admit(5, 0.0, NEVER)
     admission.release(4, None)
     assert (admission.seconds_each, admission.num_images) == (0.001, 1)
+
+
+def test_by_default_nobody_waits_longer_than_ten_images_take_alone() -> None:
+    admission = Admission(max_images=10_000, max_seconds=None)
+    admission.expect({1: 0.02, 4: 0.04})  # in fours, an image takes 0.01 s: twenty of them, 0.2 s
+    admission.admit(20, 0.0, NEVER)
+    admission.admit(1, 0.0, NEVER)
+    assert refused(admission, 1, 0.0) == "1"
+
+
+def test_of_a_quick_model_the_queue_may_be_a_twentieth_of_a_second_long() -> None:
+    admission = Admission(max_images=10_000, max_seconds=None)
+    admission.expect({1: 0.001})
+    admission.admit(50, 0.0, NEVER)
+    admission.admit(1, 0.0, NEVER)
+    assert refused(admission, 1, 0.0) == "1"
+
+
+def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
+    admission = Admission(max_images=10_000, max_seconds=10.0)
+    admission.expect({1: 0.5})
+    admission.admit(6, 0.0, NEVER)
+    assert refused(admission, 1, 1.0, deadline=3.9) == "3"
+    admission.admit(1, 1.0, 4.1)
+
+
+def test_while_nothing_runs_only_the_number_is_bounded() -> None:
+    admission = Admission(max_images=100, max_seconds=1.0)
+    admission.expect({1: 0.1})
+    admission.pause()
+    admission.admit(99, 0.0, 0.5)
+    assert refused(admission, 2, 0.0) == "10"
+
+
+def test_what_gathered_while_nothing_ran_may_take_its_time() -> None:
+    admission = Admission(max_images=100, max_seconds=1.0)
+    admission.expect({1: 0.1})
+    admission.pause()
+    admission.admit(80, 0.0, NEVER)  # 8 s of work
+    admission.resume(10.0)
+    admission.admit(1, 10.0, NEVER)
+    admission.release(21, None)  # 6 s of it are left
+    admission.admit(1, 10.0 + 4 * 3, NEVER)  # a quarter of the time is let go: 1 + 8 - 3 s may be waited for
+    assert refused(admission, 1, 10.0 + 4 * 3.5) == "7"
+    admission.release(60, None)
+    assert refused(admission, 20, 60.0, deadline=60.05) == "1"
+    admission.admit(20, 60.0, NEVER)
+    assert refused(admission, 1, 60.0) == "3"  # and in the end it is as it always was

@@ -1,15 +1,17 @@
 """Routes, problems, headers, metrics and the description of the API."""
 
 import base64
+import json
 import logging
 import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from serve_toys import CLASS_NAMES, encoded, held_engine, running, toy_app, toy_engine, toy_pixels
+from serve_toys import CLASS_NAMES, SIZE_PX, encoded, held_engine, running, toy_app, toy_engine, toy_pixels
 from test_serve_bodies import problem
 
+from ltkd.images import decode_image
 from serve.settings import Settings
 
 PNG = encoded(toy_pixels(3))
@@ -127,6 +129,31 @@ def test_metrics_count_requests_stages_and_groups() -> None:
         labels = f'group="{name}",{model}'
         assert f"ltkd_predictions_total{{{labels}}} {float(name == group)}" in sorted_lines
         assert f"ltkd_confidence_count{{{labels}}} {float(name == group)}" in sorted_lines
+
+
+def test_predictions_count_in_their_group_whichever_protocol_asked() -> None:
+    pixels_SS3 = decode_image(PNG, SIZE_PX).pixels_SS3
+    tensor = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": [1, *pixels_SS3.shape],
+        "data": pixels_SS3.ravel().tolist(),
+    }
+    with running(toy_app()) as client:
+        group = client.post("/v1/classify", content=PNG).json()["results"][0]["group"]
+        assert client.post("/v2/models/toy/infer", json={"inputs": [tensor]}).status_code == 200
+        binary = {"binary_data_size": len(PNG) + 4}
+        head = json.dumps(
+            {"inputs": [{"name": "image_bytes", "datatype": "BYTES", "shape": [1], "parameters": binary}]}
+        ).encode()
+        encoded = client.post(
+            "/v2/models/toy/infer",
+            content=head + len(PNG).to_bytes(4, "little") + PNG,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+        )
+        assert encoded.status_code == 200
+        seen = client.get("/v1/groups").json()["window"]["groups"]
+    assert {one["group"]: one["predictions"] for one in seen} == {"head": 0, "medium": 0, "tail": 0} | {group: 3}
 
 
 def sorted_labels(line: str) -> str:

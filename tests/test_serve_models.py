@@ -15,6 +15,7 @@ from serve_toys import expected_logits, toy_pixels, write_toy_bundle
 
 from ltkd.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.errors import BundleError, UsageError
+from serve.calls import Watch
 from serve.engine import OnnxEngine, open_engine
 from serve.models import ModelKey, Models, Reloaded, find_bundles
 from serve.problems import ProblemError
@@ -33,6 +34,7 @@ class InThisProcess:
         self.provider = engine.provider
         self.alive = True
         self.on_change: Callable[[], None] | None = None
+        self.on_answer: Watch | None = None
         self.num_waiting = 0
         self.closed_with: float | None = None
         self._engine = engine

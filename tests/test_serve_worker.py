@@ -27,11 +27,12 @@ from serve_toys import (
 )
 
 from ltkd.errors import BundleError, DeviceError
+from serve.calls import Classified
 from serve.launch import Launched, launch
 from serve.problems import Problem, ProblemError, problem_of
 from serve.settings import Settings
 from serve.wire import Orders, Seen
-from serve.worker import Classified, Worker
+from serve.worker import Worker
 
 PNG = encoded(toy_pixels(3))
 SOON = 60.0
@@ -215,13 +216,100 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
             os.kill(started[0].pid, signal.SIGKILL)
             problems = [await problem_of_call(call) for call in calls]
             assert [problem.status for problem in problems] == [503] * 5
-            refused = await problem_of_call(worker.classify([PNG], 1, deadline()))
-            assert (refused.status, worker.alive) == (503, False)
-            await until(lambda: worker.alive)
+            assert not worker.alive
             assert (await worker.classify([PNG], 1, deadline())).results == before.results
             assert (len(started), changes) == (2, [False, True])
         finally:
             await worker.close(5)
+
+    run(test)
+
+
+@asynccontextmanager
+async def between_two_processes(
+    then: Callable[[], Launched], settings: Settings | None = None
+) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
+    """A worker whose process has died, and what must be set before ``then`` may start the next one."""
+    launched: list[Launched] = []
+    may_start = asyncio.Event()
+
+    def start() -> Launched:
+        launched.append(toy_process(toy_engine()) if not launched else then())
+        return launched[-1]
+
+    worker = await Worker.start_with(start, settings or Settings())
+    connect = worker._connect
+
+    async def connect_later() -> None:
+        await may_start.wait()
+        await connect()
+
+    worker._connect = connect_later  # type: ignore[method-assign]
+    launched[0].kill()
+    await until(lambda: not worker.alive)
+    try:
+        yield worker, may_start
+    finally:
+        await worker.close(5)
+
+
+def test_what_comes_while_no_process_is_there_waits_for_the_next_one() -> None:
+    async def test() -> None:
+        engine = held_engine()
+        engine.go.set()
+        settings = Settings(max_queue_seconds=1e-9)  # whoever had to wait at all would be refused at other times
+        async with between_two_processes(lambda: toy_process(engine), settings) as (worker, may_start):
+            calls = [asyncio.create_task(worker.classify([PNG], 1, deadline())) for _ in range(20)]
+            leaving = asyncio.create_task(worker.classify([PNG] * 3, 1, deadline()))
+            await until(lambda: worker.num_waiting == 23)
+            late = await problem_of_call(worker.classify([PNG], 1, deadline(0.01)))
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            may_start.set()
+            assert [len((await call).results) for call in calls] == [1] * 20
+            await until(lambda: worker.num_waiting == 0)
+        assert late.status == 504
+        assert sum(engine.sizes) == 20  # neither the late one nor those who had left
+
+    run(test)
+
+
+def test_only_so_many_wait_for_the_next_process() -> None:
+    async def test() -> None:
+        settings = Settings(max_queue_images=4, max_images=4)
+        async with between_two_processes(lambda: toy_process(toy_engine()), settings) as (worker, may_start):
+            call = asyncio.create_task(worker.classify([PNG] * 4, 1, deadline()))
+            await until(lambda: worker.num_waiting == 4)
+            assert (await problem_of_call(worker.classify([PNG], 1, deadline()))).status == 429
+            may_start.set()
+            await call
+
+    run(test)
+
+
+def test_nobody_waits_for_a_process_that_cannot_be_started() -> None:
+    def fail() -> Launched:
+        raise OSError("no more processes")
+
+    async def test() -> None:
+        async with between_two_processes(fail) as (worker, may_start):
+            call = asyncio.create_task(worker.classify([PNG], 1, deadline()))
+            await until(lambda: worker.num_waiting == 1)
+            may_start.set()
+            waited = await problem_of_call(call)
+            at_once = await problem_of_call(worker.classify([PNG], 1, deadline()))
+            assert (waited.status, at_once.status, worker.num_waiting) == (503, 503, 0)
+
+    run(test)
+
+
+def test_closing_does_not_leave_those_without_an_answer_who_wait_for_a_process() -> None:
+    async def test() -> None:
+        async with between_two_processes(lambda: toy_process(toy_engine())) as (worker, _):
+            call = asyncio.create_task(worker.classify([PNG], 1, deadline()))
+            await until(lambda: worker.num_waiting == 1)
+            await worker.close(0.01)
+            assert (await problem_of_call(call)).status == 503
 
     run(test)
 
@@ -252,7 +340,6 @@ def test_a_process_that_has_work_and_says_nothing_is_killed_and_replaced(caplog:
         try:
             os.kill(started[0].pid, signal.SIGSTOP)  # a run that never comes back looks just so
             assert (await problem_of_call(worker.classify([PNG], 1, deadline()))).status == 503
-            await until(lambda: worker.alive)
             await worker.classify([PNG], 1, deadline())
             assert len(started) == 2
         finally:
