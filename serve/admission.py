@@ -7,7 +7,8 @@ from serve.problems import ProblemError, problem_of
 
 _MEMORY_IMAGES = 100  # the measured rate forgets what lies so many images back
 _TIMES_ALONE, _LEAST_SECONDS = 10, 0.05
-_LET_GO = 0.25  # of each second after an outage: what waited is worked off at up to three quarters of full load
+_LET_GO = 0.25  # of each second afterwards: what waited is worked off at up to three quarters of full load
+_COLD_SECONDS = 0.5  # the first answers of a process are slow ones
 
 
 class Admission:
@@ -28,9 +29,9 @@ class Admission:
         self._max_images = max_images
         self._max_seconds = max_seconds
         self._busy_since = 0.0
-        self._paused = False
-        self._left_behind_seconds = 0.0
-        self._resumed = 0.0
+        self._num_eased = 0
+        self._left_behind = 0
+        self._resumed = -math.inf
 
     def expect(self, seconds_of: Mapping[int, float]) -> None:
         """Begin with a guess of how long an image takes: the batch sizes that are run, and how long each takes."""
@@ -48,7 +49,7 @@ class Admission:
         if (
             self.num_images + num_images > self._max_images
             or wait > self._allowed_seconds(now)
-            or (now + wait > deadline and not self._paused)
+            or now + wait > deadline
         ):
             retry = max(1, math.ceil(wait))
             detail = f"{self.num_images} images are in hand, for which {wait:.2f} s are needed; try again in {retry} s."
@@ -73,17 +74,18 @@ class Admission:
             self.seconds_each += share * ((now - self._busy_since) / num_images - self.seconds_each)
         self._busy_since = now
 
-    def pause(self) -> None:
-        """Nothing runs until ``resume``: how long one waits is not known, only the number is bounded."""
-        self._paused = True
+    def ease(self) -> None:
+        """Until ``resume``, let everybody wait, up to the bound on the number: it is not the load that slows it."""
+        self._num_eased += 1
 
     def resume(self, now: float) -> None:
-        """Work goes on; what gathered meanwhile may take its time."""
-        self._paused = False
+        """End what ``ease`` began; what gathered meanwhile may take its time."""
+        self._num_eased -= 1
         self._busy_since = self._resumed = now
-        self._left_behind_seconds = self.num_images * self.seconds_each
+        self._left_behind = self.num_images
 
     def _allowed_seconds(self, now: float) -> float:
-        if self._paused or self._max_seconds is None:
+        if self._num_eased or self._max_seconds is None:
             return math.inf
-        return self._max_seconds + max(0.0, self._left_behind_seconds - _LET_GO * (now - self._resumed))
+        excused = self._left_behind * self.seconds_each + _COLD_SECONDS - _LET_GO * (now - self._resumed)
+        return self._max_seconds + max(0.0, excused)

@@ -41,7 +41,7 @@ def launch(orders: Orders) -> Launched:
     ours, theirs = connected_lines()
     with theirs:
         process = subprocess.Popen(  # noqa: S603 - this very interpreter, and arguments of our own
-            [sys.executable, "-P", "-m", "serve.process", str(theirs.fileno()), orders.model_dump_json()],
+            [sys.executable, "-P", "-m", "serve.start", str(theirs.fileno()), orders.model_dump_json()],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

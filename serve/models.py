@@ -14,6 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -45,6 +46,9 @@ class EngineProcess(Protocol):
     @property
     def num_waiting(self) -> int:
         """Images that were accepted and are not answered."""
+
+    def eased(self) -> AbstractContextManager[None]:
+        """Refuse nobody for the time that the queue takes: a process is being started beside this one."""
 
     async def close(self, drain_seconds: float) -> None:
         """Answer what was accepted, then end."""
@@ -244,7 +248,10 @@ class Models(Generic[AnyEngineProcess]):
     async def _begin(self, key: ModelKey, path: Path) -> None:
         """Start the engine process of a bundle, and let it answer."""
         fingerprint = fingerprint_of(path)
-        worker = await self._start_worker(path)
+        with contextlib.ExitStack() as eased:
+            for served in self._served.values():
+                eased.enter_context(served.worker.eased())
+            worker = await self._start_worker(path)
         task, certified = worker.manifest.task, worker.manifest.precisions[worker.precision]
         window = Window(certified.calibration, self._settings.window_images)
         labels = ModelLabels(*key, worker.precision, worker.provider, certified.sha256)

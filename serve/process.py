@@ -1,7 +1,7 @@
 """An engine process: opens a bundle, proves and warms it, says so, and then answers what comes down the line.
 
-It is started by ``serve.launch`` as ``python -m serve.process DESCRIPTOR ORDERS`` and ends when the other end of the
-line is closed, whatever ended the front. It never imports FastAPI, so it starts fast and stays small.
+It is started by ``serve.launch`` as ``python -m serve.start DESCRIPTOR ORDERS`` and ends when the other end of the line
+is closed, whatever ended the front. It never imports FastAPI, so it starts fast and stays small.
 """
 
 import contextlib
@@ -9,12 +9,11 @@ import io
 import queue
 import signal
 import socket
-import sys
 import threading
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -43,24 +42,29 @@ from serve.wire import (
 _MAX_WAIT_SECONDS_ON_A_GPU = 0.001
 
 
-def main() -> None:
-    """Serve one line to its end."""
+def prepared(descriptor: int, orders_json: str) -> Callable[[], None]:
+    """Open, prove and warm what a line's orders say; what comes back serves the line to its end.
+
+    Args:
+        descriptor: Of the line.
+        orders_json: An ``Orders``.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a supervisor sends them to all; the front decides
-    line = socket.socket(fileno=int(sys.argv[1]))
-    orders = Orders.model_validate_json(sys.argv[2])
+    line = socket.socket(fileno=descriptor)
+    orders = Orders.model_validate_json(orders_json)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
     num_threads = max(1, num_cores() // orders.processes)
     try:
         engine = open_engine(open_bundle(orders.bundle), orders.device, orders.precision, num_threads)
         engine = warm(engine, orders.max_batch)
     except LtkdError as error:
-        _send(line, [pack_text(Kind.FAILED, Failed(error=type(error).__name__, message=str(error)).model_dump_json())])
-        return
+        failed = Failed(error=type(error).__name__, message=str(error)).model_dump_json()
+        return lambda: _send(line, [pack_text(Kind.FAILED, failed)])
     collect_rarely()
     default_wait = 0.0 if engine.provider == CPU else _MAX_WAIT_SECONDS_ON_A_GPU
     max_wait = default_wait if orders.max_wait_ms is None else orders.max_wait_ms / 1000
-    serve_line(line, engine, orders.max_pixels, max_wait, num_threads)
+    return lambda: serve_line(line, engine, orders.max_pixels, max_wait, num_threads)
 
 
 def serve_line(line: socket.socket, engine: Engine, max_pixels: int, max_wait: float, num_threads: int) -> None:
@@ -158,7 +162,3 @@ def _warm_decoders() -> None:
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, form)
         decode_image(file.getvalue(), 1)
-
-
-if __name__ == "__main__":
-    main()

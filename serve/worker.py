@@ -12,7 +12,7 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -63,6 +63,7 @@ class Worker:
         self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
         self._lines: list[Line[Call]] = []
         self._parked: Parked | None = None
+        self._away = contextlib.ExitStack()
         self._deadlines: list[tuple[float, int, Call]] = []
         self._next_number = 0
         self._closing = False
@@ -89,7 +90,9 @@ class Worker:
     async def start_with(cls, start_process: Callable[[], Launched], settings: Settings) -> Self:
         """The same with engine processes of another make."""
         worker = cls(start_process, settings)
-        started = await asyncio.gather(*(worker._connect() for _ in range(settings.processes)), return_exceptions=True)
+        with worker.eased():
+            starts = [worker._connect() for _ in range(settings.processes)]
+            started = await asyncio.gather(*starts, return_exceptions=True)
         for one in started:
             if isinstance(one, BaseException):
                 await worker.close(0)
@@ -203,6 +206,15 @@ class Worker:
         rows = (await self.ask(contents, Wanted.LOGITS, 1, deadline)).results
         return [row if isinstance(row, Problem) else np.frombuffer(row, np.float32) for row in rows]
 
+    @contextlib.contextmanager
+    def eased(self) -> Iterator[None]:
+        """Refuse nobody for the time that the queue takes while a process starts, here or beside this one."""
+        self._admission.ease()
+        try:
+            yield
+        finally:
+            self._admission.resume(time.monotonic())
+
     async def close(self, drain_seconds: float) -> None:
         """Answer what was accepted, for as long as that may take, then end the processes."""
         self._closing = True
@@ -246,7 +258,7 @@ class Worker:
         num_lost = len(line.calls)
         if not self._lines and not self._closing:
             self._parked = Parked()
-            self._admission.pause()
+            self._away.enter_context(self.eased())
         self._note_change()
         self._fail(line, "the engine process that had the request died and is being replaced; try again.")
         if self._closing:
@@ -295,8 +307,7 @@ class Worker:
         self._admission.expect(hello.seconds_of)
         line.ready = True
         self._lines.append(line)
-        if len(self._lines) == 1:
-            self._admission.resume(time.monotonic())
+        self._away.close()
         parked, self._parked = self._parked, None
         if parked:
             parked.move_to(line)
@@ -309,7 +320,8 @@ class Worker:
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
             attempt += 1
             try:
-                await self._connect()
+                with self.eased():
+                    await self._connect()
                 return
             except (LtkdError, OSError) as reason:
                 _log.error("no engine process could be started: %s", reason)

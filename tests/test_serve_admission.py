@@ -76,25 +76,28 @@ def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
     admission.admit(1, 1.0, 4.1)
 
 
-def test_while_nothing_runs_only_the_number_is_bounded() -> None:
+def test_while_a_process_starts_only_the_number_is_bounded() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
-    admission.pause()
-    admission.admit(99, 0.0, 0.5)
-    assert refused(admission, 2, 0.0) == "10"
+    admission.ease()
+    admission.ease()  # for two reasons at once
+    admission.admit(98, 0.0, NEVER)
+    assert refused(admission, 3, 0.0) == "10"
+    admission.resume(0.0)
+    admission.admit(2, 0.0, NEVER)
+    assert refused(admission, 1, 0.0, deadline=9.9) == "10"
 
 
-def test_what_gathered_while_nothing_ran_may_take_its_time() -> None:
+def test_what_gathered_meanwhile_may_take_its_time() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
-    admission.pause()
+    admission.ease()
     admission.admit(80, 0.0, NEVER)  # 8 s of work
     admission.resume(10.0)
     admission.admit(1, 10.0, NEVER)
     admission.release(21, None)  # 6 s of it are left
-    admission.admit(1, 10.0 + 4 * 3, NEVER)  # a quarter of the time is let go: 1 + 8 - 3 s may be waited for
-    assert refused(admission, 1, 10.0 + 4 * 3.5) == "7"
+    admission.admit(1, 10.0 + 4 * 3, NEVER)  # a quarter of the time is let go: 1 + 8 + 0.5 - 3 s may be waited for
+    assert refused(admission, 1, 10.0 + 4 * 4) == "7"
     admission.release(60, None)
-    assert refused(admission, 20, 60.0, deadline=60.05) == "1"
     admission.admit(20, 60.0, NEVER)
     assert refused(admission, 1, 60.0) == "3"  # and in the end it is as it always was

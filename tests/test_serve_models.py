@@ -6,7 +6,8 @@ The engine processes are replaced by the real engine in this process, so bundles
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class InThisProcess:
         self.alive = True
         self.on_change: Callable[[], None] | None = None
         self.on_answer: Watch | None = None
-        self.num_waiting = 0
+        self.num_waiting = self.num_eased = 0
         self.closed_with: float | None = None
         self._engine = engine
 
@@ -46,6 +47,12 @@ class InThisProcess:
         self.num_waiting -= 1
         logits: list[float] = self._engine.logits(PIXELS[None])[0].tolist()
         return logits
+
+    @contextmanager
+    def eased(self) -> Iterator[None]:
+        self.num_eased += 1
+        yield
+        self.num_eased -= 1
 
     async def close(self, drain_seconds: float) -> None:
         while self.num_waiting:
@@ -211,6 +218,26 @@ def test_a_new_bundle_takes_the_old_ones_place_and_the_old_process_ends(bundle: 
             await asyncio.sleep(0)
 
     assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, play)
+
+
+def test_while_a_process_starts_nobody_is_refused_for_the_time_that_the_others_take(bundle: Path) -> None:
+    eased: list[int] = []
+
+    async def play(models: ToyModels) -> None:
+        first = models.find().worker
+        watched.append(first)
+        next_bundle(bundle)
+        await models.reload()
+        assert models.find().worker is not first
+        assert (eased, first.num_eased) == ([1], 0)
+
+    watched: list[InThisProcess] = []
+
+    async def start(path: Path) -> InThisProcess:
+        eased.extend(worker.num_eased for worker in watched)
+        return await start_worker(path)
+
+    running(bundle, play, start)
 
 
 def test_versions_come_and_go(tmp_path: Path) -> None:
