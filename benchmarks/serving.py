@@ -74,7 +74,7 @@ class Plan:
 PLANS = {
     "resnet8": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
     "resnet20": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
-    "photographs": Plan((1, 4, 8), closed_s=2.4, open_s=2.5, ceiling_s=1.0),
+    "photographs": Plan((1, 4, 8), closed_s=1.8, open_s=2.0, ceiling_s=0.8),
 }
 QUICK = Plan((1, 4), closed_s=0.3, open_s=0.3, ceiling_s=0.05)
 
