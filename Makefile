@@ -40,3 +40,5 @@ bench: install ## everything that is measured, against its limits
 	$(BIN)/python -m benchmarks.gates
 	$(BIN)/python -m benchmarks.confidence
 	$(BIN)/python -m benchmarks.export
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.reliability
