@@ -34,7 +34,7 @@ def overload(bench: Bench, factor: int) -> Row:
         after = [load_s + due for due in poisson(best / 2, load_s, seed=1)]
         result = open_loop(service.running.address, service.questions, burst + after, patience_s=10.0)
     of_burst = [one for one in result.outcomes if one.due_s < load_s]
-    answered = Result(load_s, of_burst).goodput(bench.slo_s)
+    answered = result.goodput_of_burst(load_s, bench.slo_s)
     rejected_ms = 1000 * quantile_of([one.latency_s for one in of_burst if one.status == 429], 0.99)
     recovery_s = max(
         [0.0, *(one.due_s - load_s for one in result.outcomes if not one.right or one.latency_s > bench.slo_s)]

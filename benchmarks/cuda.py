@@ -9,7 +9,7 @@ bundle, has the service's engine prove CUDA on the golden samples, and measures 
     bound       as the engine runs it: input and output bound to the device
     graph       one CUDA graph a batch size, replayed; its logits must be those of the loop
 
-and the service itself over HTTP, with connections enough to fill its batches. Without CUDA it says why, and ends with 2.
+and the service itself over HTTP, with connections that fill its batches. Without CUDA it says why and ends with 2.
 """
 
 import argparse

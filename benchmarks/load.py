@@ -89,6 +89,14 @@ class Result:
         good = sum(1 for outcome in self.outcomes if outcome.right and outcome.latency_s <= slo_s)
         return good / self.seconds if self.seconds else 0.0
 
+    def goodput_of_burst(self, load_s: float, slo_s: float) -> float:
+        """The same of requests that were due in the first ``load_s``, over the time until the last of them was answered.
+
+        A queue that is worked off after the load has ended would else be counted as if it had been done meanwhile.
+        """
+        in_time = [one for one in self.outcomes if one.right and one.latency_s <= slo_s and one.due_s < load_s]
+        return len(in_time) / max([load_s, *(one.done_s for one in in_time)])
+
     def latency_s(self, quantile: float, status: int = 200) -> float:
         """A quantile of the latency of the answers with one status; NaN if there was none."""
         return quantile_of([outcome.latency_s for outcome in self.outcomes if outcome.status == status], quantile)

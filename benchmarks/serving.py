@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnxruntime as ort
@@ -257,7 +257,7 @@ def offer(
         share=share,
         arrivals=arrivals,
         rate=len(due_s) / plan.open_s,
-        goodput=replace(result, seconds=plan.open_s).goodput(slo_s),
+        goodput=result.goodput_of_burst(plan.open_s, slo_s),
         p50_ms=1000 * result.latency_s(0.5),
         p99_ms=1000 * result.latency_s(0.99),
         ended=result.statuses,

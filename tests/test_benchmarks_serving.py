@@ -227,6 +227,16 @@ def test_the_knee_is_the_fewest_connections_that_give_nearly_all() -> None:
     assert knee_of({1: 0.0, 4: 0.0}) == 1
 
 
+def test_a_queue_that_is_worked_off_after_a_burst_takes_its_time() -> None:
+    during = [Outcome(0.1 * number, 0.1 * number + 0.1, 200, right=True) for number in range(10)]
+    afterwards = [Outcome(0.9, 1.0 + 0.1 * number, 200, right=True) for number in range(1, 6)]
+    later = [Outcome(1.5, 1.6, 200, right=True)]
+    result = Result(2.0, during + afterwards + later)
+    assert result.goodput_of_burst(1.0, slo_s=1.0) == pytest.approx(15 / 1.5)
+    assert result.goodput_of_burst(1.0, slo_s=0.35) == pytest.approx(12 / 1.2)  # the others came too late
+    assert Result(2.0, []).goodput_of_burst(1.0, slo_s=1.0) == 0
+
+
 def a_visit(knee: float, p99_ms: float = 4.0, wrong: int = 0) -> Visit:
     points = [(0.8, "even"), *((share, "poisson") for share in SHARES)]
     offered = [
