@@ -11,7 +11,6 @@ from PIL import Image
 from benchmarks.load import (
     LEFT,
     Question,
-    Result,
     Stage,
     http_request,
     one_by_one,

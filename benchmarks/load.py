@@ -90,7 +90,7 @@ class Result:
         return good / self.seconds if self.seconds else 0.0
 
     def goodput_of_burst(self, load_s: float, slo_s: float) -> float:
-        """The same of requests that were due in the first ``load_s``, over the time until the last of them was answered.
+        """The same of requests due in the first ``load_s``, over the time until the last of them was answered.
 
         A queue that is worked off after the load has ended would else be counted as if it had been done meanwhile.
         """
