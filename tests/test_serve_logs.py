@@ -142,7 +142,8 @@ def test_the_start_tells_each_setting_with_its_source_and_hides_secrets(monkeypa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LTKD_PORT", "9000")
     monkeypatch.setenv("ltkd_host", "::1")
-    lines = settings_lines(SettingsWithSecret(top_k=3), {"top_k": 3, "device": None})
+    settings = SettingsWithSecret(top_k=3, port=9000, host="::1")
+    lines = settings_lines(settings, {"top_k": 3, "device": None})
     assert len(lines) == len(SettingsWithSecret.model_fields)
     assert {"port = 9000 (environment)", "top_k = 3 (flag)", "device = auto (default)"} <= set(lines)
     assert "host = ::1 (environment)" in lines
