@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from serve.problems import ProblemError, problem_of
 
-_MEMORY_IMAGES = 100  # the measured rate forgets what lies so many images back
+_MEMORY_SECONDS = 2.0  # of work, after which the measured rate has forgotten most; a machine that halts is no rate
 _TIMES_ALONE, _LEAST_SECONDS = 10, 0.05
 _LET_GO = 0.25  # of each second afterwards: what waited is worked off at up to three quarters of full load
 _COLD_SECONDS = 0.5  # the first answers of a process are slow ones
@@ -68,10 +68,13 @@ class Admission:
         self.num_images -= num_images
         if now is None:
             return
-        if self.num_images:  # the last one of a burst had nobody to share its batch with: that is not the rate
-            # several requests of a batch come back together: the first takes the whole time, the others none
-            share = min(1.0, num_images / _MEMORY_IMAGES)
-            self.seconds_each += share * ((now - self._busy_since) / num_images - self.seconds_each)
+        if self.num_images and self.seconds_each:
+            # the last one of a burst had nobody to share its batch with: that is not the rate;
+            # and several requests of a batch come back together: the first takes the whole time, the others none
+            taken = now - self._busy_since
+            kept = math.exp(-taken / _MEMORY_SECONDS)
+            gained = (1 - kept) / taken if taken > 0 else 1 / _MEMORY_SECONDS
+            self.seconds_each = 1 / (kept / self.seconds_each + gained * num_images)
         self._busy_since = now
 
     def ease(self) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from serve.admission import Admission
@@ -30,9 +32,21 @@ def test_the_rate_is_measured_while_there_is_a_queue_and_decides_whom_to_refuse(
     admission.admit(1000, 0.0, NEVER)
     for number in range(1, 501):  # ten images a second
         admission.release(1, number / 10)
-    # 500 images are five times what is remembered, so of the guess exp(-5), less than 1 %, is left
+    # 50 s are twenty-five times what is remembered: nothing is left of the guess
     assert admission.seconds_each == pytest.approx(0.1, rel=0.01)
     assert refused(admission, 1, 50.0) == "50"
+
+
+def test_a_machine_that_halts_for_a_moment_does_not_make_the_model_a_slow_one() -> None:
+    admission = Admission(max_images=10_000, max_seconds=5.0)
+    admission.expect({1: 0.001})
+    admission.admit(1000, 0.0, NEVER)
+    admission.release(1, 0.2)
+    assert admission.seconds_each == pytest.approx(0.001 * math.exp(0.2 / 2), rel=0.01)  # a tenth of what it remembers
+    for batch in range(1, 26):  # a thousand a second again, in batches of ten that come back together
+        for _ in range(10):
+            admission.release(1, 0.2 + batch / 100)
+    assert admission.seconds_each == pytest.approx(0.00109, rel=0.01)
 
 
 def test_an_answer_that_left_no_queue_says_nothing_of_the_rate() -> None:
