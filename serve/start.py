@@ -27,7 +27,7 @@ def main() -> None:
         from ltkd.cores import num_cores  # noqa: PLC0415 - after the thread
 
         if sys.platform == "linux" and num_cores() == 1:  # the threads of a session would keep the low priority
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LESS_URGENT)
+            os.nice(_LESS_URGENT)  # of this thread alone, whatever priority the service was given
         from serve.process import prepared  # noqa: PLC0415 - most of the work
 
         ready.put(prepared(int(sys.argv[1]), sys.argv[2]))

@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -407,6 +408,27 @@ def test_a_replacement_of_another_bundle_is_not_taken(caplog: pytest.LogCaptureF
 
     run(test)
     assert "the bundle is another than the one that was served" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_on_one_core_a_process_gets_ready_at_a_low_priority_and_answers_at_that_of_the_others() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # what is started now stays on it
+    try:
+        launched = real_process(toy_bundle(), [])()
+    finally:
+        os.sched_setaffinity(0, cores)
+    try:
+        launched.line.settimeout(60)
+        launched.line.recv(1)  # it is ready
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        threads = [int(folder.name) for folder in Path(f"/proc/{launched.pid}/task").iterdir()]
+        of_thread = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        assert of_thread[launched.pid] > own
+        assert own in of_thread.values()
+    finally:
+        launched.kill()
+        launched.line.close()
 
 
 @pytest.fixture
