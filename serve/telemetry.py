@@ -22,7 +22,7 @@ MEDIA_TYPE = CONTENT_TYPE_LATEST
 Stage = Literal["decode", "queue", "infer", "total"]
 Reason = Literal["full", "late", "left", "too_large", "slow", "unauthorised", "not_ready"]
 """Why a request was turned away: no place, past its deadline, the client left, too many bytes, too slow a body, no
-valid key, starting or draining, the engine's process died."""
+valid key, starting, draining or without an engine process."""
 Outcome = Literal["loaded", "replaced", "retired", "unchanged", "failed"]
 """What a reload did with one model version."""
 
