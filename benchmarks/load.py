@@ -156,9 +156,14 @@ def closed_loop(
         if run.now() >= seconds:
             return
         if status in (LOST, REFUSED, 429, 503):  # a client comes back, but does not hammer a door that is shut
-            run.at(run.now() + _COME_BACK_S, lambda: run.ask(run.now(), line) if run.now() < seconds else None)
+            run.at(run.now() + _COME_BACK_S, lambda: come_back(line))
         else:
             run.ask(run.now(), line)
+
+    def come_back(line: _Line | None) -> None:
+        if run.now() < seconds:
+            still_open = line is not None and run.open.get(line.sock.fileno()) is line
+            run.ask(run.now(), line if still_open else None)
 
     run.on_end = again
     for _ in range(min(connections, MAX_LINES)):
