@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 from serve.problems import ProblemError, problem_of
 
@@ -39,21 +40,25 @@ class Admission:
         if self._max_seconds is None:
             self._max_seconds = max(_LEAST_SECONDS, _TIMES_ALONE * seconds_of[min(seconds_of)])
 
-    def admit(self, num_images: int, now: float, deadline: float) -> None:
-        """Take a request in hand.
-
-        Raises:
-            ProblemError: 429, with the whole seconds after which there should be a place.
-        """
+    def refusal(self, num_images: int, now: float, deadline: float) -> ProblemError | None:
+        """Why a request cannot be taken in hand: 429, with the seconds after which there should be a place."""
         wait = self.num_images * self.seconds_each
         if (
             self.num_images + num_images > self._max_images
             or wait > self._allowed_seconds(now)
             or now + wait > deadline
         ):
-            retry = max(1, math.ceil(wait))
-            detail = f"{self.num_images} images are in hand, for which {wait:.2f} s are needed; try again in {retry} s."
-            raise ProblemError(problem_of(429, detail), {"Retry-After": str(retry)})
+            return _full(self.num_images, max(1, math.ceil(wait)))
+        return None
+
+    def admit(self, num_images: int, now: float, deadline: float) -> None:
+        """Take a request in hand.
+
+        Raises:
+            ProblemError: As ``refusal``.
+        """
+        if refusal := self.refusal(num_images, now, deadline):
+            raise ProblemError(refusal.problem, refusal.headers)  # a new one: each raise adds a traceback
         if not self.num_images:
             self._busy_since = now
         self.num_images += num_images
@@ -92,3 +97,10 @@ class Admission:
             return math.inf
         excused = self._left_behind * self.seconds_each + _COLD_SECONDS - _LET_GO * (now - self._resumed)
         return self._max_seconds + max(0.0, excused)
+
+
+@lru_cache
+def _full(num_images: int, retry_seconds: int) -> ProblemError:
+    """Made once: where thousands are refused in a second, the same is said again and again."""
+    detail = f"{num_images} images are in hand, and more would not be answered soon; try again in {retry_seconds} s."
+    return ProblemError(problem_of(429, detail), {"Retry-After": str(retry_seconds)})

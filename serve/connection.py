@@ -209,7 +209,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.busy:
             self.transport.abort()  # an answer is under way, and another one must not get between its bytes
             return
-        body = problem_of(status, detail).model_dump_json().encode()
+        body = problem_of(status, detail).body
         retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head.encode("latin-1") + body)

@@ -48,6 +48,7 @@ class Line(asyncio.Protocol, Generic[Call]):
         self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
         self._inbox = Inbox()
+        self._outbox: list[bytes] = []
 
     async def open(self) -> Hello:
         """Connect, and wait until the process is ready.
@@ -70,8 +71,14 @@ class Line(asyncio.Protocol, Generic[Call]):
         return hello
 
     def write(self, message: bytes) -> None:
-        """Send something to the process."""
-        self.transport.write(message)
+        """Send something to the process, together with what else this turn of the event loop brings."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(message)
+
+    def _flush(self) -> None:
+        messages, self._outbox = self._outbox, []
+        self.transport.write(messages[0] if len(messages) == 1 else b"".join(messages))
 
     def kill(self) -> None:
         """End the process at once, whatever it is doing."""

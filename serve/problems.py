@@ -13,6 +13,7 @@ Nothing here knows of HTTP servers: the engine's process says what is wrong with
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from http import HTTPStatus
 
 from pydantic import Field
@@ -36,6 +37,11 @@ class Problem(Record):
     status: int = Field(ge=400, le=599)
     detail: str
     error: str
+
+    @cached_property
+    def body(self) -> bytes:
+        """The problem in JSON, of type MEDIA_TYPE."""
+        return self.model_dump_json().encode()
 
 
 Content = bytes | Problem

@@ -5,19 +5,23 @@ without a task, a framework or a record on the way. Whatever is the least unusua
 or encoding, a key that is not known, an odd parameter) goes the ordinary way, so that one place judges it.
 """
 
+import logging
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from serve.bodies import ANY_BYTES
 from serve.calls import Call, Classified
 from serve.connection import BoundedConnection
+from serve.logs import requests_log
 from serve.problems import MEDIA_TYPE, ProblemError, problem_of
 from serve.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Asked, Head, Service, server_timing
 from serve.wire import Wanted
 from serve.worker import Worker
 
+_JSON = "application/json"
 _PATH = ROUTE.encode()
 _START = b"POST " + _PATH
 _PAIR = re.compile(rb"(top_k|model|version)=([A-Za-z0-9._-]{1,64})")
@@ -25,6 +29,7 @@ _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?(\d{1,8})\r\n")
 _UNUSUAL = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
 _TIMEOUT = TIMEOUT_HEADER.lower().encode()
 _MAX_KNOWN_HEAD_BYTES = 1024
+_END = b"\r\n\r\n"
 
 
 class _NoEvent:
@@ -111,6 +116,8 @@ class Connection(BoundedConnection):
         num_bytes = len(data) - end - 4
         if num_bytes != int(length[1]) or num_bytes > service.settings.max_body_bytes:
             return False
+        if self._turn_away(head, service):
+            return True
         exchange = self._begin(head, service)
         if exchange is None:
             return False
@@ -118,6 +125,25 @@ class Connection(BoundedConnection):
         self._hold(exchange, num_bytes)
         if not exchange.response_complete:
             self._classify(exchange)
+        return True
+
+    def _turn_away(self, head: Head, service: Service) -> bool:
+        """Refuse a whole request if the queue is full, before anything is begun: thousands may come in a second."""
+        if not head.is_bare or not service.accepting or service.leaving or requests_log.isEnabledFor(logging.INFO):
+            return False
+        try:
+            service.keys.authorise(head.authorization, "classify")
+            worker = service.models.find(head.model, head.version).worker
+        except ProblemError:
+            return False
+        refusal = worker.refusal()
+        if refusal is None:
+            return False
+        start = _start(tuple(self.server_state.default_headers), refusal.problem.status, MEDIA_TYPE, worker.provider)
+        request_id = service.new_request_id().encode()
+        self.transport.write(b"".join((start, _middle(refusal), request_id, _END, refusal.problem.body)))
+        service.telemetry.count_request(ROUTE, refusal.problem.status, "full")
+        self.on_response_complete()
         return True
 
     def _begin_request(self) -> None:
@@ -188,8 +214,7 @@ class Connection(BoundedConnection):
             except ProblemError as error:
                 self._answer_problem(exchange, error)
             else:
-                timing = {"server-timing": server_timing(told.stage_seconds)}
-                self._write(exchange, 200, "application/json", body, timing)
+                self._write(exchange, 200, _JSON, body, f"server-timing: {server_timing(told.stage_seconds)}\r\n")
 
         try:
             served = service.models.find(head.model, head.version)  # a reload may have come between head and body
@@ -201,25 +226,23 @@ class Connection(BoundedConnection):
             self._answer_problem(exchange, error)
 
     def _answer_problem(self, exchange: Exchange, error: ProblemError) -> None:
-        body = error.problem.model_dump_json().encode()
-        self._write(exchange, error.problem.status, MEDIA_TYPE, body, error.headers or {})
-
-    def _write(self, exchange: Exchange, status: int, media_type: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send an answer, as one piece."""
-        assert self.service
-        if "Connection" in headers or self.service.leaving:
+        if error.headers and "Connection" in error.headers:
             exchange.keep_alive = False
-        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in headers.items() if name != "Connection"])
+        self._write(exchange, error.problem.status, MEDIA_TYPE, error.problem.body, _lines(error))
+
+    def _write(self, exchange: Exchange, status: int, media_type: str, body: bytes, more: str) -> None:
+        """Send an answer, as one piece; ``more`` has the header lines that not every answer has."""
+        assert self.service
+        if self.service.leaving:
+            exchange.keep_alive = False
         if exchange.asked.trace:
             more += f"traceparent: {exchange.asked.trace.header}\r\n"
         if not exchange.keep_alive:
             more += "connection: close\r\n"
-        head = (
-            f"content-length: {len(body)}\r\ncontent-type: {media_type}\r\n{more}"
-            f"x-request-id: {exchange.asked.request_id}\r\nx-ltkd-provider: {exchange.worker.provider}\r\n\r\n"
-        )
-        always = b"".join([b"%b: %b\r\n" % pair for pair in self.server_state.default_headers])
-        self.transport.write(b"".join((STATUS_LINE[status], always, head.encode("latin-1"), body)))
+        always = tuple(self.server_state.default_headers)
+        start = _start(always, status, media_type, exchange.worker.provider)
+        head = f"{len(body)}\r\n{more}x-request-id: {exchange.asked.request_id}\r\n\r\n"
+        self.transport.write(b"".join((start, head.encode("latin-1"), body)))
         self._finish(exchange, status)
         if not exchange.keep_alive:
             self._part()
@@ -241,6 +264,25 @@ class Connection(BoundedConnection):
             self._answer_problem(exchange, ProblemError(problem, {"Connection": "close"}))
         else:
             super()._refuse_body(waited)
+
+
+@lru_cache
+def _start(always: tuple[tuple[bytes, bytes], ...], status: int, media_type: str, provider: str) -> bytes:
+    """How answers begin, up to the length of the body; it changes once a second, with the date."""
+    own = f"content-type: {media_type}\r\nx-ltkd-provider: {provider}\r\ncontent-length: ".encode("latin-1")
+    return b"".join((STATUS_LINE[status], *[b"%b: %b\r\n" % pair for pair in always], own))
+
+
+@lru_cache
+def _middle(refusal: ProblemError) -> bytes:
+    """How a refusal goes on, up to the request id."""
+    return f"{len(refusal.problem.body)}\r\n{_lines(refusal)}x-request-id: ".encode("latin-1")
+
+
+def _lines(error: ProblemError) -> str:
+    """The header lines of an error; how the connection goes on is said elsewhere."""
+    headers = error.headers or {}
+    return "".join([f"{name.lower()}: {value}\r\n" for name, value in headers.items() if name != "Connection"])
 
 
 def _is_one_image(fields: Mapping[bytes, bytes], max_bytes: int) -> bool:

@@ -76,6 +76,11 @@ class Head(NamedTuple):
     top_k: int
     keep_alive: bool
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether an answer needs to take up nothing of it."""
+        return self.keep_alive and not (self.request_id or self.traceparent)
+
 
 class Checked(Protocol):
     """A client's connection."""
@@ -119,12 +124,13 @@ class Service:
 
     def asked(self, request_id: str, traceparent: str) -> Asked:
         """A request with these headers, empty where it has none."""
-        if request_id:
-            request_id = request_id_of(request_id)
-        else:  # random once and counted from there: randomness for each costs as much as an answer's JSON
-            self._num_asked += 1
-            request_id = f"{self._id_prefix}{self._num_asked:016x}"
+        request_id = request_id_of(request_id) if request_id else self.new_request_id()
         return Asked(request_id, trace_of(traceparent) if traceparent else None, time.monotonic())
+
+    def new_request_id(self) -> str:
+        """Random once and counted from there: randomness for each costs as much as an answer's JSON."""
+        self._num_asked += 1
+        return f"{self._id_prefix}{self._num_asked:016x}"
 
     async def start(self) -> None:
         """Start every model, once.
@@ -220,9 +226,7 @@ class Service:
 
     def count(self, asked: Asked, route: str, status: int) -> None:
         """Note an answered request."""
-        self.telemetry.count_request(route, status)
-        if reason := _REASONS.get(status):
-            self.telemetry.count_rejection(reason)
+        self.telemetry.count_request(route, status, _REASONS.get(status))
         if requests_log.isEnabledFor(logging.INFO):
             log_request(route, status, time.monotonic() - asked.began, asked.request_id, asked.trace, asked.facts or {})
 

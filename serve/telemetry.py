@@ -168,13 +168,11 @@ class Telemetry:
         if self._meters.get(meter.labels.series) is meter:
             del self._meters[meter.labels.series]
 
-    def count_request(self, route: str, status: int) -> None:
-        """Count an answered request, by the route's template and not by its path."""
+    def count_request(self, route: str, status: int, reason: Reason | None) -> None:
+        """Count an answered request, by the route's template and not by its path, and why it was turned away."""
         self._requests[route, status] += 1
-
-    def count_rejection(self, reason: Reason) -> None:
-        """Count a request that was turned away."""
-        self._rejections[reason] += 1
+        if reason:
+            self._rejections[reason] += 1
 
     def count_reload(self, outcome: Outcome) -> None:
         """Count what a reload did with one model version."""

@@ -109,6 +109,10 @@ class Worker:
         """Images that were accepted and are not answered."""
         return self._admission.num_images
 
+    def refusal(self) -> ProblemError | None:
+        """Why no image is accepted now, whoever asks for it; None if one may be."""
+        return self._admission.refusal(1, time.monotonic(), math.inf)
+
     def submit(
         self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float, answered: Answered
     ) -> Call | None:

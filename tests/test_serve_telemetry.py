@@ -55,8 +55,8 @@ def test_a_histogram_is_prometheus_own() -> None:
 def test_requests_rejections_and_reloads_are_counted() -> None:
     telemetry = Telemetry()
     for status in (200, 200, 415):
-        telemetry.count_request("/v1/classify", status)
-    telemetry.count_rejection("full")
+        telemetry.count_request("/v1/classify", status, None)
+    telemetry.count_request("/v1/classify", 429, "full")
     telemetry.count_reload("failed")
     found = samples(telemetry)
     assert found["ltkd_requests_total{route=/v1/classify,status=200}"] == 2
