@@ -16,6 +16,8 @@ _LESS_URGENT = 10  # a tenth of the time of those who answer, and all that they 
 
 def main() -> None:
     """Get ready in this thread, then answer in another."""
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:  # the front's (serve/server.py)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def answer() -> None:

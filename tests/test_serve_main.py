@@ -21,7 +21,7 @@ from serve.main import serve
 from serve.settings import Settings
 
 MIB = 2**20
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,24 @@ def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> N
         service.process.kill()
         while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split()[2]:
             pass
+
+
+@on_linux
+def test_on_one_core_the_front_lets_its_engines_finish_and_they_do_not_wait_for_it(bundle_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # what is started now stays on it
+    try:
+        with served(bundle_path) as service:
+            (front, engine) = service.pids()
+            os.kill(engine, signal.SIGKILL)
+            answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
+            (_, replaced) = service.pids()
+            assert (answer.status_code, replaced != engine) == (200, True)
+            threads = [int(thread.name) for thread in Path(f"/proc/{replaced}/task").iterdir()]
+            assert os.sched_getscheduler(front) == os.SCHED_BATCH
+            assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @on_linux

@@ -73,6 +73,33 @@ def test_the_short_way_and_the_ordinary_way_answer_alike(
         assert without_what_differs(response.headers) == without_what_differs(ordinary.headers)
 
 
+def test_whoever_is_turned_away_is_told_the_same_whichever_way_it_comes() -> None:
+    engine = held_engine()
+    engine.go.set()
+    with running(toy_app(engine, Settings(max_queue_images=1, max_images=1, delay_seconds=0))) as client:
+        for _ in range(2):  # judged, then known
+            assert client.post("/v1/classify", content=PNG, headers=AS_PNG).status_code == 200
+        engine.go.clear()
+        engine.begun.clear()
+        held = threading.Thread(target=lambda: client.post("/v1/classify", content=PNG, headers=AS_PNG))
+        held.start()
+        assert engine.begun.wait(30)
+        known = client.post("/v1/classify", content=PNG, headers=AS_PNG)
+        named = client.post("/v1/classify", content=PNG, headers=AS_PNG | {"X-Request-ID": "mine-1"})
+        ordinary = client.post("/v1/classify", content=iter([PNG]), headers=AS_PNG)
+        engine.go.set()
+        held.join()
+        counted = client.get("/metrics").text
+        assert client.post("/v1/classify", content=PNG, headers=AS_PNG).status_code == 200
+    assert "1 images are in hand" in problem(ordinary, 429)
+    assert (ordinary.headers["retry-after"], named.headers["x-request-id"]) == ("1", "mine-1")
+    for response in (known, named):
+        assert (response.status_code, response.content) == (ordinary.status_code, ordinary.content)
+    assert without_what_differs(known.headers) == without_what_differs(ordinary.headers)
+    assert 'ltkd_requests_total{route="/v1/classify",status="429"} 3.0' in counted
+    assert 'ltkd_rejections_total{reason="full"} 3.0' in counted
+
+
 def test_raw_form_and_json_give_the_same_bytes(client: httpx.Client) -> None:
     raw = client.post("/v1/classify?top_k=3", content=PNG, headers=AS_PNG)
     form = client.post("/v1/classify?top_k=3", files={"image": ("a.png", PNG, "image/png")})
