@@ -2,7 +2,8 @@
 
     python -m benchmarks.ceiling MODEL SIZE_PX SECONDS IMAGE...
 
-prints JSON: of every batch size, images a second; and with arrivals at 80 % of the best of them, how late the loop is.
+prints JSON: of every batch size, images a second; the same again of the best of them, because the highest of several
+noisy figures is too high; and with arrivals at 80 % of that, how late the loop is.
 The loop is what a service would have to do for each image if requests cost nothing: decode them one by one, stack them,
 run the session.
 """
@@ -74,12 +75,13 @@ def main() -> None:
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     files = [Path(image).read_bytes() for image in images]
     found = {size: images_per_s(session, files, int(size_px), size, float(seconds)) for size in BATCH_SIZES}
-    rate, open_s = SHARE * max(found.values()), 2 * float(seconds)
+    best = images_per_s(session, files, int(size_px), max(found, key=found.__getitem__), 2 * float(seconds))
+    rate, open_s = SHARE * best, 2 * float(seconds)
     late = {
         arrivals: lateness(session, files, int(size_px), due_s, 1 / found[1])
         for arrivals, due_s in {"even": uniform(rate, open_s), "poisson": poisson(rate, open_s)}.items()
     }
-    print(json.dumps({"images_per_s": found, "p99_over_alone": late}))
+    print(json.dumps({"images_per_s": found, "best": best, "p99_over_alone": late}))
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def over_rounds(visits: Sequence["Visit"], value: Callable[["Visit"], float]) ->
 
 
 def best_of(ceilings: Sequence["Ceiling"]) -> Spread:
-    """The best batch size of each round."""
-    return Spread(tuple(max(ceiling.images_per_s.values()) for ceiling in ceilings))
+    """The ceiling of each round, with its best batch size."""
+    return Spread(tuple(ceiling.best for ceiling in ceilings))
 
 
 def lateness_of(ceilings: Sequence["Ceiling"], arrivals: str) -> Spread:

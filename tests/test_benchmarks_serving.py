@@ -247,8 +247,8 @@ def a_visit(knee: float, p99_ms: float = 4.0, wrong: int = 0) -> Visit:
 
 def found() -> Found:
     return Found(
-        ceilings=[Ceiling({1: 80.0, 8: 100.0}, QUEUEING), Ceiling({1: 90.0, 8: 120.0}, QUEUEING)],
-        int8_ceilings=[Ceiling({1: 200.0}, QUEUEING)] * 2,
+        ceilings=[Ceiling({1: 80.0, 8: 110.0}, 100.0, QUEUEING), Ceiling({1: 90.0, 8: 130.0}, 120.0, QUEUEING)],
+        int8_ceilings=[Ceiling({1: 200.0}, 200.0, QUEUEING)] * 2,
         visits={
             "ltkd": [a_visit(96), a_visit(118)],
             "ltkd, int8": [a_visit(180)] * 2,
