@@ -4,12 +4,13 @@
 
 Writes docs/benchmarks/serving.json, serving.md and serving.png. Every answer of every server is checked.
 
-Of each workload (benchmarks/workloads.py) a round measures, one after the other, our service, just before it the ceiling
-(decode and run in a loop, no HTTP: its speed, and how late it is with arrivals at 80 % of that), and each peer
-(benchmarks/servers.py); the next round begins with another server. A visit to a server is: start, until the first right
-answer; every image alone; a closed loop with more and more connections, whose *knee* is the fewest that give 97 % of
-the best goodput, and that one again, because the highest of several noisy figures is too high; then Poisson arrivals at 50 to 200 % of that goodput, for as long as each, with latency from the
-intended time. Goodput is right answers within the workload's time limit.
+Of each workload (benchmarks/workloads.py) a round measures our service, just before it the ceiling (decode and run in a
+loop, no HTTP: its speed, and how late it is with arrivals at 80 % of that), and each peer (benchmarks/servers.py), one
+after the other; the next round begins with another server. A visit to a server is: start, until the first right answer;
+every image alone; a closed loop with more and more connections, whose *knee* is the fewest that give 97 % of the best
+goodput, and that one again, because the highest of several noisy figures is too high; then Poisson arrivals at 50 to
+200 % of that goodput, for as long as each, with latency from the intended time. Goodput is right answers within the
+workload's time limit.
 
 Ratios are taken within a round. (a) is the same model file for everybody; (b) is our service as it comes, which takes
 the int8 model where the bundle has one, against the peers as before.
@@ -31,7 +32,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from benchmarks.circumstances import circumstances
-from benchmarks.load import Question, Result, closed_loop, one_by_one, open_loop, poisson, uniform
+from benchmarks.load import Question, closed_loop, one_by_one, open_loop, poisson, uniform
 from benchmarks.servers import (
     OURS,
     OURS_BY_DEFAULT,
