@@ -28,10 +28,11 @@ def overload(bench: Bench, factor: int) -> Row:
     """A burst of several times what the service can do, then half of it."""
     load_s = bench.plan.load_s
     with bench.service() as service:
-        best = service.best_goodput()
-        burst = poisson(min(factor * best, MOST_PER_S), load_s, seed=factor)
-        after = [load_s + due for due in poisson(best / 2, load_s, seed=1)]
+        before = service.best_goodput()
+        burst = poisson(min(factor * before, MOST_PER_S), load_s, seed=factor)
+        after = [load_s + due for due in poisson(before / 2, load_s, seed=1)]
         result = open_loop(service.running.address, service.questions, burst + after, patience_s=10.0)
+        best = (before + service.best_goodput()) / 2  # the machine may have become faster or slower meanwhile
     of_burst = [one for one in result.outcomes if one.due_s < load_s]
     answered = result.goodput_of_burst(load_s, bench.slo_s)
     rejected_ms = 1000 * quantile_of([one.latency_s for one in of_burst if one.status == 429], 0.99)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 
+from serve.batcher import best_size
 from serve.problems import ProblemError, problem_of
 
 _MEMORY_SECONDS = 2.0  # of work, after which the measured rate has forgotten most; a machine that halts is no rate
@@ -29,6 +30,7 @@ class Admission:
         self.seconds_each = 0.0
         self._max_images = max_images
         self._max_seconds = max_seconds
+        self._full_batch = 1
         self._busy_since = 0.0
         self._num_eased = 0
         self._left_behind = 0
@@ -36,6 +38,7 @@ class Admission:
 
     def expect(self, seconds_of: Mapping[int, float]) -> None:
         """Begin with a guess of how long an image takes: the batch sizes that are run, and how long each takes."""
+        self._full_batch = best_size(self._max_images, seconds_of)
         self.seconds_each = self.seconds_each or min(seconds / size for size, seconds in seconds_of.items())
         if self._max_seconds is None:
             self._max_seconds = max(_LEAST_SECONDS, _TIMES_ALONE * seconds_of[min(seconds_of)])
@@ -63,17 +66,18 @@ class Admission:
             self._busy_since = now
         self.num_images += num_images
 
-    def release(self, num_images: int, now: float | None) -> None:
+    def release(self, num_images: int, now: float | None = None, batch_size: int = 0) -> None:
         """Let a request go.
 
         Args:
             num_images: Of the request.
             now: When it was answered; None if it was not, which says nothing of the rate.
+            batch_size: Of the batch that it ran in. A small one says how many came, and not how fast they could go.
         """
         self.num_images -= num_images
         if now is None:
             return
-        if self.num_images and self.seconds_each:
+        if self.num_images and self.seconds_each and self._is_full(batch_size):
             # the last one of a burst had nobody to share its batch with: that is not the rate;
             # and several requests of a batch come back together: the first takes the whole time, the others none
             taken = now - self._busy_since
@@ -81,6 +85,11 @@ class Admission:
             gained = (1 - kept) / taken if taken > 0 else 1 / _MEMORY_SECONDS
             self.seconds_each = 1 / (kept / self.seconds_each + gained * num_images)
         self._busy_since = now
+
+    def _is_full(self, batch_size: int) -> bool:
+        # at best, half of those who are let in run while the other half wait
+        let_in = math.inf if self._max_seconds is None else self._max_seconds / self.seconds_each
+        return 2 * batch_size >= min(self._full_batch, let_in / 2)
 
     def ease(self) -> None:
         """Until ``resume``, let everybody wait, up to the bound on the number: it is not the load that slows it."""

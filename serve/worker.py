@@ -247,7 +247,7 @@ class Worker:
         """Take in what became of a request."""
         for line in self._lines:
             if call := line.calls.pop(done.number, None):
-                self._forget(call, time.monotonic())
+                self._forget(call, time.monotonic(), done.batch_size)
                 if answered := call.answered:
                     call.answered = None
                     classified = classified_of(done, call.problems)
@@ -277,7 +277,7 @@ class Worker:
         lost = list(line.calls.values())
         line.calls.clear()
         for call in lost:
-            self._forget(call, None)
+            self._forget(call)
         problem = problem_of(503, detail)
         for call in lost:
             if answered := call.answered:
@@ -290,8 +290,8 @@ class Worker:
         if parked:
             self._fail(parked, "the engine process died and could not be replaced; try again.")
 
-    def _forget(self, call: Call, now: float | None) -> None:
-        self._admission.release(call.num_images, now)
+    def _forget(self, call: Call, answered_at: float | None = None, batch_size: int = 0) -> None:
+        self._admission.release(call.num_images, answered_at, batch_size)
         if not self.num_waiting:
             self._emptied.set()
 
