@@ -381,8 +381,11 @@ class Served:
 
     def pids(self) -> list[int]:
         """The front and its engine processes (Linux)."""
-        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return [self.process.pid, *(int(pid) for path in threads for pid in (path / "children").read_text().split())]
+        pids = [self.process.pid]
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+                pids += [int(pid) for pid in (thread / "children").read_text().split()]
+        return pids
 
 
 def _kibibytes(pid: int, name: str) -> int:
