@@ -291,7 +291,11 @@ def _running(
                 if process.poll() is not None or time.perf_counter() - begin > START_SECONDS:
                     said.seek(0)
                     last = " ".join(said.read().split())[-400:]
-                    raise NotStartedError(f"it did not answer within {START_SECONDS:g} s: {last}")
+                    raise NotStartedError(
+                        f"it did not answer within {START_SECONDS:g} s: {last}"
+                        if process.returncode is None
+                        else f"it ended with code {process.returncode}: {last}"
+                    )
             yield Running(address, time.perf_counter() - begin, mark, process.pid, path, named, key)
         finally:
             end(process, mark)

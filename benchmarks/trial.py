@@ -24,6 +24,7 @@ class Plan:
     Attributes:
         load_s: How long load lasts around a fault.
         share: Of what the service can do, the load around a fault.
+        bursts: Of more than it can do.
         kills: Times that an engine process is killed.
         reloads: Times that another bundle is put in place.
         slow: Slow clients of each kind.
@@ -33,6 +34,7 @@ class Plan:
 
     load_s: float = 4.0
     share: float = 0.5
+    bursts: int = 5
     kills: int = 10
     reloads: int = 20
     slow: int = 100
@@ -41,7 +43,7 @@ class Plan:
 
 
 # a fifth of the load leaves room on a machine that has other things to do
-QUICK = Plan(load_s=1.0, share=0.2, kills=2, reloads=2, slow=10, malformed=300, soak_s=3.0)
+QUICK = Plan(load_s=1.0, share=0.2, bursts=1, kills=2, reloads=2, slow=10, malformed=300, soak_s=3.0)
 
 
 @dataclass(frozen=True)
