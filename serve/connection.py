@@ -6,6 +6,7 @@ A client that is refused is told why in the words of the service, and has a mome
 
 import asyncio
 import time
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any  # uvicorn's own signature
 
@@ -28,13 +29,13 @@ class Flow(FlowControl):
     uvicorn reads on after each answer, so a client that asks without end fills the memory.
     """
 
-    def __init__(self, connection: "BoundedConnection", transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, pipeline: Collection[object]) -> None:
         super().__init__(transport)
-        self._connection = connection
+        self._pipeline = pipeline
 
     def resume_reading(self) -> None:
         """Read on, unless there is a reason to wait."""
-        if not self.write_paused and not self._connection.pipeline:
+        if not self.write_paused and not self._pipeline:
             super().resume_reading()
 
 
@@ -72,7 +73,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """A client has connected."""
         super().connection_made(transport)
-        self.flow = Flow(self, transport)
+        self.flow = Flow(transport, self.pipeline)
         if self.service:
             self.service.connections.add(self)
             if len(self.connections) > self.service.settings.max_connections:
@@ -83,6 +84,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.service:
             self.service.connections.discard(self)
         super().connection_lost(exc)
+        self.cycle = None  # type: ignore[assignment] # has this connection in turn
 
     def data_received(self, data: bytes) -> None:
         """The client sends something."""

@@ -105,6 +105,7 @@ class _Letter:
         """Let go of what was held."""
         if self._watcher:
             self._watcher.cancel()
+            self._watcher = None  # its last frame has this letter
         self._service.hold_bytes(-self._held_bytes)
 
     async def _watch(self) -> None:

@@ -207,9 +207,10 @@ class Connection(BoundedConnection):
         service, head = self.service, exchange.head
 
         def answered(told: Classified | ProblemError) -> None:
+            if isinstance(told, ProblemError):
+                self._answer_problem(exchange, told)
+                return
             try:
-                if isinstance(told, ProblemError):
-                    raise told
                 body = service.answer(served, told, exchange.asked)
             except ProblemError as error:
                 self._answer_problem(exchange, error)

@@ -1,19 +1,25 @@
 """The short way and the ordinary way answer alike, and no client can hold the service up."""
 
 import base64
+import gc
 import json
 import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import httpx
 import pytest
 from serve_toys import HeldEngine, encoded, held_engine, running, toy_app, toy_pixels, toy_service
 from test_serve_bodies import problem
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from serve.app import create_app
+from serve.calls import Call
+from serve.connection import BoundedConnection, Flow
+from serve.protocol import Exchange
 from serve.settings import Settings
 
 PNG = encoded(toy_pixels(3))
@@ -296,3 +302,38 @@ def test_bodies_in_hand_are_bounded() -> None:
         first.sendall(b"x")
         assert read_answer(first)[0] == 415
         assert client.post("/v1/classify", content=PNG, headers=AS_PNG).status_code == 200
+
+
+def test_a_connection_that_ended_is_freed_without_a_search_for_cycles(client: httpx.Client) -> None:
+    a_form = client.build_request("POST", "/v1/classify", files={"image": PNG})
+    whole = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {a_form.headers['content-type']}\r\n".encode()
+    body = a_form.read()
+    asked = {
+        "an image": posted(PNG),
+        "no image": posted(b"text"),
+        "a form": whole + f"Content-Length: {len(body)}\r\n\r\n".encode() + body,
+        "another path": b"GET /v1/model HTTP/1.1\r\nHost: x\r\n\r\n",
+        "no path": b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+        "bad JSON": posted(b"{", headers="Content-Type: application/json\r\n"),
+    }
+    of_ours = (BoundedConnection, Exchange, Call, Flow, RequestResponseCycle)
+
+    def alive() -> Counter[str]:
+        return Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, of_ours))
+
+    for what, request in asked.items():
+        gc.collect()
+        gc.disable()
+        try:
+            before = alive()
+            for leaves in (False, False, True):
+                with connected(client) as line:
+                    line.sendall(request)
+                    if not leaves:
+                        read_answer(line)
+            patience = time.monotonic() + 10
+            while (left_over := alive() - before) and time.monotonic() < patience:
+                time.sleep(0.05)
+        finally:
+            gc.enable()
+        assert not left_over, what
