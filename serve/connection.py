@@ -84,7 +84,6 @@ class BoundedConnection(HttpToolsProtocol):
         if self.service:
             self.service.connections.discard(self)
         super().connection_lost(exc)
-        self.cycle = None  # type: ignore[assignment] # has this connection in turn
 
     def data_received(self, data: bytes) -> None:
         """The client sends something."""
