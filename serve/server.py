@@ -67,7 +67,6 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
             timeout_graceful_shutdown=service.settings.drain_seconds,
         )
         collect_rarely()
-        _let_engines_finish()
         await Server(config, service).serve(sockets=[listener])
     finally:
         await service.close()
@@ -80,6 +79,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._leave_at = 0.0
+        self._num_refused = 0
+        self._engines_finish = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the delay; a second one ends it."""
@@ -91,21 +92,23 @@ class Server(uvicorn.Server):
         self._leave_at = time.monotonic() + self._service.settings.delay_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether it is time to end."""
+        """Whether it is time to end; called ten times a second."""
+        num_refused = self._service.telemetry.num_rejected("full")
+        self._let_engines_finish(num_refused > self._num_refused)
+        self._num_refused = num_refused
         if self._service.leaving and time.monotonic() >= self._leave_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
+    def _let_engines_finish(self, overloaded: bool) -> None:
+        """On one core, while requests are refused, look at what arrives only when a run pauses or has had its slice.
 
-def _let_engines_finish() -> None:
-    """On one core, look at what has arrived when an engine process pauses or has had its slice of time.
-
-    Otherwise each request that arrives interrupts a run, and one is turned away as dearly as one is answered. It costs
-    a request nothing while the engine is idle, and some milliseconds while it has others in hand.
-    """
-    if sys.platform == "linux" and num_cores() == 1:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        Otherwise each request that arrives interrupts a run, and one is turned away as dearly as one is answered.
+        """
+        if overloaded != self._engines_finish and sys.platform == "linux" and num_cores() == 1:
+            self._engines_finish = overloaded
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setscheduler(0, os.SCHED_BATCH if overloaded else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -174,6 +174,10 @@ class Telemetry:
         if reason:
             self._rejections[reason] += 1
 
+    def num_rejected(self, reason: Reason) -> int:
+        """How many requests were turned away for this reason so far."""
+        return self._rejections[reason]
+
     def count_reload(self, outcome: Outcome) -> None:
         """Count what a reload did with one model version."""
         self._reloads[outcome] += 1

@@ -2,6 +2,7 @@
 
 import atexit
 import io
+import json
 import os
 import shutil
 import socket
@@ -394,20 +395,21 @@ def _kibibytes(pid: int, name: str) -> int:
 
 
 _SERVE = """
+import json
 import sys
 from pathlib import Path
 from serve.main import serve
 from serve.settings import read_settings
-serve(Path(sys.argv[1]), read_settings({"port": 0, "delay_seconds": float(sys.argv[2])}))
+serve(Path(sys.argv[1]), read_settings({"port": 0, "delay_seconds": 0} | json.loads(sys.argv[2])))
 """
 
 
 @contextmanager
-def served(bundle: Path, delay_seconds: float = 0.0) -> Iterator[Served]:
+def served(bundle: Path, **settings: float) -> Iterator[Served]:
     """The real thing: ``serve`` in a fresh process, from start to SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(bundle), str(delay_seconds)],
+        [sys.executable, "-c", _SERVE, str(bundle), json.dumps(settings)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

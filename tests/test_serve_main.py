@@ -7,7 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -112,24 +115,56 @@ def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> N
             pass
 
 
-@on_linux
-def test_on_one_core_the_front_lets_its_engines_finish_and_they_do_not_wait_for_it(bundle_path: Path) -> None:
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What is started meanwhile stays on one core."""
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})  # what is started now stays on it
+    os.sched_setaffinity(0, {min(cores)})
     try:
-        with served(bundle_path) as service:
-            (front, engine) = service.pids()
-            os.kill(engine, signal.SIGKILL)
-            replaced = engine  # until the front has seen it, a request may still reach the dead one: 503
-            while replaced == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
-                replaced = [*service.pids(), engine][1]
-            answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
-            assert answer.status_code == 200
-            threads = [int(thread.name) for thread in Path(f"/proc/{replaced}/task").iterdir()]
-            assert os.sched_getscheduler(front) == os.SCHED_BATCH
-            assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
+        yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@on_linux
+def test_on_one_core_the_front_lets_its_engines_finish_while_it_refuses_requests(bundle_path: Path) -> None:
+    with on_one_core(), served(bundle_path, max_images=1, max_queue_images=1) as service, ThreadPoolExecutor() as pool:
+        front, engine = service.pids()
+
+        def ask() -> int:
+            return httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60).status_code
+
+        def becomes(policy: int) -> bool:
+            patience = time.monotonic() + 20
+            while os.sched_getscheduler(front) != policy and time.monotonic() < patience:
+                ask()
+            return os.sched_getscheduler(front) == policy
+
+        assert os.sched_getscheduler(front) == os.SCHED_OTHER
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            asked = [pool.submit(ask), pool.submit(ask)]  # one has the only place, until the engine goes on
+            assert next(as_completed(asked)).result() == 429
+            assert becomes(os.SCHED_BATCH)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        assert {each.result() for each in asked} == {200, 429}
+        assert becomes(os.SCHED_OTHER)
+
+
+@on_linux
+def test_an_engine_process_that_is_started_meanwhile_does_not_wait_for_others(bundle_path: Path) -> None:
+    with served(bundle_path) as service:
+        front, engine = service.pids()
+        os.sched_setscheduler(front, os.SCHED_BATCH, os.sched_param(0))
+        os.kill(engine, signal.SIGKILL)
+        replaced = engine  # until the front has seen it, a request may still reach the dead one: 503
+        while replaced == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
+            replaced = [*service.pids(), engine][1]
+        answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
+        assert answer.status_code == 200
+        threads = [int(thread.name) for thread in Path(f"/proc/{replaced}/task").iterdir()]
+        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
 
 
 @on_linux
