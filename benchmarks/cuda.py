@@ -32,7 +32,7 @@ from benchmarks.shapes import WORKLOADS
 from ltkd.bundle import open_bundle
 from ltkd.errors import DeviceError
 from ltkd.images import decode_image
-from serve.engine import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, open_engine, warm
+from serve.engine import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, open_engine
 
 OUT = ROOT / "docs" / "benchmarks" / "cuda.json"
 MAX_BATCH, CONNECTIONS = 32, 96
@@ -128,7 +128,7 @@ def measured(asked: Asked, seconds: float) -> dict[str, object]:
         DeviceError: CUDA does not work here.
     """
     bundle = open_bundle(asked.folder / "same")
-    engine = warm(open_engine(bundle, "cuda"), MAX_BATCH)
+    engine = open_engine(bundle, "cuda", max_batch=MAX_BATCH)
     graphs = ort.InferenceSession(
         bundle.model_path("fp32"), providers=[(CUDA, {**CUDA_OPTIONS, "enable_cuda_graph": "1"})]
     )

@@ -32,7 +32,6 @@ CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",  # the gates certified float32, not a shortened one
 }
-_PROVING_PIXELS = 2**15  # in one batch: more would take memory that a large network never uses again
 LONGEST_RUN_SECONDS = 0.1
 _SLOW_SECONDS = 0.02  # of a run on a CPU: beside that, what only the first one does is little
 FASTEST: dict[str, tuple[Precision, ...]] = {"cuda": ("fp16", "fp32"), "cpu": ("int8", "fp32")}
@@ -105,15 +104,20 @@ class OnnxEngine:
 
 
 def open_engine(
-    bundle: Bundle, device: Device = "auto", precision: Precision | None = None, num_threads: int | None = None
+    bundle: Bundle,
+    device: Device = "auto",
+    precision: Precision | None = None,
+    num_threads: int | None = None,
+    max_batch: int = 32,
 ) -> OnnxEngine:
-    """Load a bundle's model and replay its golden samples on the device that will answer.
+    """Load a bundle's model, make it warm and replay its golden samples on the device that will answer.
 
     Args:
         bundle: An opened bundle: its hashes have been checked.
         device: ``cuda`` runs on CUDA or not at all; ``auto`` takes CUDA where it works, else the CPU.
         precision: One of the bundle's; None takes the fastest that is certified, of those for the device.
         num_threads: How many cores the CPU may use for a run; None takes all that this process has.
+        max_batch: The largest batch to run.
 
     Raises:
         DeviceError: ``cuda`` was asked for and does not work.
@@ -123,41 +127,11 @@ def open_engine(
     num_threads = num_threads or num_cores()
     if device == "auto" and num_cuda_devices() > 0:
         try:
-            return _proved(bundle, "cuda", precision, num_threads)
+            return _proved(_loaded(bundle, "cuda", precision, num_threads), bundle.golden(), max_batch)
         except DeviceError as reason:
             _log.warning("--device auto takes the CPU: %s", reason)
-    return _proved(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
-
-
-def warm(engine: OnnxEngine, max_batch: int) -> OnnxEngine:
-    """The engine with every batch size run until it is warm: powers of two, and the largest.
-
-    On a CPU large batches of a large network gain nothing and keep everybody in them waiting, so sizes that would
-    take longer than LONGEST_RUN_SECONDS are left out, but for one image.
-    """
-    seconds_of: dict[int, float] = {}
-    seconds_each = 0.0
-    for size in batch_sizes(max_batch):
-        if engine.provider == CPU and seconds_of and size * seconds_each > LONGEST_RUN_SECONDS:
-            break
-        resized = replace(engine, seconds_of={size: 0.0})
-        blank_NSS3 = np.zeros((size, engine.manifest.task.input_px, engine.manifest.task.input_px, 3), np.uint8)
-        seconds = _seconds(resized, blank_NSS3)
-        if seconds < _SLOW_SECONDS or engine.provider != CPU:  # the first run of a shape allocates and searches
-            seconds = min(_seconds(resized, blank_NSS3) for _ in range(2))
-        seconds_of[size] = seconds
-        seconds_each = seconds_of[size] / size
-    return replace(engine, seconds_of=seconds_of)
-
-
-def _seconds(engine: OnnxEngine, images_NSS3: NDArray[np.uint8]) -> float:
-    """How long a run takes; on a CPU how long its threads worked, which other programs do not change."""
-    clock, num_threads = time.perf_counter, 1
-    if engine.provider == CPU:
-        clock, num_threads = time.process_time, engine.session.get_session_options().intra_op_num_threads
-    started = clock()
-    engine.logits(images_NSS3)
-    return max(clock() - started, 1e-6) / num_threads
+    loaded = _loaded(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
+    return _proved(loaded, bundle.golden(), max_batch)
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
@@ -165,32 +139,71 @@ def batch_sizes(max_batch: int) -> tuple[int, ...]:
     return (*(2**power for power in range(max_batch.bit_length()) if 2**power < max_batch), max_batch)
 
 
-def replay(engine: Engine, golden: Golden) -> None:
-    """Hold the engine's logits against those that were certified.
+def _proved(engine: OnnxEngine, golden: Golden, max_batch: int) -> OnnxEngine:
+    """The engine with every batch size run on golden samples until it is warm, and every sample run.
+
+    On a CPU large batches of a large network gain nothing and keep everybody in them waiting, so sizes that would
+    take longer than LONGEST_RUN_SECONDS are left out, but for one image.
+
+    Raises:
+        BundleError: What the network gives is not what was certified.
+    """
+    seconds_of: dict[int, float] = {}
+    seconds_each = 0.0
+    num_run, num = 0, len(golden.labels_M)
+    for size in batch_sizes(max_batch):
+        if engine.provider == CPU and size * seconds_each > LONGEST_RUN_SECONDS:
+            break
+        rows = np.arange(num_run, num_run + size) % num
+        num_run += size
+        resized = replace(engine, seconds_of={size: 0.0})
+        seconds = _replay(resized, golden, rows)
+        if seconds < _SLOW_SECONDS or engine.provider != CPU:  # the first run of a shape allocates and searches
+            seconds = min(_replay(resized, golden, rows) for _ in range(2))
+        seconds_of[size], seconds_each = seconds, seconds / size
+    engine = replace(engine, seconds_of=seconds_of)
+    if num_run < num:
+        _replay(engine, golden, np.arange(num_run, num))
+    return engine
+
+
+def _replay(engine: OnnxEngine, golden: Golden, rows: NDArray[np.intp]) -> float:
+    """Hold the engine's logits of some golden samples against those that were certified.
+
+    Returns:
+        How long the run took; on a CPU how long its threads worked, which other programs do not change.
 
     Raises:
         BundleError: They differ.
     """
-    expected_MC = golden.logits[engine.precision]
+    clock, num_threads = time.perf_counter, 1
+    if engine.provider == CPU:
+        clock, num_threads = time.process_time, engine.session.get_session_options().intra_op_num_threads
+    certified_MC = golden.logits[engine.precision]
+    images_NSS3, expected_NC = golden.images_MSS3[rows], certified_MC[rows]
+    started = clock()
     try:
-        seen_MC = engine.logits(golden.images_MSS3)
+        seen_NC = engine.logits(images_NSS3)
     except Exception as reason:  # ONNX Runtime's errors have no family of their own
         raise BundleError(f"the model cannot run its golden samples ({_one_line(reason)}); export again.") from None
-    if seen_MC.shape != expected_MC.shape:
+    seconds = max(clock() - started, 1e-6) / num_threads
+    if seen_NC.shape != expected_NC.shape:
         raise BundleError(
-            f"the model gives logits of shape {list(seen_MC.shape)} for the golden samples, "
-            f"expected {list(expected_MC.shape)}; export again."
+            f"the model gives logits of shape {list(seen_NC.shape)} for the golden samples, "
+            f"expected {list(expected_NC.shape)}; export again."
         )
-    allowed = GOLDEN_TOLERANCE[engine.precision] * max(1.0, float(np.abs(expected_MC).max(initial=0)))
-    difference = float(np.abs(seen_MC - expected_MC).max(initial=0))
+    allowed = GOLDEN_TOLERANCE[engine.precision] * max(1.0, float(np.abs(certified_MC).max()))
+    difference = float(np.abs(seen_NC - expected_NC).max())
     if not difference <= allowed:  # written so that NaN is refused too
         raise BundleError(
-            f"on {engine.provider} the golden samples give logits that differ by {difference:.3g} from the certified "
-            f"ones, at most {allowed:.3g} is rounding; export again on this machine, or start with another --device."
+            f"on {engine.provider} the golden samples, {len(rows)} at a time, give logits that differ by "
+            f"{difference:.3g} from the certified ones, at most {allowed:.3g} is rounding; export again on this "
+            "machine, or start with another --device."
         )
+    return seconds
 
 
-def _proved(
+def _loaded(
     bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int
 ) -> OnnxEngine:
     certified = bundle.manifest.precisions
@@ -198,10 +211,7 @@ def _proved(
     path = bundle.model_path(chosen)
     options = _session_options(num_threads)
     session = _cuda_session(path, options) if device == "cuda" else _session(path, [CPU], options)
-    sizes = dict.fromkeys(batch_sizes(max(1, _PROVING_PIXELS // bundle.manifest.task.input_px**2)), 0.0)
-    engine = OnnxEngine(bundle.manifest, chosen, session.get_providers()[0], sizes, session)
-    replay(engine, bundle.golden())
-    return engine
+    return OnnxEngine(bundle.manifest, chosen, session.get_providers()[0], {}, session)
 
 
 def num_cuda_devices() -> int:

@@ -28,7 +28,7 @@ def classify_files(
         UsageError: A file cannot be read.
         LtkdError: The bundle or the device cannot be used.
     """
-    engine = open_engine(open_bundle(bundle_path), device)
+    engine = open_engine(open_bundle(bundle_path), device, max_batch=8)
     answerer = Answerer(engine.manifest, engine.precision)
     results: list[Answer | Refused] = []
     for first in range(0, len(images), _BATCH):

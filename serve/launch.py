@@ -1,6 +1,5 @@
 """Starting an engine process, with one end of a line in its hands."""
 
-import gc
 import os
 import socket
 import subprocess
@@ -57,14 +56,3 @@ def connected_lines() -> tuple[socket.socket, socket.socket]:
         for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             end.setsockopt(socket.SOL_SOCKET, size, _LINE_BYTES)
     return ends
-
-
-def collect_rarely() -> None:
-    """Leave what is there now out of Python's search for cycles, and search less often.
-
-    What a request needs is freed by its last reference; the search finds nothing of it and looks, each time it goes
-    deep, at every object of every library.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 100)

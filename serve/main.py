@@ -4,6 +4,7 @@ Nothing heavy is imported here: the engine process of the bundle is started firs
 model, this process imports the framework.
 """
 
+import gc
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
         LtkdError: A bundle, the device or the address cannot be used.
     """
     with _signals_exit(), _listening(settings.host, settings.port) as listener:
+        gc.disable()  # until the start is over (serve.memory)
         ahead: list[Launched] = []
         if (path / MANIFEST_FILE).exists():
             ahead.append(launch(orders(path, settings)))
@@ -45,6 +47,7 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
 
             run(path, settings, given or {}, listener, start_worker)
         finally:
+            gc.enable()
             for launched in ahead:  # the start ended before it was needed
                 launched.kill()
                 launched.line.close()

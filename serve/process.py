@@ -22,8 +22,8 @@ from ltkd.cores import num_cores
 from ltkd.errors import LtkdError
 from ltkd.images import FORMATS, decode_image
 from serve.classifier import Classifier, Job
-from serve.engine import CPU, Engine, open_engine, warm
-from serve.launch import collect_rarely
+from serve.engine import CPU, Engine, open_engine
+from serve.memory import settle
 from serve.wire import (
     Done,
     Failed,
@@ -56,12 +56,12 @@ def prepared(descriptor: int, orders_json: str) -> Callable[[], None]:
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
     num_threads = max(1, num_cores() // orders.processes)
     try:
-        engine = open_engine(open_bundle(orders.bundle), orders.device, orders.precision, num_threads)
-        engine = warm(engine, orders.max_batch)
+        bundle = open_bundle(orders.bundle)
+        engine = open_engine(bundle, orders.device, orders.precision, num_threads, orders.max_batch)
     except LtkdError as error:
         failed = Failed(error=type(error).__name__, message=str(error)).model_dump_json()
         return lambda: _send(line, [pack_text(Kind.FAILED, failed)])
-    collect_rarely()
+    settle()
     default_wait = 0.0 if engine.provider == CPU else _MAX_WAIT_SECONDS_ON_A_GPU
     max_wait = default_wait if orders.max_wait_ms is None else orders.max_wait_ms / 1000
     return lambda: serve_line(line, engine, orders.max_pixels, max_wait, num_threads)

@@ -14,8 +14,8 @@ import uvicorn
 
 from ltkd.cores import num_cores
 from serve.app import create_app
-from serve.launch import collect_rarely
 from serve.logs import log_settings, set_up_logging
+from serve.memory import settle
 from serve.models import StartWorker
 from serve.operations import reload_on_hangup
 from serve.protocol import Connection
@@ -66,7 +66,7 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
             backlog=service.settings.max_connections,
             timeout_graceful_shutdown=service.settings.drain_seconds,
         )
-        collect_rarely()
+        settle()
         await Server(config, service).serve(sockets=[listener])
     finally:
         await service.close()

@@ -5,6 +5,7 @@ answers meanwhile, that one would lose half of its time, and its requests would 
 its priority away but not take it back, so the thread that will answer is there before anything else is.
 """
 
+import gc
 import os
 import queue
 import sys
@@ -18,6 +19,7 @@ def main() -> None:
     """Get ready in this thread, then answer in another."""
     if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:  # the front's (serve/server.py)
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    gc.disable()  # until the start is over (serve.memory)
     ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def answer() -> None:

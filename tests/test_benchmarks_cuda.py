@@ -10,7 +10,7 @@ from benchmarks.serving import Asked
 from benchmarks.shapes import Workload
 from ltkd.bundle import open_bundle
 from ltkd.errors import DeviceError
-from serve.engine import CPU, num_cuda_devices, open_engine, warm
+from serve.engine import CPU, num_cuda_devices, open_engine
 
 
 def test_replayed_memory_gives_the_logits_of_what_was_put_into_it() -> None:
@@ -22,7 +22,7 @@ def test_replayed_memory_gives_the_logits_of_what_was_put_into_it() -> None:
 
 
 def test_every_batch_size_is_measured_in_every_way_and_shown() -> None:
-    engine = warm(open_engine(open_bundle(toy_bundle()), "cpu"), 32)
+    engine = open_engine(open_bundle(toy_bundle()), "cpu", max_batch=32)
     found = speeds(engine, engine.session, toy_pixels(1)[None], seconds=0.001, device="cpu")
     assert list(found) == [1, 2, 4, 8, 16, 32]
     assert all(set(ways) == {"loop", "bound", "graph"} and min(ways.values()) > 0 for ways in found.values())
@@ -31,7 +31,7 @@ def test_every_batch_size_is_measured_in_every_way_and_shown() -> None:
 
 
 def test_a_graph_that_gives_other_logits_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = warm(open_engine(open_bundle(toy_bundle()), "cpu"), 32)
+    engine = open_engine(open_bundle(toy_bundle()), "cpu", max_batch=32)
     monkeypatch.setattr(ort.OrtValue, "update_inplace", lambda *_: None)  # a graph that replays what it was made with
     with pytest.raises(ValueError, match="the graph's logits differ"):
         speeds(engine, engine.session, toy_pixels(1)[None], seconds=0.001, device="cpu")

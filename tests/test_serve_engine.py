@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from serve_toys import convolution, expected_logits, toy_model, toy_pixels, write_toy_bundle
 
 import serve.engine
 from ltkd.bundle import open_bundle
 from ltkd.errors import BundleError, DeviceError
-from serve.engine import batch_sizes, num_cuda_devices, open_engine, warm
+from serve.engine import Images, OnnxEngine, batch_sizes, num_cuda_devices, open_engine
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
 
 def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(tmp_path: Path) -> None:
     bundle = open_bundle(write_toy_bundle(tmp_path / "toy", model=convolution()))
-    engine = warm(open_engine(bundle, "cpu"), 32)
+    engine = open_engine(bundle, "cpu", max_batch=32)
     images = np.stack([toy_pixels(seed) for seed in range(32)])
     alone = [engine.logits(images[row : row + 1])[0].tobytes() for row in range(32)]
     for num in range(1, 33):  # 3 is padded to 4, 20 to 32
@@ -41,7 +42,7 @@ def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(t
 
 
 def test_more_images_than_the_largest_batch_are_run_in_several(bundle_path: Path) -> None:
-    engine = warm(open_engine(open_bundle(bundle_path), "cpu"), 4)
+    engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=4)
     images = np.stack([toy_pixels(seed) for seed in range(11)])
     assert tuple(engine.seconds_of) == (1, 2, 4)
     np.testing.assert_allclose(engine.logits(images), expected_logits(images), atol=1e-4)
@@ -58,7 +59,7 @@ def test_a_cpu_leaves_out_batches_that_keep_everybody_waiting(
     bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve.engine, "LONGEST_RUN_SECONDS", 0.0)
-    assert tuple(warm(open_engine(open_bundle(bundle_path), "cpu"), 32).seconds_of) == (1,)
+    assert tuple(open_engine(open_bundle(bundle_path), "cpu", max_batch=32).seconds_of) == (1,)
 
 
 def test_a_cpu_takes_int8_where_it_is_certified_and_what_it_is_told_otherwise(tmp_path: Path) -> None:
@@ -110,8 +111,40 @@ def test_cuda_runs_on_cuda_and_gives_the_certified_logits(bundle_path: Path) -> 
 
 @pytest.mark.parametrize("shift", [0.5, float("nan")])
 def test_golden_samples_that_give_other_logits_refuse_to_start(tmp_path: Path, shift: float) -> None:
-    with pytest.raises(BundleError, match="golden samples give logits that differ"):
+    with pytest.raises(BundleError, match="golden samples, 1 at a time, give logits that differ"):
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", golden_shift=shift)), "cpu")
+
+
+def test_golden_samples_that_give_other_logits_in_one_batch_size_refuse_to_start(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = OnnxEngine.logits
+
+    def wrong_in_fours(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
+        return right(engine, images) + np.float32(len(images) == 4)
+
+    monkeypatch.setattr(OnnxEngine, "logits", wrong_in_fours)
+    with pytest.raises(BundleError, match="golden samples, 4 at a time, give logits that differ by 1 from"):
+        open_engine(open_bundle(bundle_path), "cpu", max_batch=32)
+
+
+@pytest.mark.parametrize("longest_run_seconds", [0.0, 1.0])
+def test_every_golden_sample_is_run_however_few_batch_sizes_are_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_run_seconds: float
+) -> None:
+    bundle = open_bundle(write_toy_bundle(tmp_path / "toy"))
+    golden, logits = bundle.golden(), OnnxEngine.logits
+    run: set[bytes] = set()
+
+    def noted(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
+        run.update(image.tobytes() for image in images)
+        return logits(engine, images)
+
+    monkeypatch.setattr(serve.engine, "LONGEST_RUN_SECONDS", longest_run_seconds)
+    monkeypatch.setattr(OnnxEngine, "logits", noted)
+    open_engine(bundle, "cpu", max_batch=2)
+    assert run == {image.tobytes() for image in golden.images_MSS3}
+    assert len(run) > 1 + 2  # more than what the two sizes run
 
 
 def test_golden_samples_of_another_size_refuse_to_start(tmp_path: Path) -> None:

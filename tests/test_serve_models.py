@@ -286,7 +286,7 @@ def gone(path: Path) -> None:
     [
         (damaged_model, "was changed after export"),
         (damaged_in_place, "was changed after export"),
-        (other_golden_samples, "golden samples give logits that differ"),
+        (other_golden_samples, "give logits that differ"),
         (newer_schema, "schema version 99"),
         (half_a_manifest, "not readable JSON"),
         (gone, "no such directory"),

@@ -354,7 +354,7 @@ def test_a_bundle_that_cannot_be_served_says_why_and_leaves_no_process(tmp_path:
     async def test() -> None:
         started: list[Launched] = []
         wrong = write_toy_bundle(tmp_path / "toy", golden_shift=0.5)
-        with pytest.raises(BundleError, match="golden samples give logits that differ"):
+        with pytest.raises(BundleError, match="give logits that differ"):
             await Worker.start_with(real_process(wrong, started), Settings())
         with pytest.raises(BundleError, match="no such directory"):
             await Worker.start_with(real_process(tmp_path / "nowhere", started), Settings())
