@@ -1,8 +1,8 @@
 """Batches out of whatever waits: one thread owns the run, and nobody else's mistake fails an item.
 
-A run costs as much as the size it is padded to, and only some sizes are warm. So the owner takes the size that serves
-the waiting items fastest: on a GPU, where a larger batch costs next to nothing, it pads up; on a CPU, where every image
-costs its own time, it takes the largest size that is full and leaves the rest to the next run.
+A run costs as much as the size it is padded to. So the owner takes the size that serves the waiting items fastest: on a
+GPU, where only some sizes are warm and a larger batch costs next to nothing, it pads up; on a CPU, where every size is
+run as it is, it takes all that wait, unless fewer at a time are faster.
 """
 
 import threading
@@ -55,7 +55,7 @@ def best_size(waiting: int, seconds_of: Mapping[int, float]) -> int:
 
     Args:
         waiting: How many items wait, at least one.
-        seconds_of: How long a run of each warm size takes, padded or not.
+        seconds_of: How long a run of each size takes, padded or not.
     """
     rate_of = {size: min(waiting, size) / (seconds + _AROUND_A_RUN_SECONDS) for size, seconds in seconds_of.items()}
     enough = _NEARLY * max(rate_of.values())
@@ -66,9 +66,9 @@ class Batcher(Generic[Item, Result]):
     """Takes items from any thread and runs them in batches in one thread: its own, or that of its caller.
 
     Args:
-        run: Runs at most the largest warm size of items. Called by the one thread.
+        run: Runs at most the largest size of items. Called by the one thread.
         deliver: Given every batch after its run, and every dropped item with ``TimeoutError``. Called by that thread.
-        seconds_of: How long a run of each warm size takes.
+        seconds_of: How long a run of each size takes.
         max_wait: How long the first item of a batch may wait for others, in seconds.
     """
 

@@ -56,7 +56,7 @@ class Hello(Record):
         manifest: The manifest of the bundle it opened.
         precision: Which of the bundle's models runs.
         provider: The execution provider that really runs it, as ONNX Runtime names it.
-        seconds_of: The batch sizes that are warm, and how long each takes.
+        seconds_of: The batch sizes that are run, and how long each takes.
     """
 
     manifest: Manifest

@@ -13,7 +13,8 @@ from serve.batcher import Batcher, Ran, best_size
 
 POWERS = (1, 2, 4, 8, 16, 32)
 AS_ON_A_GPU = dict.fromkeys(POWERS, 0.002)
-AS_ON_A_CPU = {size: 0.001 * size for size in POWERS}
+AS_ON_A_CPU = {size: 0.001 * size for size in range(1, 33)}
+SMALL_CACHES = {size: 0.001 * (size if size <= 8 else 2 * size) for size in range(1, 33)}
 
 
 @dataclass(eq=False)
@@ -68,13 +69,16 @@ def batching(
 
 
 @pytest.mark.parametrize(
-    ("waiting", "on_a_gpu", "on_a_cpu"),
-    [(1, 1, 1), (2, 2, 2), (3, 4, 2), (5, 8, 4), (15, 16, 16), (20, 32, 16), (99, 32, 32)],
+    ("waiting", "on_a_gpu", "on_a_cpu", "with_small_caches"),
+    [(1, 1, 1, 1), (2, 2, 2, 2), (3, 4, 3, 3), (5, 8, 5, 5), (15, 16, 15, 8), (20, 32, 20, 8), (99, 32, 32, 8)],
 )
-def test_a_gpu_pads_up_and_a_cpu_takes_the_largest_full_size(waiting: int, on_a_gpu: int, on_a_cpu: int) -> None:
-    gpu, cpu = best_size(waiting, AS_ON_A_GPU), best_size(waiting, AS_ON_A_CPU)
+def test_a_gpu_pads_up_and_a_cpu_takes_all_that_wait_unless_fewer_are_faster(
+    waiting: int, on_a_gpu: int, on_a_cpu: int, with_small_caches: int
+) -> None:
+    gpu, cpu, small = (best_size(waiting, times) for times in (AS_ON_A_GPU, AS_ON_A_CPU, SMALL_CACHES))
     assert min(waiting, gpu) == min(waiting, on_a_gpu)
-    assert cpu == on_a_cpu
+    assert min(waiting, cpu) == on_a_cpu
+    assert small == with_small_caches
 
 
 def test_what_waits_behind_a_run_becomes_one_batch_in_its_order() -> None:

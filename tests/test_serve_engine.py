@@ -1,8 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from serve_toys import convolution, expected_logits, toy_model, toy_pixels, write_toy_bundle
@@ -32,19 +35,54 @@ def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
     assert engine.provider == engine.session.get_providers()[0] == "CPUExecutionProvider"
 
 
-def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(tmp_path: Path, padded: bool) -> None:
     bundle = open_bundle(write_toy_bundle(tmp_path / "toy", model=convolution()))
     engine = open_engine(bundle, "cpu", max_batch=32)
+    if padded:  # as on a GPU: 3 to 4, 20 to 32
+        engine = replace(engine, seconds_of=dict.fromkeys(batch_sizes(32), 0.001))
     images = np.stack([toy_pixels(seed) for seed in range(32)])
     alone = [engine.logits(images[row : row + 1])[0].tobytes() for row in range(32)]
-    for num in range(1, 33):  # 3 is padded to 4, 20 to 32
+    for num in range(1, 33):
         assert [row.tobytes() for row in engine.logits(images[:num])] == alone[:num]
+
+
+class Shapes:
+    """A session that notes the batch sizes it is asked to run."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.sizes: list[int] = []
+
+    def run(self, outputs: list[str], inputs: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+        self.sizes.append(len(inputs["image"]))
+        return self.session.run(outputs, inputs)
+
+
+def test_a_cpu_runs_every_size_as_it_is_and_a_gpu_the_warm_ones(bundle_path: Path) -> None:
+    engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=8)
+    images = np.stack([toy_pixels(seed) for seed in range(8)])
+    for seconds_of, expected in (
+        (engine.seconds_of, [1, 3, 5, 8]),
+        (dict.fromkeys(batch_sizes(8), 0.001), [1, 4, 8, 8]),
+    ):
+        session = Shapes(engine.session)
+        seen = replace(engine, seconds_of=seconds_of, session=cast(ort.InferenceSession, session))
+        for num in (1, 3, 5, 8):
+            seen.logits(images[:num])
+        assert session.sizes == expected
+
+
+def test_what_sizes_between_the_warm_ones_take_lies_between(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.engine, "_replay", lambda engine, golden, rows: len(rows) ** 2 / 1000)
+    engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=6)
+    assert engine.seconds_of == pytest.approx({1: 0.001, 2: 0.004, 3: 0.01, 4: 0.016, 5: 0.026, 6: 0.036})
 
 
 def test_more_images_than_the_largest_batch_are_run_in_several(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=4)
     images = np.stack([toy_pixels(seed) for seed in range(11)])
-    assert tuple(engine.seconds_of) == (1, 2, 4)
+    assert tuple(engine.seconds_of) == (1, 2, 3, 4)
     np.testing.assert_allclose(engine.logits(images), expected_logits(images), atol=1e-4)
     assert engine.logits([]).shape == (0, 6)
 
