@@ -45,7 +45,7 @@ def lateness(
 ) -> float:
     """The p99 of latency from the due times, over what an image takes alone, in the best loop there can be.
 
-    It takes all that is due, in the largest batch size that this fills, and need not wake up: it never sleeps.
+    It takes all that is due, up to the largest batch, and need not wake up: it never sleeps.
     """
     late_s: list[float] = []
     begin = time.perf_counter()
@@ -53,7 +53,7 @@ def lateness(
         num_due = bisect.bisect_right(due_s, time.perf_counter() - begin) - len(late_s)
         if num_due == 0:
             continue
-        batch = max(size for size in BATCH_SIZES if size <= num_due)
+        batch = min(num_due, max(BATCH_SIZES))
         run(session, files, size_px, len(late_s), batch)
         now_s = time.perf_counter() - begin
         late_s += [now_s - due for due in due_s[len(late_s) : len(late_s) + batch]]
