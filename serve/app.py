@@ -89,7 +89,14 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
     key = Depends(service.keys.requires("classify"))
     app.include_router(
-        open_inference(service.models, service.settings, service.require_ready, service.require_accepting, guards=[key])
+        open_inference(
+            service.models,
+            service.settings,
+            service.require_ready,
+            service.require_accepting,
+            lambda request, served, classified: service.note(served, classified, request.state.asked),
+            guards=[key],
+        )
     )
     describe(app)
     return app

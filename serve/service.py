@@ -210,7 +210,7 @@ class Service:
         return asked.began + min(longest, float(wanted))
 
     def answer(self, served: Served[Worker], classified: Classified, asked: Asked) -> bytes:
-        """The body of an answer; what there is to log and to remember of it is noted.
+        """The body of an answer, which is noted.
 
         Raises:
             ProblemError: No image could be used; the first problem speaks for all.
@@ -218,11 +218,15 @@ class Service:
         problems = [result for result in classified.results if isinstance(result, Problem)]
         if len(problems) == len(classified.results):
             raise _none_usable(problems, asked)
+        self.note(served, classified, asked)
+        results = [refused_json(one) if isinstance(one, Problem) else one for one in classified.results]
+        return answers_json(served.worker.ref_json, results)
+
+    def note(self, served: Served[Worker], classified: Classified, asked: Asked) -> None:
+        """Note what there is to log of an answer, and to remember until its true label is told."""
         if requests_log.isEnabledFor(logging.INFO):
             asked.facts = _facts(served, classified)
         self.feedback.remember(asked.request_id, served.ledger, classified.seen)
-        results = [refused_json(one) if isinstance(one, Problem) else one for one in classified.results]
-        return answers_json(served.worker.ref_json, results)
 
     def count(self, asked: Asked, route: str, status: int) -> None:
         """Note an answered request."""

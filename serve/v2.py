@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Protocol  # Any: FastAPI's own signature
+from typing import Annotated, Any, Protocol, TypeVar  # Any: FastAPI's own signature
 
 import numpy as np
 from fastapi import APIRouter, Depends, Header, Request, Response, params
@@ -20,6 +20,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ltkd.bundle import Manifest
 from serve.bodies import JSON, BodyLimits, read_whole
+from serve.calls import Classified
 from serve.handlers import problem_response, validation_problem
 from serve.metadata import (
     IndexEntry,
@@ -35,11 +36,12 @@ from serve.metadata import (
 from serve.openapi import INFER_BODY, INFER_RESPONSES, problem_responses
 from serve.problems import Content, Problem, ProblemError, problem_of
 from serve.tensors import InferRequest, build_response, parse_request
+from serve.wire import Wanted
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 _TAG = "Open Inference Protocol"
 _UNLOCKED = problem_responses(400, 401, media_type=JSON)
-Wanted = tuple[str, str | None]
+Named = tuple[str, str | None]
 """The name of a model and, if one is asked for, its version."""
 
 
@@ -50,11 +52,12 @@ class Engine(Protocol):
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
 
-    async def infer(self, images_NSS3: NDArray[np.uint8], deadline: float) -> NDArray[np.float32]:
-        """The logits of decoded images, float32 [N, C]; ``deadline`` on the clock of ``time.monotonic``."""
+    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
+        """What ``wanted`` says of images; ``deadline`` on the clock of ``time.monotonic``.
 
-    async def infer_encoded(self, contents: Sequence[Content], deadline: float) -> list[NDArray[np.float32] | Problem]:
-        """The logits of encoded images, float32 [C] each, or why there are none."""
+        Raises:
+            ProblemError: There is no answer.
+        """
 
 
 class Key(Protocol):
@@ -84,17 +87,20 @@ class Servable(Protocol):
         """Keep it answering, whatever a reload does."""
 
 
-class Catalogue(Protocol):
+Servable_co = TypeVar("Servable_co", bound=Servable, covariant=True)
+
+
+class Catalogue(Protocol[Servable_co]):
     """The models that are served."""
 
-    def find(self, name: str | None = None, version: str | None = None) -> Servable:
+    def find(self, name: str | None = None, version: str | None = None) -> Servable_co:
         """One model; the newest version where none is named.
 
         Raises:
             ProblemError: There is no such model.
         """
 
-    def all(self) -> Sequence[Servable]:
+    def all(self) -> Sequence[Servable_co]:
         """Every version of every model."""
 
 
@@ -125,10 +131,11 @@ class ProtocolRoute(APIRoute):
 
 
 def open_inference(
-    catalogue: Catalogue,
+    catalogue: Catalogue[Servable_co],
     limits: InferenceLimits,
     require_ready: Callable[[], None],
     require_accepting: Callable[[], None],
+    note: Callable[[Request, Servable_co, Classified], None],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
     """The routes of the protocol.
@@ -138,6 +145,7 @@ def open_inference(
         limits: Of bodies and of time.
         require_ready: Raises a ProblemError unless load balancers should send requests here.
         require_accepting: Raises a ProblemError when no requests are taken.
+        note: Told of every answer.
         guards: Dependencies of every route but the two probes; they raise a ProblemError for who is not let in.
     """
     whole = APIRouter(tags=[_TAG], route_class=ProtocolRoute)
@@ -162,15 +170,15 @@ def open_inference(
     async def index() -> list[IndexEntry]:
         return [IndexEntry(name=one.key.name, version=one.key.version) for one in catalogue.all()]
 
-    async def named(model: str) -> Wanted:
+    async def newest(model: str) -> Named:
         return model, None
 
-    async def versioned(model: str, version: str) -> Wanted:
+    async def versioned(model: str, version: str) -> Named:
         return model, version
 
-    for path, wanted in (("/models/{model}", named), ("/models/{model}/versions/{version}", versioned)):
-        _describe(router, path, wanted, catalogue, limits)
-        _infer(router, path, wanted, catalogue, limits, require_accepting)
+    for path, named in (("/models/{model}", newest), ("/models/{model}/versions/{version}", versioned)):
+        _describe(router, path, named, catalogue, limits)
+        _infer(router, path, named, catalogue, limits, require_accepting, note)
     whole.include_router(router)
     return whole
 
@@ -178,25 +186,25 @@ def open_inference(
 def _describe(
     router: APIRouter,
     path: str,
-    wanted: Callable[..., Awaitable[Wanted]],
-    catalogue: Catalogue,
+    named: Callable[..., Awaitable[Named]],
+    catalogue: Catalogue[Servable_co],
     limits: InferenceLimits,
 ) -> None:
     unknown = problem_responses(400, 401, 404, 503, media_type=JSON)
 
     @router.get(path, summary="What a model takes and gives", responses=unknown)
-    async def model_metadata(key: Annotated[Wanted, Depends(wanted)]) -> ModelMetadata:
+    async def model_metadata(key: Annotated[Named, Depends(named)]) -> ModelMetadata:
         served = catalogue.find(*key)
         name = served.key.name
         versions = tuple(one.key.version for one in catalogue.all() if one.key.name == name)
         return metadata_of(served.worker.manifest.task, name, versions)
 
     @router.get(f"{path}/ready", summary="Whether a model takes requests", responses=unknown)
-    async def model_ready(key: Annotated[Wanted, Depends(wanted)]) -> ModelReady:
+    async def model_ready(key: Annotated[Named, Depends(named)]) -> ModelReady:
         return ModelReady(name=catalogue.find(*key).key.name)
 
     @router.get(f"{path}/config", summary="A model in Triton's words", responses=unknown)
-    async def model_config(key: Annotated[Wanted, Depends(wanted)]) -> ModelConfig:
+    async def model_config(key: Annotated[Named, Depends(named)]) -> ModelConfig:
         served = catalogue.find(*key)
         return config_of(served.worker.manifest.task, served.key.name, limits.max_images)
 
@@ -204,10 +212,11 @@ def _describe(
 def _infer(
     router: APIRouter,
     path: str,
-    wanted: Callable[..., Awaitable[Wanted]],
-    catalogue: Catalogue,
+    named: Callable[..., Awaitable[Named]],
+    catalogue: Catalogue[Servable_co],
     limits: InferenceLimits,
     require_accepting: Callable[[], None],
+    note: Callable[[Request, Servable_co, Classified], None],
 ) -> None:
     one_at_a_time = asyncio.Lock()  # a tensor in JSON takes some thirty times its size while it is read
 
@@ -221,7 +230,7 @@ def _infer(
     )
     async def infer(
         request: Request,
-        key: Annotated[Wanted, Depends(wanted)],
+        key: Annotated[Named, Depends(named)],
         json_bytes: Annotated[
             Annotated[int, Field(ge=0)] | SkipJsonSchema[None],
             Header(alias=JSON_LENGTH, description="How much of the body is JSON, if not all of it"),
@@ -234,7 +243,9 @@ def _infer(
             body = await read_whole(request, limits)
             async with one_at_a_time:
                 asked = await asyncio.to_thread(parse_request, body, json_bytes, task, limits.max_images)
-            logits_NC = await _logits(served.worker, asked, limits.timeout_seconds)
+            classified = await _ask(served.worker, asked, limits.timeout_seconds)
+        logits_NC = _logits(classified.results)
+        note(request, served, classified)
         written = build_response(asked, logits_NC, task, served.key.name, served.key.version)
         if written.json_bytes is None:
             return Response(written.body, media_type=JSON)
@@ -242,17 +253,22 @@ def _infer(
         return Response(written.body, headers=headers, media_type="application/octet-stream")
 
 
-async def _logits(engine: Engine, asked: InferRequest, timeout_seconds: float) -> NDArray[np.float32]:
-    """The logits that a request asks for; the protocol has no place for an image that failed among others."""
+async def _ask(engine: Engine, asked: InferRequest, timeout_seconds: float) -> Classified:
+    """What became of the images of a request."""
     seconds = timeout_seconds if asked.timeout_seconds is None else min(timeout_seconds, asked.timeout_seconds)
     deadline = time.monotonic() + seconds
     if isinstance(asked.images, np.ndarray):
-        return await engine.infer(asked.images, deadline)
+        pixels = [pixels_SS3.tobytes() for pixels_SS3 in asked.images]
+        return await engine.ask(pixels, Wanted.LOGITS_OF_PIXELS, 1, deadline)
+    return await engine.ask(asked.images, Wanted.LOGITS, 1, deadline)
+
+
+def _logits(results: Sequence[bytes | Problem]) -> NDArray[np.float32]:
+    """Logits, float32 [N, C]; the protocol has no place for an image that failed among others."""
     rows = []
-    results = await engine.infer_encoded(asked.images, deadline)
     for number, logits_C in enumerate(results, 1):
         if isinstance(logits_C, Problem):
             where = f"image {number} of {len(results)}: " if len(results) > 1 else ""
             raise ProblemError(problem_of(logits_C.status, where + logits_C.detail))
-        rows.append(logits_C)
+        rows.append(np.frombuffer(logits_C, np.float32))
     return np.stack(rows)

@@ -17,9 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ltkd.bundle import Manifest, Precision
 from ltkd.errors import BundleError, LtkdError
 from serve.admission import Admission
@@ -75,7 +72,7 @@ class Worker:
 
     @classmethod
     async def start(cls, bundle: Path, settings: Settings) -> Self:
-        """A model version that answers: verified, golden samples replayed, every batch size warm.
+        """A model version that answers: verified, its golden samples replayed, warm.
 
         Args:
             bundle: The bundle's directory.
@@ -187,28 +184,6 @@ class Worker:
             ProblemError: As ``ask``.
         """
         return await self.ask(contents, Wanted.ANSWERS, top_k, deadline)
-
-    async def infer(self, images_NSS3: NDArray[np.uint8], deadline: float) -> NDArray[np.float32]:
-        """The logits, float32 [N, C], of pixels.
-
-        Raises:
-            ProblemError: As ``ask``; or an image could not be run.
-        """
-        images = [pixels_SS3.tobytes() for pixels_SS3 in images_NSS3]
-        rows = (await self.ask(images, Wanted.LOGITS_OF_PIXELS, 1, deadline)).results
-        for row in rows:
-            if isinstance(row, Problem):
-                raise ProblemError(row)
-        return np.stack([np.frombuffer(row, np.float32) for row in rows if isinstance(row, bytes)])
-
-    async def infer_encoded(self, contents: Sequence[Content], deadline: float) -> list[NDArray[np.float32] | Problem]:
-        """The logits of encoded images, float32 [C] each, or why there are none.
-
-        Raises:
-            ProblemError: As ``ask``.
-        """
-        rows = (await self.ask(contents, Wanted.LOGITS, 1, deadline)).results
-        return [row if isinstance(row, Problem) else np.frombuffer(row, np.float32) for row in rows]
 
     @contextlib.contextmanager
     def eased(self) -> Iterator[None]:

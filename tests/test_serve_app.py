@@ -131,7 +131,7 @@ def test_metrics_count_requests_stages_and_groups() -> None:
         assert f"ltkd_confidence_count{{{labels}}} {float(name == group)}" in sorted_lines
 
 
-def test_predictions_count_in_their_group_whichever_protocol_asked() -> None:
+def test_an_answer_is_counted_and_judged_in_its_group_whichever_protocol_asked() -> None:
     pixels_SS3 = decode_image(PNG, SIZE_PX).pixels_SS3
     tensor = {
         "name": "image",
@@ -140,8 +140,10 @@ def test_predictions_count_in_their_group_whichever_protocol_asked() -> None:
         "data": pixels_SS3.ravel().tolist(),
     }
     with running(toy_app()) as client:
-        group = client.post("/v1/classify", content=PNG).json()["results"][0]["group"]
-        assert client.post("/v2/models/toy/infer", json={"inputs": [tensor]}).status_code == 200
+        answered = client.post("/v1/classify", content=PNG)
+        (predicted,) = answered.json()["results"]
+        group = predicted["group"]
+        pixels = client.post("/v2/models/toy/infer", json={"inputs": [tensor]})
         binary = {"binary_data_size": len(PNG) + 4}
         head = json.dumps(
             {"inputs": [{"name": "image_bytes", "datatype": "BYTES", "shape": [1], "parameters": binary}]}
@@ -151,9 +153,15 @@ def test_predictions_count_in_their_group_whichever_protocol_asked() -> None:
             content=head + len(PNG).to_bytes(4, "little") + PNG,
             headers={"Inference-Header-Content-Length": str(len(head))},
         )
-        assert encoded.status_code == 200
-        seen = client.get("/v1/groups").json()["window"]["groups"]
-    assert {one["group"]: one["predictions"] for one in seen} == {"head": 0, "medium": 0, "tail": 0} | {group: 3}
+        for answer in (answered, pixels, encoded):
+            truth = {"request_id": answer.headers["X-Request-ID"], "label": predicted["class_index"]}
+            told = client.post("/v1/feedback", json=truth).json()
+            assert (told["predicted"], told["correct"]) == (predicted["label"], True)
+        groups = client.get("/v1/groups").json()
+    none = {"head": 0, "medium": 0, "tail": 0}
+    assert {one["group"]: one["predictions"] for one in groups["window"]["groups"]} == none | {group: 3}
+    judged = {one["group"]: one["of_predictions"]["n"] for one in groups["feedback"] if one["of_predictions"]}
+    assert judged == {group: 3}
 
 
 def sorted_labels(line: str) -> str:

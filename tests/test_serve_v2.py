@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import httpx
 import numpy as np
 import pytest
-from fastapi import Depends, FastAPI, params
+from fastapi import Depends, FastAPI, Request, params
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,6 +24,7 @@ from serve_toys import CLASS_NAMES, SIZE_PX, TASK, encoded, expected_logits, run
 from ltkd.bundle import Manifest
 from ltkd.errors import ImageError
 from ltkd.images import decode_image
+from serve.calls import Classified
 from serve.handlers import answer_http
 from serve.metadata import ModelConfig, ModelMetadata
 from serve.openapi import describe
@@ -30,6 +32,7 @@ from serve.problems import Content, Problem, ProblemError, image_problem, proble
 from serve.settings import Settings
 from serve.tensors import MAX_JSON_BYTES, InferReply, InferRequest, build_response, pack_bytes, parse_request
 from serve.v2 import JSON_LENGTH, open_inference
+from serve.wire import Wanted
 
 PIXELS_NSS3 = np.stack([toy_pixels(seed) for seed in range(3)])
 PNG = encoded(toy_pixels(0))
@@ -223,21 +226,28 @@ class ToyWorker:
     manifest: Manifest = field(default_factory=lambda: toy_engine().manifest)
     seconds_left: list[float] = field(default_factory=list)
 
-    async def infer(self, images_NSS3: NDArray[np.uint8], deadline: float) -> NDArray[np.float32]:
-        import time
-
+    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
         self.seconds_left.append(deadline - time.monotonic())
-        return expected_logits(images_NSS3)
+        if wanted == Wanted.LOGITS_OF_PIXELS:
+            images_NSS3 = np.frombuffer(b"".join(map(_bytes, contents)), np.uint8).reshape(-1, SIZE_PX, SIZE_PX, 3)
+            return _classified([row_C.tobytes() for row_C in expected_logits(images_NSS3)])
+        return _classified([_logits_of_file(_bytes(content)) for content in contents])
 
-    async def infer_encoded(self, contents: Sequence[Content], deadline: float) -> list[NDArray[np.float32] | Problem]:
-        results: list[NDArray[np.float32] | Problem] = []
-        for content in contents:
-            assert isinstance(content, bytes)
-            try:
-                results.append((await self.infer(decode_image(content, SIZE_PX).pixels_SS3[None], deadline))[0])
-            except ImageError as error:
-                results.append(image_problem(error))
-        return results
+
+def _bytes(content: Content) -> bytes:
+    assert isinstance(content, bytes)
+    return content
+
+
+def _logits_of_file(file: bytes) -> bytes | Problem:
+    try:
+        return expected_logits(decode_image(file, SIZE_PX).pixels_SS3[None])[0].tobytes()
+    except ImageError as error:
+        return image_problem(error)
+
+
+def _classified(results: list[bytes | Problem]) -> Classified:
+    return Classified(results, [None] * len(results), {}, len(results))
 
 
 @dataclass
@@ -279,7 +289,11 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
             raise ProblemError(problem_of(503, "the service is not ready; try again."), {"Retry-After": "1"})
 
     made = FastAPI(docs_url=None, redoc_url=None, exception_handlers={404: answer_http})
-    made.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, guards))
+
+    def note(request: Request, served: ToyServed, classified: Classified) -> None:
+        """What is noted of an answer is tried in test_serve_app.py."""
+
+    made.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, note, guards))
     describe(made)
     return made
 

@@ -32,7 +32,7 @@ from serve.calls import Classified
 from serve.launch import Launched, launch
 from serve.problems import Problem, ProblemError, problem_of
 from serve.settings import Settings
-from serve.wire import Orders, Seen
+from serve.wire import Orders, Seen, Wanted
 from serve.worker import Worker
 
 PNG = encoded(toy_pixels(3))
@@ -99,12 +99,14 @@ def test_logits_come_back_as_they_were(num: int = 5) -> None:
     async def test() -> None:
         images = np.stack([toy_pixels(seed) for seed in range(num)])
         async with toy_worker() as worker:
-            np.testing.assert_array_equal(await worker.infer(images, deadline()), expected_logits(images))
-            (row, refused) = await worker.infer_encoded([PNG, b"junk"], deadline())
+            pixels = [pixels_SS3.tobytes() for pixels_SS3 in images]
+            of_pixels = (await worker.ask(pixels, Wanted.LOGITS_OF_PIXELS, 1, deadline())).results
+            (row, refused) = (await worker.ask([PNG, b"junk"], Wanted.LOGITS, 1, deadline())).results
+        assert of_pixels == [row_C.tobytes() for row_C in expected_logits(images)]
         assert isinstance(refused, Problem)
-        assert isinstance(row, np.ndarray)
+        assert isinstance(row, bytes)
         # a matmul of another number of rows: float32 sums of 192 terms of size 1
-        np.testing.assert_allclose(row, expected_logits(toy_pixels(3)[None])[0], atol=1e-4)
+        np.testing.assert_allclose(np.frombuffer(row, np.float32), expected_logits(toy_pixels(3)[None])[0], atol=1e-4)
 
     run(test)
 
