@@ -82,7 +82,7 @@ class Batcher(Generic[Item, Result]):
         self.max_size = max(seconds_of)
         self._run = run
         self._deliver = deliver
-        self._best_sizes = [best_size(waiting, seconds_of) for waiting in range(1, self.max_size + 1)]
+        self._num_to_take = [min(num, best_size(num, seconds_of)) for num in range(1, self.max_size + 1)]
         self._max_wait = max_wait
         self._queue: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
@@ -144,8 +144,8 @@ class Batcher(Generic[Item, Result]):
                 return
 
     def _take(self) -> list[Item]:
-        waiting = min(len(self._queue), self.max_size)
-        return [self._queue.popleft() for _ in range(min(waiting, self._best_sizes[waiting - 1]))]
+        num = self._num_to_take[min(len(self._queue), self.max_size) - 1]
+        return [self._queue.popleft() for _ in range(num)]
 
     def _drop_or_run(self, batch: list[Item]) -> None:
         now = time.monotonic()
