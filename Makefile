@@ -21,11 +21,11 @@ demo: install ## teacher, students, certified bundle, one answer
 test: install ## every test, the slow ones too
 	$(BIN)/pytest $(SUITE)
 
-check: install ## format, lint, types, import arrows
+check: install ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_architecture.py
+	$(BIN)/lint-imports
 
 serve: install ## the bundle that make demo left
 	$(BIN)/ltkd serve bundles/demo

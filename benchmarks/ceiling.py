@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.load import poisson, quantile_of, uniform
-from ltkd.images import decode_image
+from ltkd.contract.image_decoding import decode_image
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SHARE = 0.8

@@ -24,16 +24,15 @@ from rich.table import Table
 from scipy.stats import betabinom
 
 from benchmarks.circumstances import circumstances
-from export.calibrate import certify_confidence
-from export.parity import ConfidenceCertificate
-from export.statistics import calibration_error
-from ltkd.calibration import calibrated, least_probabilities, temperatures
-from ltkd.data import load_data
-from ltkd.evaluation import logits_on_test
-from ltkd.groups import ClassGroups
-from ltkd.metrics import softmax
-from ltkd.plots import group_colours, label_axes, save_figure
-from ltkd.runs import open_run
+from export.certification.calibration import certify_confidence
+from export.certification.statistics import calibration_error
+from export.schema import ConfidenceCertificate
+from ltkd.contract.calibration import calibrated, least_probabilities, softmax, temperatures
+from ltkd.contract.class_groups import ClassGroups
+from ltkd.data.datasets import load_data
+from ltkd.evaluation.evaluate import logits_on_test
+from ltkd.training.plots import group_colours, label_axes, save_figure
+from ltkd.training.run_folder import open_run
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks" / "confidence.json"

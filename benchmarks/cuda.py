@@ -29,10 +29,10 @@ from benchmarks.load import closed_loop
 from benchmarks.servers import ROOT, ours_running
 from benchmarks.serving import Asked, listed, workloads_made
 from benchmarks.shapes import WORKLOADS
-from ltkd.bundle import open_bundle
+from ltkd.contract.bundle import open_bundle
+from ltkd.contract.image_decoding import decode_image
 from ltkd.errors import DeviceError
-from ltkd.images import decode_image
-from serve.engine import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, open_engine
+from serve.engine.session import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, open_engine
 
 OUT = ROOT / "docs" / "benchmarks" / "cuda.json"
 MAX_BATCH, CONNECTIONS = 32, 96

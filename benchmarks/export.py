@@ -34,18 +34,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.circumstances import circumstances, spread
 from benchmarks.quantising import CALIBRATION_IMAGES, Subject, losses_by_draw, losses_by_weights, subject_of
-from export.candidate import CPU, CUDA, INPUT, OUTPUT, cuda_works, isa, open_session
-from export.convert import PixelsToLogits, to_onnx
-from export.half import to_fp16
-from export.integers import WEIGHT_LIMIT
-from export.quantise import Form, seen_by
-from ltkd.cores import num_cores
-from ltkd.groups import groups_by_share
-from ltkd.longtail import long_tailed_counts
-from ltkd.networks import build_network
-from ltkd.plots import group_colours, label_axes, save_figure
-from ltkd.runs import open_run
-from ltkd.task import Task
+from export.conversion.fp16 import to_fp16
+from export.conversion.fp32 import PixelsToLogits, to_onnx
+from export.conversion.int8 import Form, seen_by
+from export.conversion.int8_graph import WEIGHT_LIMIT
+from export.conversion.session import CPU, CUDA, INPUT, OUTPUT, cuda_works, isa, open_session
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.resources import num_cores
+from ltkd.contract.task import Task
+from ltkd.data.long_tail import long_tailed_counts
+from ltkd.models.registry import build_network
+from ltkd.training.plots import group_colours, label_axes, save_figure
+from ltkd.training.run_folder import open_run
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks" / "export.json"

@@ -30,12 +30,13 @@ from rich.table import Table
 from scipy.stats import binom
 
 from benchmarks.circumstances import circumstances
-from export.comparison import compare
-from export.gates import MARGINS, task_accuracy
-from export.parity import ALL, Verdict
-from export.statistics import clopper_pearson, images_needed, loss_upper, tango_upper
-from ltkd.bundle import Precision
-from ltkd.groups import ClassGroups
+from export.certification.comparison import compare
+from export.certification.gates import task_accuracy
+from export.certification.margins import MARGINS
+from export.certification.statistics import clopper_pearson, images_needed, loss_upper, tango_upper
+from export.schema import ALL, Verdict
+from ltkd.contract.bundle import Precision
+from ltkd.contract.class_groups import ClassGroups
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "gates.json"
 CERTIFICATIONS = 500

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.load import Outcome
 from benchmarks.trial import Bench, Row, Service, seconds_until
-from serve.keys import make_key
+from serve.http.api_keys import make_key
 
 NOTICED_S = 0.1  # so late may a busy machine tell the front that a process has died
 AT_ONCE_S = 1.0  # and so late may the last of those it held have its answer

@@ -29,15 +29,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ltkd.batches import batches_of
 from ltkd.config import Execution, Precision, Recipe
-from ltkd.data import ImageData, data_config, load_data
-from ltkd.groups import groups_by_share
-from ltkd.methods import METHODS
-from ltkd.networks import build_network
-from ltkd.task import Task
-from ltkd.teacher import CachedTeacher, Teacher
-from ltkd.training import EpochReport, Learner, Progress, Student, train
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.task import Task
+from ltkd.data.batches import batches_of
+from ltkd.data.datasets import ImageData, data_config, load_data
+from ltkd.methods.registry import METHODS
+from ltkd.models.registry import build_network
+from ltkd.training.loop import EpochReport, Learner, Progress, Student, train
+from ltkd.training.teacher import CachedTeacher, Teacher
 
 NUM_CLASSES = 100
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -13,16 +13,16 @@ import onnxruntime
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from export.candidate import CPU, open_session, run
-from export.convert import to_onnx
-from export.gates import margins_for
-from export.integers import plan_of, quantise
-from export.quantise import Form, balanced, seen_by
-from export.ranges import RULES, spreads
-from export.splits import divide
-from ltkd.data import load_data
-from ltkd.runs import open_run
-from ltkd.task import Task
+from export.certification.margins import margins_for
+from export.certification.splits import divide
+from export.conversion.fp32 import to_onnx
+from export.conversion.int8 import Form, balanced, seen_by
+from export.conversion.int8_graph import plan_of, quantise
+from export.conversion.int8_ranges import RULES, spreads
+from export.conversion.session import CPU, open_session, run
+from ltkd.contract.task import Task
+from ltkd.data.datasets import load_data
+from ltkd.training.run_folder import open_run
 
 CALIBRATION_IMAGES = 500
 

@@ -46,7 +46,7 @@ from benchmarks.servers import (
 )
 from benchmarks.serving_report import write_report
 from benchmarks.shapes import WORKLOADS, Workload
-from ltkd.images import decode_image
+from ltkd.contract.image_decoding import decode_image
 
 OUT = ROOT / "docs" / "benchmarks"
 SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)

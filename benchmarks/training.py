@@ -31,11 +31,11 @@ from rich.table import Table
 
 from benchmarks.circumstances import circumstances, spread
 from benchmarks.loops import NUM_CLASSES, PLAIN_WORKERS, Loop, Measured, ltkd_epochs, measured
-from ltkd.batches import Shard, default_workers
-from ltkd.groups import groups_by_share
-from ltkd.longtail import long_tailed_counts
-from ltkd.methods import METHODS, Batch, Classes
-from ltkd.task import Task
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.task import Task
+from ltkd.data.batches import Shard, default_workers
+from ltkd.data.long_tail import long_tailed_counts
+from ltkd.methods.registry import METHODS, Batch, Classes
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks" / "training.json"

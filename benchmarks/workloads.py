@@ -30,9 +30,9 @@ from torch import nn
 
 from benchmarks.shapes import WORKLOADS, Workload
 from benchmarks.training import photo
-from export.convert import to_onnx
-from export.quantise import Form, seen_by
-from ltkd.bundle import (
+from export.conversion.fp32 import to_onnx
+from export.conversion.int8 import Form, seen_by
+from ltkd.contract.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -47,13 +47,13 @@ from ltkd.bundle import (
     record_of,
     staged_bundle,
 )
-from ltkd.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
-from ltkd.groups import groups_by_share
-from ltkd.images import decode_image
-from ltkd.longtail import long_tailed_counts
-from ltkd.networks import Normalise, build_network
-from ltkd.records import write_record
-from ltkd.task import Task
+from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.records import write_record
+from ltkd.contract.task import Task
+from ltkd.data.long_tail import long_tailed_counts
+from ltkd.models.registry import Normalise, build_network
 
 NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
 SPREAD = 4.0

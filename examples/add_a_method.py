@@ -2,8 +2,8 @@
 
 Run it with: python examples/add_a_method.py
 
-Its fields are the parameters that --set changes and that a run records. In ltkd/methods.py instead of here, the
-commands know it too: ltkd distill TEACHER --method logits --set match_weight=0.5 --out STUDENT
+Its fields are the parameters that --set changes and that a run records. In ltkd/methods/registry.py instead of here,
+the commands know it too: ltkd distill TEACHER --method logits --set match_weight=0.5 --out STUDENT
 """
 
 import tempfile
@@ -16,9 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ltkd.config import DataConfig, Execution, Recipe
-from ltkd.data import DATASETS, load_data
-from ltkd.methods import METHODS, Batch, Distillation, NotNegative, method_config
-from ltkd.runs import run_config, train_run
+from ltkd.data.datasets import load_data
+from ltkd.data.formats import DATASETS
+from ltkd.methods.registry import METHODS, Batch, Distillation, NotNegative, method_config
+from ltkd.training.run import run_config, train_run
 
 
 @dataclass(frozen=True, kw_only=True)

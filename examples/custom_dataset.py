@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ltkd.config import DataConfig, Execution, Recipe
-from ltkd.data import DATASETS, load_data
-from ltkd.methods import method_config
-from ltkd.runs import run_config, train_run
-from ltkd.sources import Source
+from ltkd.data.datasets import load_data
+from ltkd.data.formats import DATASETS, Source
+from ltkd.methods.registry import method_config
+from ltkd.training.run import run_config, train_run
 
 WAVES = ("flat", "wide", "even", "narrow", "fine", "finest")
 SIZE_PX = 16

@@ -16,12 +16,12 @@ from custom_dataset import waves  # the small data set of the example beside thi
 from rich.console import Console
 from torch import nn
 
-from ltkd.config import DataConfig, Execution, Recipe
-from ltkd.data import DATASETS, ImageData, load_data
-from ltkd.methods import method_config
-from ltkd.networks import Normalise
-from ltkd.recipes import recipe_of
-from ltkd.runs import run_config, train_run
+from ltkd.config import DataConfig, Execution, Recipe, recipe_of
+from ltkd.data.datasets import ImageData, load_data
+from ltkd.data.formats import DATASETS
+from ltkd.methods.registry import method_config
+from ltkd.models.registry import Normalise
+from ltkd.training.run import run_config, train_run
 
 
 def small_cnn(num_classes: int) -> nn.Module:

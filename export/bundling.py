@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.card import model_card
-from export.certify import Certification, Policy, certify, tell_nobody
-from export.gates import margins_for
-from export.parity import CandidateReport, ParityReport
-from export.report import parity_html, write_report
-from export.splits import divide
-from ltkd.bundle import (
+from export.certification.certify import Certification, Policy, certify, tell_nobody
+from export.certification.margins import margins_for
+from export.certification.splits import divide
+from export.report.html import parity_html, write_report
+from export.report.model_card import model_card
+from export.schema import CandidateReport, ParityReport
+from ltkd.contract.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -24,10 +24,10 @@ from ltkd.bundle import (
     record_of,
     staged_bundle,
 )
-from ltkd.data import ImageData, load_data
+from ltkd.contract.records import sha256_of, write_record, write_whole
+from ltkd.data.datasets import ImageData, load_data
 from ltkd.errors import RunError
-from ltkd.records import sha256_of, write_record, write_whole
-from ltkd.runs import CONFIG_FILE, Run, open_run
+from ltkd.training.run_folder import CONFIG_FILE, Run, open_run
 
 REJECTED_DIRECTORY = "rejected"
 

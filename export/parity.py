@@ -1,345 +1,247 @@
-"""The parity report: what was held against what, on which images, and what came out. The content of parity.json."""
+"""Any two models, held against each other: each side of ``ltkd parity`` is a run, a bundle or an ONNX file.
 
-from typing import Annotated, Literal
+An ONNX file from elsewhere may take uint8 [N, S, S, 3], as ours do, or normalised float32 [N, 3, S, S]; its input and
+output may have any name, its batch may be fixed.
 
-from pydantic import Field
+Shape legend: N images, B a batch of them, S side in pixels, C classes.
+"""
 
-from ltkd.bundle import Precision
-from ltkd.calibration import Calibration
-from ltkd.records import Record, VersionedRecord
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-GateName = Literal["G0 structure", "G1 numeric", "G2 decisions", "G3 task", "G4 confidence", "G5 host"]
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnxruntime import InferenceSession
 
-EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
-"""What a command that certifies exits with; 2 is kept for usage and input."""
-
-ALL = "all"
-"""The name of the row for all images together."""
-
-
-class Gate(Record):
-    """What one gate says.
-
-    Attributes:
-        findings: Sentences for people; those of a gate that was not passed say why.
-    """
-
-    name: GateName
-    verdict: Verdict
-    findings: tuple[str, ...] = ()
-
-
-class Margins(Record):
-    """The loss of accuracy that is acceptable, as a fraction.
-
-    Attributes:
-        overall: For all images together.
-        group: For each group that is not named in ``groups``.
-        groups: By the name of a group.
-    """
-
-    overall: float = Field(gt=0, lt=1)
-    group: float = Field(gt=0, lt=1)
-    groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
-
-    def of(self, group: str) -> float:
-        """The margin of a group, or of ``all``."""
-        return self.overall if group == ALL else self.groups.get(group, self.group)
+from export.certification.candidate import weighed
+from export.certification.margins import margins_for
+from export.certification.reference import BATCH_SIZE, Reference, torch_logits
+from export.certification.splits import split_record, undivided
+from export.certification.statistics import CONFIDENCE
+from export.conversion.session import CPU, INPUT, isa, open_session, read_model, runtime_version
+from export.schema import CandidateReport, DataRecord, ParityReport, Runtime
+from ltkd.contract.bundle import MANIFEST_FILE, Precision, open_bundle
+from ltkd.contract.records import sha256_of
+from ltkd.contract.task import Task
+from ltkd.data.datasets import ImageData
+from ltkd.data.image_files import Images
+from ltkd.errors import BundleError, RunError, UsageError
+from ltkd.training.run_folder import CONFIG_FILE, open_run
 
 
-class GroupParity(Record):
-    """Reference and candidate on the images of one group, or on ``all``. Limits are one-sided at 95 %.
-
-    A wrong PASS of the whole table must get past every row, so each row's upper limit may err in one case of twenty. A
-    wrong FAIL takes one row, so the lower limits err together in one case of twenty (Bonferroni).
+@dataclass(frozen=True)
+class Side:
+    """One of two models.
 
     Attributes:
-        reference_accuracy: None, like all that is undefined, when there are no images.
-        loss: Reference minus candidate accuracy.
-        loss_lower_limit: At 95 % for all rows together.
-        loss_upper_limit: Tango's, raised where it would err too often; the smallest margin that these images certify.
-        num_flips: Images whose most likely class changed.
-        flip_rate_upper_limit: Clopper and Pearson's.
-        num_clear_flips: Flips of images whose class was clear to the reference, or whose logits are not finite.
-        mcnemar_p: Exact two-sided p-value of McNemar's test, adjusted by Holm over the rows. An alarm, no verdict.
-        verdict: PASS when the upper limit of the loss lies below the margin, FAIL when the lower one lies above.
+        words: What it is, for people.
+        file: Name of its file or folder.
+        sha256: Of the file, or of a run's weights.
+        num_bytes: Their size.
+        content: The ONNX file, if it takes images as ours do, to look into its layers; else None.
+        precision: Of the weights, as the file shows.
+        logits: Float [N, C] of any number of images.
     """
 
-    group: str
-    num_images: int
-    reference_accuracy: float | None
-    candidate_accuracy: float | None
-    right_to_wrong: int
-    wrong_to_right: int
-    loss: float | None
-    loss_lower_limit: float
-    loss_upper_limit: float
-    margin: float
-    num_flips: int
-    flip_rate_upper_limit: float
-    num_clear_flips: int
-    mcnemar_p: float
-    verdict: Verdict
-
-
-class ClassParity(Record):
-    """Reference and candidate on the images of one class.
-
-    Attributes:
-        p_value: Exact one-sided p-value of McNemar's test that the class lost accuracy.
-        flagged: Whether the class is among the discoveries at a false discovery rate of 5 % (Benjamini and Hochberg).
-    """
-
-    label: str
-    group: str
-    train_count: int
-    num_images: int
-    reference_accuracy: float | None
-    candidate_accuracy: float | None
-    p_value: float
-    flagged: bool
-
-
-class FlipsByMargin(Record):
-    """How many images changed class, by how clear their class was to the reference.
-
-    Attributes:
-        above: Lower end of the interval of the margin between the two highest logits, as a share of their span.
-        up_to: Its upper end.
-        num_images: Images of each group, in the order of the task's groups.
-        num_flips: Of these, the ones that changed class.
-    """
-
-    above: float
-    up_to: float
-    num_images: tuple[int, ...]
-    num_flips: tuple[int, ...]
-
-
-class Difference(Record):
-    """A mean difference, candidate minus reference, with its 95 % interval by paired bootstrap."""
-
-    value: float
-    low: float
-    high: float
-
-
-class ConfidenceParity(Record):
-    """How far the probabilities of a group's images moved (by true class), or of ``all``.
-
-    Attributes:
-        kl: Mean Kullback-Leibler divergence of the candidate's probabilities from the reference's, in nats.
-        confidence_change: Mean absolute change of the highest probability.
-        nll: Of the negative log likelihood, in nats.
-        brier: Of the Brier score.
-        reference_ece: Expected calibration error, 15 equal intervals, uncalibrated; None without images.
-        candidate_ece: Likewise.
-        ece_null: What a perfectly calibrated model of the candidate's confidences would show on so few images, mean.
-        ece_null_upper: The 95 % quantile of that.
-    """
-
-    group: str
-    num_images: int
-    kl: float | None
-    confidence_change: float | None
-    nll: Difference | None
-    brier: Difference | None
-    reference_ece: float | None
-    candidate_ece: float | None
-    ece_null: float | None
-    ece_null_upper: float | None
-
-
-class ReliabilityBin(Record):
-    """Predictions of one interval of confidence: how sure and how often right, on certification images."""
-
-    above: float
-    up_to: float
-    num_images: int
-    mean_confidence: float | None
-    accuracy: float | None
-
-
-class GroupReliability(Record):
-    """How true the confidence of predictions in one group is, before and after calibration.
-
-    Attributes:
-        group: Of the *predicted* class.
-        num_images: Certification images predicted in it.
-        before: With the logits as they are.
-        after: With the group's temperature.
-        ece_before: Expected calibration error; None without images.
-        ece_after: Likewise.
-        ece_null: What a perfectly calibrated model would show on so few images, mean.
-    """
-
-    group: str
-    num_images: int
-    before: tuple[ReliabilityBin, ...]
-    after: tuple[ReliabilityBin, ...]
-    ece_before: float | None
-    ece_after: float | None
-    ece_null: float | None
-
-
-class ConfidenceCertificate(Record):
-    """What the service will say of confidence, and how it held on images that fitted none of it.
-
-    Attributes:
-        calibration: What goes into the manifest.
-        reliability: One entry a predicted group.
-        mean_set_size: Mean number of classes in a prediction set.
-        empty_sets: Share of images whose prediction set is empty.
-        num_temperature_images: Images that fitted the temperatures.
-        num_threshold_images: Images that fitted expected accuracy, abstention and prediction sets.
-    """
-
-    calibration: Calibration
-    reliability: tuple[GroupReliability, ...]
-    mean_set_size: float
-    empty_sets: float
-    num_temperature_images: int
-    num_threshold_images: int
-
-
-class QuantisationTrial(Record):
-    """One configuration of int8 and what it lost on the selection images.
-
-    Attributes:
-        configuration: In words, such as ``minmax, per channel, balanced``.
-        float_layers: Nodes that were kept in float.
-        worst_group: Where the most accuracy was lost.
-        worst_group_loss: That loss, a fraction.
-        overall_loss: Of all selection images.
-        kl: Mean divergence from the fp32 model's probabilities in the group where it is largest; breaks ties.
-        chosen: Whether this is the one that went on to the gates.
-    """
-
-    configuration: str
-    float_layers: tuple[str, ...]
-    worst_group: str
-    worst_group_loss: float
-    overall_loss: float
-    kl: float
-    chosen: bool
-
-
-class LayerError(Record):
-    """How far a layer's output is from the reference's, given what the reference gives to that layer.
-
-    Attributes:
-        layer: Name of the node.
-        operator: Its type.
-        error: Root mean square of the difference as a share of the reference's root mean square; at most 1,000, which
-            also stands for what is not finite.
-    """
-
-    layer: str
-    operator: str
-    error: float
-
-
-class Latency(Record):
-    """How long one batch takes, in milliseconds: median and quartiles of interleaved repeats."""
-
-    batch: int
-    median_ms: float
-    low_ms: float
-    high_ms: float
-
-
-class Runtime(Record):
-    """What ran the candidate.
-
-    Attributes:
-        provider: Execution provider of ONNX Runtime.
-        isa: The vector instructions that decide how int8 is computed, such as ``avx2`` or ``avx512_vnni``.
-        tf32: Whether float32 was shortened to TF32; None where there is no such thing.
-    """
-
-    onnxruntime: str
-    provider: str
-    isa: str
-    tf32: bool | None
-
-
-class CandidateReport(Record):
-    """One precision, held against the reference.
-
-    Attributes:
-        file: Name in the bundle, or of the file that was given.
-        classes: Sorted by training count, most frequent first.
-        layers: On FAIL, the layers in which the difference arises, in the order of the graph; the first one above
-            rounding is named in the findings.
-    """
-
-    precision: Precision
-    verdict: Verdict
+    words: str
     file: str
     sha256: str
     num_bytes: int
-    runtime: Runtime
-    margins: Margins
-    gates: tuple[Gate, ...]
-    groups: tuple[GroupParity, ...] = ()
-    classes: tuple[ClassParity, ...] = ()
-    flips: tuple[FlipsByMargin, ...] = ()
-    confidence: tuple[ConfidenceParity, ...] = ()
-    certificate: ConfidenceCertificate | None = None
-    quantisation: tuple[QuantisationTrial, ...] = ()
-    layers: tuple[LayerError, ...] = ()
-    latency: tuple[Latency, ...] = ()
+    content: bytes | None
+    precision: Precision
+    logits: Callable[[Images], NDArray[np.floating]]
 
 
-class SplitRecord(Record):
-    """One part of the images, and what it was used for.
+def open_side(path: Path, task: Task) -> Side:
+    """Open a run, a bundle (its fp32 model) or an ONNX file.
 
-    Attributes:
-        sha256: Of the images, then the labels, as they lie in memory.
+    Args:
+        path: Which.
+        task: The classes that both sides shall tell apart, their groups, and the images' size. Its mean and standard
+            deviation normalise the pixels for a file that takes float32.
+
+    Raises:
+        UsageError: There is nothing of the kind at the path, or it takes images in another form.
+        RunError: The run cannot be used, or has other classes.
+        BundleError: The bundle or the file cannot be used, or has other classes.
     """
+    if (path / CONFIG_FILE).is_file():
+        return _run_side(path, task)
+    if (path / MANIFEST_FILE).is_file():
+        file = open_bundle(path).model_path("fp32")
+        return _file_side(file, f"fp32 of the bundle {path}", task)
+    if path.is_file():
+        return _file_side(path, str(path), task)
+    raise UsageError(f"{path} is neither a run, a bundle nor an ONNX file; give one of these.")
 
-    name: Literal["quantisation", "selection", "confidence", "certify"]
-    num_images: int
-    per_group: tuple[int, ...]
-    sha256: str
 
+def hold(reference: Side, candidate: Side, data: ImageData, margins: Mapping[str, float]) -> ParityReport:
+    """Hold a candidate against a reference on all test images, by group of classes.
 
-class DataRecord(Record):
-    """The images that the gates were run on.
+    The candidate may be another model, pruned or retrained, so decisions that change are told and accuracy is judged.
+    The margins of int8 hold where none is given.
 
-    Attributes:
-        description: Which they are, in words.
-        splits: Parts that share no image; ``certify`` chose nothing.
-        num_views: How many of the certify images are random views of others, made because there were too few.
-        num_duplicates: Test images left out because they are copies: of another test image, or of a training image
-            where these are in memory.
+    Args:
+        reference: What is to be kept.
+        candidate: What is to replace it.
+        data: The images; those of the test set that are also training images are left out.
+        margins: As in gates.margins_for.
+
+    Raises:
+        UsageError: A margin is for no group, or no fraction.
+        BundleError: A file does not run on the images, or gives no logits.
+        RunError: A run gives logits that are not finite.
     """
+    task, (certify, num_duplicates) = data.task, undivided(data)
+    asked = Reference(
+        task=task,
+        certify=certify,
+        logits_NC=reference.logits(certify.images),
+        sample_M=np.zeros(0, np.int64),
+        copies=(),
+        oracle_MC=None,
+        onnx=reference.content,
+    )
+    report = CandidateReport(
+        precision=candidate.precision,
+        verdict="FAIL",
+        file=candidate.file,
+        sha256=candidate.sha256,
+        num_bytes=candidate.num_bytes,
+        runtime=Runtime(onnxruntime=runtime_version(), provider=CPU, isa=isa(), tf32=None),
+        margins=margins_for("int8", margins, task.groups),
+        gates=(),
+    )
+    judged = weighed(report, candidate.content, candidate.logits(certify.images), asked, rounding_only=False)
+    return ParityReport(
+        name=candidate.file,
+        verdict=judged.verdict,
+        reference=reference.words,
+        groups=task.groups.names,
+        data=DataRecord(
+            description=f"the {len(certify.label_N):,} test images",
+            splits=(split_record("certify", certify, task.groups),),
+            num_views=0,
+            num_duplicates=num_duplicates,
+        ),
+        versions={name: importlib.metadata.version(name) for name in ("ltkd", "numpy")},
+        confidence=CONFIDENCE,
+        candidates=(judged,),
+    )
 
-    description: str
-    splits: tuple[SplitRecord, ...]
-    num_views: int
-    num_duplicates: int
+
+def precision_of(model: ModelProto) -> Precision:
+    """What a file was made into: int8 if it has quantised layers, fp16 if it has half precision weights."""
+    if any(node.op_type in ("QuantizeLinear", "QLinearConv", "ConvInteger") for node in model.graph.node):
+        return "int8"
+    half = any(weight.data_type == weight.FLOAT16 for weight in model.graph.initializer)
+    return "fp16" if half else "fp32"
 
 
-class ParityReport(VersionedRecord):
-    """The content of parity.json.
+def _run_side(path: Path, task: Task) -> Side:
+    trained = open_run(path)
+    own = trained.task
+    _same_classes(path, own.class_names, task, RunError)
+    if own.input_px != task.input_px:
+        raise RunError(f"{path} takes {own.input_px} pixels, the images have {task.input_px}; use --input-px.")
+    network = trained.load_network()
+    return Side(
+        words=f"torch float32 of the run {path}",
+        file=path.resolve().name,
+        sha256=sha256_of(trained.weights_path),
+        num_bytes=trained.weights_path.stat().st_size,
+        content=None,
+        precision="fp32",
+        logits=lambda images: torch_logits(network, own, images, torch.float32),
+    )
 
-    Attributes:
-        verdict: Of the bundle: PASS when fp32 passed. A precision that did not pass is not in the bundle.
-        reference: What the candidates were held against.
-        groups: Names of the class groups, most frequent classes first.
-        versions: Package name to version, of what converted and certified.
-        confidence: Of every one-sided limit in the report.
-        candidates: One a precision that was tried, fp32 first.
-    """
 
-    schema_version: int = 2
-    name: str
-    verdict: Verdict
-    reference: str
-    groups: tuple[str, ...]
-    data: DataRecord
-    versions: dict[str, str]
-    confidence: float
-    candidates: tuple[CandidateReport, ...]
+def _file_side(path: Path, words: str, task: Task) -> Side:
+    content = path.read_bytes()
+    model = read_model(content)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        names = json.loads(said.get("class_names", "null"))
+    except ValueError:
+        names = None  # another tool's entry of that name
+    if isinstance(names, list):
+        _same_classes(path, names, task, BundleError)
+    session = open_session(content)
+    feed, batch = _form(path, session, task)
+    return Side(
+        words=words,
+        file=path.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        num_bytes=len(content),
+        content=content if session.get_inputs()[0].name == INPUT else None,
+        precision=precision_of(model),
+        logits=lambda images: _run(path, session, feed, batch, images, len(task.class_names)),
+    )
+
+
+def _same_classes(path: Path, names: Sequence[str], task: Task, error: type[RunError] | type[BundleError]) -> None:
+    if tuple(names) != task.class_names:
+        differ = next(
+            (at for at, pair in enumerate(zip(names, task.class_names, strict=False)) if len(set(pair)) > 1), 0
+        )
+        shown = names[differ] if differ < len(names) else "none"
+        raise error(
+            f"{path} has {len(names)} classes, the images {len(task.class_names)}; class {differ} is {shown} there "
+            f"and {task.class_names[differ]} here. Hold it against images of its own classes, in its own order."
+        )
+
+
+Feed = Callable[[NDArray[np.uint8]], NDArray[np.generic]]
+
+
+def _form(path: Path, session: InferenceSession, task: Task) -> tuple[Feed, int]:
+    """How pixels become the file's input, and the batch it takes; 0 where it takes any."""
+    side, (first, *more) = task.input_px, session.get_inputs()
+    shape = list(first.shape)
+    batch = shape[0] if shape and isinstance(shape[0], int) else 0
+    sizes = [None if isinstance(size, str) else size for size in shape[1:]]
+    expected = {"tensor(uint8)": [side, side, 3], "tensor(float)": [3, side, side]}
+    wanted = expected.get(first.type)
+    fits = wanted is not None and len(sizes) == 3 and all(s in (None, w) for s, w in zip(sizes, wanted, strict=True))
+    if more or not fits:
+        takes = [(node.name, node.type, node.shape) for node in session.get_inputs()]
+        raise UsageError(
+            f"{path} takes {takes}, expected one input: uint8 [N, {side}, {side}, 3] or normalised float32 "
+            f"[N, 3, {side}, {side}]. For images of another size use --input-px."
+        )
+    if first.type == "tensor(uint8)":
+        return lambda images_BSS3: images_BSS3, batch
+    mean, std = (np.array(values, np.float32) for values in (task.mean, task.std))
+    return (
+        lambda images_BSS3: (
+            ((images_BSS3.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+        ),
+        batch,
+    )
+
+
+def _run(
+    path: Path, session: InferenceSession, feed: Feed, batch: int, images: Images, num_classes: int
+) -> NDArray[np.floating]:
+    name, size = session.get_inputs()[0].name, batch or BATCH_SIZE
+    found = []
+    for start in range(0, len(images), size):
+        images_BSS3 = images[start : start + size]
+        whole = np.resize(images_BSS3, (batch or len(images_BSS3), *images_BSS3.shape[1:]))  # fills a fixed batch
+        try:
+            logits_BC = session.run(None, {name: feed(whole)})[0][: len(images_BSS3)]
+        except Exception as reason:  # ONNX Runtime has a dozen error types and no parent for them
+            raise BundleError(f"{path} does not run on {len(whole)} images ({str(reason).splitlines()[0]}).") from None
+        if logits_BC.shape != (len(images_BSS3), num_classes):
+            raise BundleError(
+                f"{path} gives {list(logits_BC.shape)} for {len(images_BSS3)} images, expected logits "
+                f"[{len(images_BSS3)}, {num_classes}]; its first output has to be the logits."
+            )
+        found.append(logits_BC)
+    return np.concatenate(found)

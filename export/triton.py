@@ -11,10 +11,10 @@ replaced as a whole, and only if it is one of these.
 import re
 from pathlib import Path
 
-from export.candidate import CUDA, INPUT, OUTPUT
-from ltkd.bundle import Bundle, CertifiedModel, Precision
+from export.conversion.session import CUDA, INPUT, OUTPUT
+from ltkd.contract.bundle import Bundle, CertifiedModel, Precision
+from ltkd.contract.staging import staged
 from ltkd.errors import BundleError
-from ltkd.staging import staged
 
 CONFIG_FILE, LABEL_FILE, MODEL_FILE = "config.pbtxt", "labels.txt", "1/model.onnx"
 MAX_BATCH, PREFERRED_BATCHES = 32, (8, 16, 32)

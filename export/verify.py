@@ -5,12 +5,12 @@ from pathlib import Path
 
 from onnxruntime import InferenceSession
 
-from export.candidate import CPU, open_session, read_model
-from export.gates import host, structure
-from export.parity import CandidateReport, Gate, ParityReport
-from ltkd.bundle import Bundle, CertifiedModel, Golden, Manifest, Precision, open_bundle
+from export.certification.gates import host, structure
+from export.conversion.session import CPU, open_session, read_model
+from export.schema import CandidateReport, Gate, ParityReport
+from ltkd.contract.bundle import Bundle, CertifiedModel, Golden, Manifest, Precision, open_bundle
+from ltkd.contract.records import read_record
 from ltkd.errors import BundleError, DeviceError
-from ltkd.records import read_record
 
 
 @dataclass(frozen=True)

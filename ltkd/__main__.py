@@ -1,5 +1,5 @@
 """``python -m ltkd`` is the command ``ltkd``; torchrun starts it so."""
 
-from ltkd.cli import main
+from ltkd.cli.main import main
 
 main()

@@ -1,11 +1,13 @@
 """What defines a run: data, network, method, recipe and seed. ``config.json`` holds one RunConfig."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from ltkd.records import Record, VersionedRecord
+from ltkd.contract.records import Record, VersionedRecord
+from ltkd.errors import UsageError
 
 Parameter = float | int | bool | str
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -15,7 +17,7 @@ class DataConfig(Record):
     """Which images, how long their tail is, and how the classes are grouped.
 
     Attributes:
-        name: A key of ltkd.data.DATASETS.
+        name: A key of ltkd.data.formats.DATASETS.
         root: Directory of the images, where the data set has one.
         gamma: Largest over smallest class after sampling; None keeps the training set as it is.
         holdout: Share of every class that is taken out of the training set, before its tail is cut, and stands in
@@ -62,7 +64,7 @@ class Recipe(Record):
 
 
 class MethodConfig(Record):
-    """A key of ltkd.losses.METHODS with all of its parameters."""
+    """A key of ltkd.methods.registry.METHODS with all of its parameters."""
 
     name: str
     parameters: dict[str, Parameter]
@@ -88,7 +90,7 @@ class RunConfig(VersionedRecord):
     """Everything needed to repeat a run.
 
     Attributes:
-        model: A name that ltkd.networks.model_of knows.
+        model: A name that ltkd.models.registry.model_of knows.
         weights_from: A file of weights that the network starts with; None starts with random ones.
         weights_from_sha256: Which weights these were.
         teacher: The teacher's run folder; None when a network learns from labels alone.
@@ -109,3 +111,39 @@ class RunConfig(VersionedRecord):
     teacher_weights_sha256: str | None = None
     teacher_views: int | None = Field(default=None, gt=0)
     versions: dict[str, str]
+
+
+def demo() -> Recipe:
+    """Glyphs on two CPU cores in a few minutes."""
+    return Recipe(name="demo", epochs=12, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=3)
+
+
+def short() -> Recipe:
+    """CIFAR-100-LT, a teacher and six students for three seeds, on two CPU cores in about two hours."""
+    return Recipe(name="short", epochs=12, peak_learning_rate=0.1, schedule="one-cycle", eval_every=4)
+
+
+def paper() -> Recipe:
+    """The benchmark's full recipe for the residual networks (METHOD: 240 epochs, batch 64); for a GPU."""
+    return Recipe(
+        name="paper", epochs=240, peak_learning_rate=0.05, schedule="steps", milestones=(150, 180, 210), eval_every=1
+    )
+
+
+def adopt() -> Recipe:
+    """No training: the network as its weights are, measured; for a teacher from elsewhere."""
+    return Recipe(name="adopt", epochs=0, peak_learning_rate=0.1, schedule="one-cycle")
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper": paper, "adopt": adopt}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        UsageError: The name is not in RECIPES.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}.")
+    return RECIPES[name]()

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ltkd.bundle import MANIFEST_FILE
+from ltkd.contract.bundle import MANIFEST_FILE
 from ltkd.errors import UsageError
-from serve.launch import Launched, launch
+from serve.pool.dispatcher import Worker, orders
+from serve.pool.engine_process import Launched, launch
 from serve.settings import Settings
-from serve.worker import Worker, orders
 
 
 def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = None) -> None:
@@ -31,7 +31,7 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
         LtkdError: A bundle, the device or the address cannot be used.
     """
     with _signals_exit(), _listening(settings.host, settings.port) as listener:
-        gc.disable()  # until the start is over (serve.memory)
+        gc.disable()  # until the start is over (ltkd.contract.resources)
         ahead: list[Launched] = []
         if (path / MANIFEST_FILE).exists():
             ahead.append(launch(orders(path, settings)))

@@ -18,8 +18,8 @@ from http import HTTPStatus
 
 from pydantic import Field
 
+from ltkd.contract.records import Record
 from ltkd.errors import ImageError, ImageTypeError, LtkdError
-from ltkd.records import Record
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -12,16 +12,15 @@ from types import FrameType
 
 import uvicorn
 
-from ltkd.cores import num_cores
-from serve.app import create_app
-from serve.logs import log_settings, set_up_logging
-from serve.memory import settle
-from serve.models import StartWorker
-from serve.operations import reload_on_hangup
-from serve.protocol import Connection
-from serve.service import Service
+from ltkd.contract.resources import num_cores, settle
+from serve.api.app import create_app
+from serve.api.operations import reload_on_hangup
+from serve.http.fast_path import Connection
+from serve.http.service import Service
+from serve.monitoring.logs import log_settings, set_up_logging
+from serve.pool.dispatcher import Worker
+from serve.pool.repository import StartWorker
 from serve.settings import Settings
-from serve.worker import Worker
 
 
 def run(

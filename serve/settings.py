@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ltkd.bundle import Precision
+from ltkd.contract.bundle import Precision
+from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.errors import UsageError
-from ltkd.images import MAX_PIXELS
-from serve.wire import Device
+from serve.engine.messages import Device
 
 PREFIX = "LTKD_"
 PILLOW_MAX_PIXELS = 89_478_485

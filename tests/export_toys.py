@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
-from export.convert import to_onnx
-from ltkd.groups import ClassGroups
-from ltkd.task import Task
+from export.conversion.fp32 import to_onnx
+from ltkd.contract.class_groups import ClassGroups
+from ltkd.contract.task import Task
 
 TASK = Task(
     class_names=("ant", "bee", "cat", "dog", "eel", "fox"),

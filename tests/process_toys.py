@@ -27,11 +27,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-import ltkd.recipes
-from ltkd import runs
-from ltkd.cli import main
+import ltkd.config
+import ltkd.training.run as run_module
+from ltkd.cli.main import main
 from ltkd.config import Recipe
-from ltkd.ranks import Ranks, joined_ranks
+from ltkd.training.distributed import Ranks, joined_ranks
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -41,7 +41,9 @@ STEPS_PER_EPOCH, STEPS = 5, 15  # of the 37 images of training_toys.write_tree
 PATIENCE_S = 120.0  # the machine may be busy with other things
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["process_toys", "ltkd.plots", "ltkd.compare", "torch.distributed", "torch._dynamo"])
+_processes.set_forkserver_preload(
+    ["process_toys", "ltkd.training.plots", "ltkd.evaluation.compare", "torch.distributed", "torch._dynamo"]
+)
 
 
 def net(num_classes: int) -> nn.Module:
@@ -183,9 +185,9 @@ def _child(folder: Path, words: list[str], variables: dict[str, str], log: Path)
 
 def drive() -> None:
     """The command line of this process, with toys in place of recipes."""
-    ltkd.recipes.RECIPES["toy"] = lambda: RECIPE
-    runs.SAVE_EVERY_S = float(os.environ.get("TOY_SAVE_EVERY_S", "0"))
-    runs.AGREE_EVERY = 1
+    ltkd.config.RECIPES["toy"] = lambda: RECIPE
+    run_module.SAVE_EVERY_S = float(os.environ.get("TOY_SAVE_EVERY_S", "0"))
+    run_module.AGREE_EVERY = 1
     # too large at first, so that the scale is soon another one and steps are left out
     torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**20)  # type: ignore[misc, assignment]
     torch.set_num_threads(1)

@@ -7,9 +7,9 @@ import torch
 from export_toys import TASK, coloured_images
 from torch import Tensor, nn
 
-from export.convert import to_onnx
-from export.splits import Part
-from ltkd.networks import Normalise
+from export.conversion.fp32 import to_onnx
+from ltkd.data.image_files import Part
+from ltkd.models.registry import Normalise
 
 
 class SmallNet(nn.Module):

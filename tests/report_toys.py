@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.card import model_card
-from export.parity import (
+from export.report.html import write_report
+from export.report.model_card import model_card
+from export.schema import (
     CandidateReport,
     ClassParity,
     ConfidenceCertificate,
@@ -34,8 +35,7 @@ from export.parity import (
     SplitRecord,
     Verdict,
 )
-from export.report import write_report
-from ltkd.bundle import (
+from ltkd.contract.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -49,7 +49,7 @@ from ltkd.bundle import (
     record_of,
     staged_bundle,
 )
-from ltkd.calibration import (
+from ltkd.contract.calibration import (
     HISTOGRAM_BINS,
     Abstention,
     Calibration,
@@ -58,9 +58,9 @@ from ltkd.calibration import (
     Proportion,
     SetThreshold,
 )
-from ltkd.groups import groups_by_share
-from ltkd.records import write_record
-from ltkd.task import Task
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.records import write_record
+from ltkd.contract.task import Task
 
 WORDS = (
     "apple",

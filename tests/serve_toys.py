@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 from PIL import Image
 
-from ltkd.bundle import (
+from ltkd.contract.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -44,25 +44,18 @@ from ltkd.bundle import (
     record_of,
     staged_bundle,
 )
-from ltkd.calibration import (
-    Abstention,
-    Calibration,
-    ConfidenceBin,
-    GroupCalibration,
-    Proportion,
-    SetThreshold,
-)
-from ltkd.groups import ClassGroups
-from ltkd.images import MAX_PIXELS
-from ltkd.records import write_record
-from ltkd.task import Task
-from serve.app import create_app
-from serve.launch import Launched, connected_lines
-from serve.process import serve_line
-from serve.protocol import Connection
-from serve.service import Service
+from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
+from ltkd.contract.class_groups import ClassGroups
+from ltkd.contract.image_decoding import MAX_PIXELS
+from ltkd.contract.records import write_record
+from ltkd.contract.task import Task
+from serve.api.app import create_app
+from serve.engine.message_loop import serve_line
+from serve.http.fast_path import Connection
+from serve.http.service import Service
+from serve.pool.dispatcher import Worker
+from serve.pool.engine_process import Launched, connected_lines
 from serve.settings import Settings
-from serve.worker import Worker
 
 SIZE_PX = 8
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")

@@ -13,14 +13,14 @@ import httpx
 import pytest
 from training_toys import NAMES, write_tree
 
-from ltkd.records import sha256_of
-from ltkd.runs import open_run
+from ltkd.contract.records import sha256_of
+from ltkd.training.run_folder import open_run
 
 # a shell that puts the tests into the background has them, and their children, ignore Ctrl-C
 LTKD = [
     sys.executable,
     "-c",
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ltkd.cli import main; main()",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ltkd.cli.main import main; main()",
 ]
 
 

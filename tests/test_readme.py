@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ltkd.cli import cli
+from ltkd.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

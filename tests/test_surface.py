@@ -2,10 +2,10 @@
 
 import click
 
-from ltkd.bundle import Manifest
-from ltkd.cli import cli
+from ltkd.cli.main import cli
 from ltkd.config import RunConfig
-from ltkd.task import Task
+from ltkd.contract.bundle import Manifest
+from ltkd.contract.task import Task
 
 DATA = {
     "--data", "--gamma", "--groups", "--holdout", "--input-px", "--skip-unreadable", "--train-list", "--test-list",

@@ -7,16 +7,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ltkd.batches import batches_of
 from ltkd.config import DataConfig, Execution, Recipe, RunConfig
-from ltkd.data import ImageData
-from ltkd.groups import groups_by_share
-from ltkd.images import save_image
-from ltkd.methods import CE, method_config
-from ltkd.runs import Run, run_config
-from ltkd.task import Task
-from ltkd.teacher import Teacher
-from ltkd.training import EpochReport, Learner, Student, train
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.image_decoding import save_image
+from ltkd.contract.task import Task
+from ltkd.data.batches import batches_of
+from ltkd.data.datasets import ImageData
+from ltkd.methods.registry import CE, method_config
+from ltkd.training.loop import EpochReport, Learner, Student, train
+from ltkd.training.run import run_config
+from ltkd.training.run_folder import Run
+from ltkd.training.teacher import Teacher
 
 CPU = Execution(device="cpu")
 RECIPE = Recipe(name="toy", epochs=4, batch_size=8, peak_learning_rate=0.05, schedule="one-cycle", eval_every=2)

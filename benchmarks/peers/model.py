@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ltkd.images import decode_image
+from ltkd.contract.image_decoding import decode_image
 
 SIZE_PX, PORT = int(os.environ["PEER_SIZE_PX"]), int(os.environ["PEER_PORT"])
 MAX_BATCH, WAIT_MS = int(os.environ["PEER_MAX_BATCH"]), float(os.environ["PEER_WAIT_MS"])

@@ -1,0 +1,1 @@
+"""The certification report for people: HTML page, plots, console tables, model card."""

@@ -1,0 +1,1 @@
+"""The command line ``ltkd``. Heavy packages are imported inside a command, so ``--help`` answers at once."""

@@ -1,0 +1,89 @@
+"""The command ``pipeline``: from data to an answer in one go."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ltkd.cli.export import _conclude
+from ltkd.cli.options import _console, _execution, data_options, seed_option
+from ltkd.cli.serve import _sentence
+from ltkd.contract.resources import _keep_freed_memory
+
+if TYPE_CHECKING:
+    from ltkd.config import DataConfig
+
+
+@click.command(short_help="The whole journey, from data to an answer.")
+@data_options
+@click.option("--teacher-model", default="resnet20", show_default=True)
+@click.option("--student-model", default="resnet8", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--recipe", default="demo", show_default=True, help="demo, short or paper.")
+@seed_option
+@click.option("--out", "name", default="demo", show_default=True, help="Name: leaves runs/NAME and bundles/NAME.")
+def pipeline(
+    data_config: "DataConfig",
+    teacher_model: str,
+    student_model: str,
+    device: str,
+    recipe: str,
+    seed: int,
+    name: str,
+) -> None:
+    """The whole journey: teacher, students, certified bundle, one answer.
+
+    Trains a teacher and students by CE, KD and LTKD, certifies the LTKD student, classifies one image of a tail
+    class, and ends with what a reader needs to know.
+    """
+    import numpy as np
+
+    from export.bundling import export_run
+    from ltkd.config import recipe_of
+    from ltkd.contract.image_decoding import save_image
+    from ltkd.evaluation.compare import Experiment, contestant
+    from ltkd.evaluation.compare import compare as run_comparison
+    from ltkd.evaluation.results import comparison_tables
+    from ltkd.training.progress import shown_loading
+    from serve.classify_files import classify_files
+
+    _keep_freed_memory()
+    console = _console()
+    runs, bundle = Path("runs") / name, Path("bundles") / name
+    schedule = recipe_of(recipe)
+    images = shown_loading(data_config, console)
+    experiment = Experiment(
+        data=data_config,
+        recipe=schedule,
+        teacher_model=teacher_model,
+        student_model=student_model,
+        contestants=[contestant(method) for method in ("ce", "kd", "ltkd")],
+        seeds=[seed],
+        gammas=[data_config.gamma],
+        execution=_execution(device),
+    )
+    comparison = run_comparison(experiment, runs, console, load=lambda config, console: images)
+    for table in comparison_tables(comparison):
+        console.print(table)
+    _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images, tell=console.print))
+    counts = images.task.train_counts
+    rarest = min(np.unique(images.test_labels).tolist(), key=lambda label: counts[label])
+    sample = runs / "tail.png"
+    save_image(images.test_images[np.flatnonzero(images.test_labels == rarest)[:1]][0], sample)
+    console.print(
+        f"\nOne image of the rarest class, {images.task.class_names[rarest]} ({counts[rarest]} training images):",
+        highlight=False,
+    )
+    click.echo(_sentence(sample, classify_files(bundle, [sample])[0]))
+    click.echo(
+        f"\nruns: {runs}   plot: {runs / 'compare.png'}   bundle: {bundle}\n"
+        f"Serve it:   {_own_name()} serve {bundle}\n"
+        f"Then ask:   curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/v1/classify"
+    )
+
+
+def _own_name() -> str:
+    """What to type for this command: its plain name where the shell finds it."""
+    return "ltkd" if shutil.which("ltkd") else sys.argv[0]

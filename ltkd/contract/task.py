@@ -1,0 +1,37 @@
+"""The task a model was trained for: it travels with every artefact, so no later stage decides it again."""
+
+from pydantic import Field, model_validator
+
+from ltkd.contract.class_groups import ClassGroups
+from ltkd.contract.records import VersionedRecord
+
+
+class Task(VersionedRecord):
+    """Class names, training counts, groups and preprocessing.
+
+    Attributes:
+        class_names: C names, in the order of the logits.
+        train_counts: Training images of each class.
+        groups: The partition of the classes.
+        input_px: Width and height of the network's input in pixels.
+        mean: Channel means of RGB scaled to 0..1; normalisation lives inside the exported graph.
+        std: Channel standard deviations, likewise.
+    """
+
+    class_names: tuple[str, ...] = Field(min_length=2)
+    train_counts: tuple[int, ...]
+    groups: ClassGroups
+    input_px: int = Field(gt=0)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "Task":
+        sizes = {len(self.class_names), len(self.train_counts), len(self.groups.group_of_class)}
+        if len(sizes) != 1:
+            raise ValueError("class_names, train_counts and groups must be of one length")
+        return self
+
+    def group_name(self, label: int) -> str:
+        """The name of the group that a class belongs to."""
+        return self.groups.names[self.groups.group_of_class[label]]

@@ -1,0 +1,1 @@
+"""Data sets, long-tailed sampling, augmentation and batches."""

@@ -1,0 +1,1 @@
+"""Evaluating runs on the test images, and comparing methods."""

@@ -1,0 +1,123 @@
+"""What a person sees on the terminal while a network trains."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from ltkd.config import DataConfig
+from ltkd.data.datasets import ImageData, load_data
+from ltkd.training.loop import EpochReport, Progress
+from ltkd.training.run_folder import Metrics
+
+
+def shown_loading(config: DataConfig, console: Console) -> ImageData:
+    """Load a data set with a bar over its files, and say how many were left out."""
+    columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # a bar that is not drawn, as in a file, would still leave an empty line
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        data = load_data(config, lambda done, total: bar.update(task, completed=done, total=total))
+    if data.skipped:
+        console.print(f"left out {data.skipped:,} unreadable images", highlight=False)
+    return data
+
+
+class TrainingDisplay:
+    """A progress bar over all steps and, above it, a line for every look at the test set.
+
+    Args:
+        console: Where to print.
+        title: What is trained.
+        epochs: Epochs of the recipe.
+        steps_per_epoch: Steps of an epoch.
+        start: Where a checkpoint stands.
+    """
+
+    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int, start: Progress) -> None:
+        self._title, self._epochs, self._steps_per_epoch = title, epochs, steps_per_epoch
+        self._bar = ProgressBar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("epoch {task.fields[epoch]}, step {task.fields[step]}, {task.fields[rate]:,.0f} images/s, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            title,
+            total=epochs * steps_per_epoch,
+            completed=self._steps(start),
+            epoch=f"{start.epoch + 1}/{epochs}",
+            step=f"{start.step}/{steps_per_epoch}",
+            rate=0.0,
+        )
+        self._since, self._images = time.perf_counter(), 0
+        if self._steps(start):
+            self._bar.console.print(f"{title}: going on after {self._steps(start):,} steps")
+
+    def __enter__(self) -> "TrainingDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, progress: Progress, num_images: int) -> None:
+        """Move the bar to where the training stands; the rate is that of the running epoch."""
+        self._images += num_images
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        self._bar.update(
+            self._task,
+            completed=self._steps(progress),
+            epoch=f"{min(progress.epoch + 1, self._epochs)}/{self._epochs}",
+            step=f"{progress.step}/{self._steps_per_epoch}",
+            rate=self._images / elapsed,
+        )
+        if progress.step == 0:
+            self._since, self._images = time.perf_counter(), 0
+
+    def epoch(self, report: EpochReport) -> None:
+        """Print an epoch's accuracies when the test set was looked at."""
+        if report.accuracy is not None:
+            by_group = "  ".join(f"{name} {100 * value:5.1f}" for name, value in report.accuracy.items())
+            self._bar.console.print(
+                f"{self._title:<16} epoch {report.epoch:>3}/{self._epochs}  loss {report.loss:6.3f}  {by_group}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _steps(self, progress: Progress) -> int:
+        return progress.epoch * self._steps_per_epoch + progress.step
+
+
+class _Board:
+    """The metrics as TensorBoard scalars, where a folder for them is given."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
+
+            self._writer = SummaryWriter(str(folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def note(self, line: Metrics) -> None:
+        """Write one epoch's metrics."""
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "epoch":
+                    self._writer.add_scalar(name, value, int(line["epoch"]))

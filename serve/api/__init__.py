@@ -1,0 +1,1 @@
+"""The routes: /v1, /v2 (Open Inference Protocol) and operations."""

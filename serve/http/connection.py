@@ -1,0 +1,228 @@
+"""The connection of one client: uvicorn's, with the bounds and deadlines that it lacks.
+
+Headers are bounded in bytes and lines; headers, bodies, idleness and reading have deadlines; connections have a number.
+A client that is refused is told why in the words of the service, and has a moment to read that.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from serve.http.service import Asked, Service
+from serve.problems import MEDIA_TYPE, problem_of
+
+_LINGER_SECONDS = 2.0  # a client that is refused while it sends needs time to read why
+_NOBODY = Asked("", None, 0.0)  # a request that was refused before its headers were read
+
+
+class Flow(FlowControl):
+    """Reads on only for a client that reads its answers and has not asked for more than it waits for.
+
+    uvicorn reads on after each answer, so a client that asks without end fills the memory.
+    """
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Collection[object]) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        """Read on, unless there is a reason to wait."""
+        if not self.write_paused and not self._pipeline:
+            super().resume_reading()
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """One client's connection.
+
+    Attributes:
+        service: Has the limits; None before it was started.
+        since: When what the connection does now began, on the clock of ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        service = app_state.get("service")
+        assert service is None or isinstance(service, Service)
+        self.service = service
+        self.since = time.monotonic()
+        self._receiving_head = False
+        self._receiving_body = False
+        self._head_bytes = 0
+        self._parting = False
+        self._served_one = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits for its answer."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """A client has connected."""
+        super().connection_made(transport)
+        self.flow = Flow(transport, self.pipeline)
+        if self.service:
+            self.service.connections.add(self)
+            if len(self.connections) > self.service.settings.max_connections:
+                self._refuse(503, f"{self.service.settings.max_connections} connections are open; try again.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        if self.service:
+            self.service.connections.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """The client sends something."""
+        if self._parting:
+            return
+        if not self._receiving_head and not self._receiving_body:
+            self._begin_head()
+        if self._receiving_head:
+            self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # nothing is upgraded to; the request is answered as if it had not asked
+        except httptools.HttpParserError:
+            if not self._parting:
+                self._refuse(400, "this is not HTTP/1.1; send a request with its headers and a Content-Length.")
+        else:
+            if self._receiving_head and self.service and self._head_bytes > self.service.settings.max_header_bytes:
+                self._refuse_head()
+
+    def pause_writing(self) -> None:
+        """The client does not read; it may not ask for more either."""
+        super().pause_writing()
+        self.flow.pause_reading()
+        self.since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        super().resume_writing()
+        if not self.busy:
+            self.flow.resume_reading()
+
+    def check(self, now: float) -> None:
+        """Part with a client that takes too long; called now and then."""
+        assert self.service
+        limits, waited = self.service.settings, now - self.since
+        if self._parting:
+            if waited > _LINGER_SECONDS:
+                self.transport.abort()
+        elif self.flow.write_paused:
+            if waited > limits.write_seconds:
+                self.transport.abort()
+        elif self._receiving_head:
+            if waited > limits.header_seconds and not self.busy:
+                self._refuse(408, f"the headers did not arrive within {limits.header_seconds:g} s; send them sooner.")
+        elif self._receiving_body:
+            if waited > limits.body_seconds:
+                self._refuse_body(waited)
+        elif not self.busy and waited > (limits.idle_seconds if self._served_one else limits.header_seconds):
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """The parser has found the beginning of a request; uvicorn's own work on it waits for its headers."""
+        if not self._receiving_head:
+            self._begin_head()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser has found a header."""
+        super().on_header(name, value)
+        if self.service and len(self.headers) > self.service.settings.max_headers:
+            self._refuse_head()
+            raise ValueError  # the parser shall stop
+
+    def on_headers_complete(self) -> None:
+        """The parser has found all headers."""
+        if self.service:
+            head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if head_bytes > self.service.settings.max_header_bytes:
+                self._refuse_head()
+                raise ValueError  # the parser shall stop
+        self._receiving_head, self._receiving_body = False, True
+        self.since = time.monotonic()
+        self._begin_request()
+
+    def on_message_complete(self) -> None:
+        """The parser has found the end of the body."""
+        self._receiving_body = False
+        self.since = time.monotonic()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """A request was answered; one that was sent meanwhile is next."""
+        self._served_one = True
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        self.flow.resume_reading()
+        if not (self.busy or self._receiving_head or self._receiving_body):
+            self.since = time.monotonic()
+
+    def _begin_head(self) -> None:
+        self._receiving_head = True
+        self._head_bytes = 0
+        self.since = time.monotonic()
+
+    def _begin_request(self) -> None:
+        """Hand the request whose headers are there to the framework."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+
+    def _refuse_head(self) -> None:
+        assert self.service
+        limits = self.service.settings
+        allowed = f"at most {limits.max_header_bytes:,} bytes and {limits.max_headers} lines"
+        self._refuse(431, f"the request line and headers are too large, {allowed} are taken; send fewer.")
+
+    def _refuse_body(self, waited: float) -> None:
+        """Part with a client whose body is late; whoever reads it has said so, and this makes sure that it ends."""
+        assert self.service
+        if waited > 2 * self.service.settings.body_seconds + _LINGER_SECONDS:
+            self.transport.abort()
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer what never became a request, and part."""
+        if self.busy:
+            self.transport.abort()  # an answer is under way, and another one must not get between its bytes
+            return
+        body = problem_of(status, detail).body
+        retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+        head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head.encode("latin-1") + body)
+        if self.service:
+            self.service.count(_NOBODY, "none", status)
+        self._part()
+
+    def _part(self) -> None:
+        """Send no more, but read what still comes for a moment: closed at once, the client might not see the answer."""
+        self._parting = True
+        self.since = time.monotonic()
+        if self._receiving_head or self._receiving_body:
+            self.transport.write_eof()
+        else:
+            self.transport.close()

@@ -1,0 +1,312 @@
+"""The short way: the usual request, answered without a framework.
+
+One image in a plain POST to /v1/classify is parsed here, handed to the engine process and answered with one write,
+without a task, a framework or a record on the way. Whatever is the least unusual about a request (another route, form
+or encoding, a key that is not known, an odd parameter) goes the ordinary way, so that one place judges it.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from serve.engine.messages import Wanted
+from serve.http.bodies import ANY_BYTES
+from serve.http.connection import BoundedConnection
+from serve.http.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Asked, Head, Service, server_timing
+from serve.monitoring.logs import requests_log
+from serve.pool.dispatcher import Worker
+from serve.pool.engine_process import Call, Classified
+from serve.problems import MEDIA_TYPE, ProblemError, problem_of
+
+_JSON = "application/json"
+_PATH = ROUTE.encode()
+_START = b"POST " + _PATH
+_PAIR = re.compile(rb"(top_k|model|version)=([A-Za-z0-9._-]{1,64})")
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?(\d{1,8})\r\n")
+_UNUSUAL = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
+_TIMEOUT = TIMEOUT_HEADER.lower().encode()
+_MAX_KNOWN_HEAD_BYTES = 1024
+_END = b"\r\n\r\n"
+
+
+class _NoEvent:
+    def set(self) -> None:
+        """Nobody waits for it."""
+
+
+class Exchange:
+    """A request on the short way. To uvicorn it looks like a cycle of its own, as far as uvicorn looks."""
+
+    __slots__ = (
+        "asked", "call", "deadline", "disconnected", "head", "held_bytes", "keep_alive", "message_event", "parts",
+        "response_complete", "worker",
+    )  # fmt: skip
+
+    def __init__(self, this: Asked, head: Head, deadline: float, worker: Worker) -> None:
+        self.asked = this
+        self.head = head
+        self.deadline = deadline
+        self.worker = worker
+        self.keep_alive = head.keep_alive
+        self.parts: list[bytes] = []
+        self.held_bytes = 0
+        self.call: Call | None = None
+        self.disconnected = False
+        self.response_complete = False
+        self.message_event = _NO_EVENT
+
+
+_NO_EVENT = _NoEvent()
+
+
+class Connection(BoundedConnection):
+    """One client's connection, with the short way for the usual request."""
+
+    _in_hand: Exchange | None = None
+    _head_key = b""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: what it asked is not computed."""
+        if exchange := self._in_hand:
+            exchange.disconnected = True
+            if exchange.call:
+                exchange.worker.cancel(exchange.call)
+            self._finish(exchange, CLIENT_LEFT)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """The client sends something; a request with a known head needs no parser."""
+        between = not (self._receiving_head or self._receiving_body or self._parting or self.busy)
+        if between and data.startswith(_START) and self.service and self._take_known(data, self.service):
+            return
+        super().data_received(data)
+
+    def on_body(self, body: bytes) -> None:
+        """The parser has found a part of the body."""
+        if not isinstance(self.cycle, Exchange):
+            super().on_body(body)
+        elif exchange := self._in_hand:
+            exchange.parts.append(body)
+            self._hold(exchange, len(body))
+
+    def on_message_complete(self) -> None:
+        """The parser has found the end of the body."""
+        if not isinstance(self.cycle, Exchange):
+            super().on_message_complete()
+            return
+        self._receiving_body = False
+        if exchange := self._in_hand:
+            self._classify(exchange)
+
+    def _take_known(self, data: bytes, service: Service) -> bool:
+        """Take a whole request whose head was judged before, byte for byte but for the length of its body."""
+        self._head_key = b""
+        end = data.find(b"\r\n\r\n", 0, _MAX_KNOWN_HEAD_BYTES)
+        length = _LENGTH.search(data, 0, end + 2) if end > 0 else None
+        if length is None:
+            return False
+        key = data[: length.start(1)] + data[length.end(1) : end]
+        head = service.known_heads.get(key)
+        if head is None:
+            self._head_key = key  # to be known, if the parser and the judge find it to be usual
+            return False
+        num_bytes = len(data) - end - 4
+        if num_bytes != int(length[1]) or num_bytes > service.settings.max_body_bytes:
+            return False
+        if self._turn_away(head, service):
+            return True
+        exchange = self._begin(head, service)
+        if exchange is None:
+            return False
+        exchange.parts.append(data[end + 4 :])
+        self._hold(exchange, num_bytes)
+        if not exchange.response_complete:
+            self._classify(exchange)
+        return True
+
+    def _turn_away(self, head: Head, service: Service) -> bool:
+        """Refuse a whole request if the queue is full, before anything is begun: thousands may come in a second."""
+        if not head.is_bare or not service.accepting or service.leaving or requests_log.isEnabledFor(logging.INFO):
+            return False
+        try:
+            service.keys.authorise(head.authorization, "classify")
+            worker = service.models.find(head.model, head.version).worker
+        except ProblemError:
+            return False
+        refusal = worker.refusal()
+        if refusal is None:
+            return False
+        start = _start(tuple(self.server_state.default_headers), refusal.problem.status, MEDIA_TYPE, worker.provider)
+        request_id = service.new_request_id().encode()
+        self.transport.write(b"".join((start, _middle(refusal), request_id, _END, refusal.problem.body)))
+        service.telemetry.count_request(ROUTE, refusal.problem.status, "full")
+        self.on_response_complete()
+        return True
+
+    def _begin_request(self) -> None:
+        """Take the short way with a request whose headers are there, if it is a usual one."""
+        key, self._head_key = self._head_key, b""
+        head = self._usual_head(self.service) if self.service and not self.busy else None
+        if self.service is None or head is None or self._begin(head, self.service) is None:
+            super()._begin_request()
+        elif key:
+            self.service.know_head(key, head)
+
+    def _usual_head(self, service: Service) -> Head | None:
+        """What the headers say, if they are those of one image; None for anything unusual."""
+        fields = dict(self.headers)
+        query = _query(self.url)
+        usual = query is not None and len(fields) == len(self.headers) and self.parser.get_method() == b"POST"
+        if query is None or not usual or not _is_one_image(fields, service.settings.max_body_bytes):
+            return None
+
+        def text(name: bytes) -> str:
+            return fields.get(name, b"").decode("latin-1")
+
+        return Head(
+            authorization=text(b"authorization"),
+            request_id=text(b"x-request-id"),
+            traceparent=text(b"traceparent"),
+            timeout=text(_TIMEOUT),
+            model=query.get("model"),
+            version=query.get("version"),
+            top_k=int(query.get("top_k", service.settings.top_k)),
+            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
+        )
+
+    def _begin(self, head: Head, service: Service) -> Exchange | None:
+        """Begin a request with such a head; None if the ordinary way must say what is wrong with it."""
+        if not service.accepting:
+            return None
+        try:
+            service.keys.authorise(head.authorization, "classify")
+            worker = service.models.find(head.model, head.version).worker
+            this = service.asked(head.request_id, head.traceparent)
+            deadline = service.deadline(this, head.timeout)
+        except ProblemError:
+            return None
+        exchange = Exchange(this, head, deadline, worker)
+        self._in_hand = exchange
+        self.cycle = exchange  # type: ignore[assignment] # it has what uvicorn asks of a cycle
+        return exchange
+
+    def _hold(self, exchange: Exchange, num_bytes: int) -> None:
+        """Count bytes of the body, and refuse the request if there are too many in hand."""
+        assert self.service
+        exchange.held_bytes += num_bytes
+        try:
+            self.service.hold_bytes(num_bytes)
+        except ProblemError as error:
+            self._answer_problem(exchange, error)
+
+    def _classify(self, exchange: Exchange) -> None:
+        assert self.service
+        service, head = self.service, exchange.head
+
+        def answered(told: Classified | ProblemError) -> None:
+            if isinstance(told, ProblemError):
+                self._answer_problem(exchange, told)
+                return
+            try:
+                body = service.answer(served, told, exchange.asked)
+            except ProblemError as error:
+                self._answer_problem(exchange, error)
+            else:
+                self._write(exchange, 200, _JSON, body, f"server-timing: {server_timing(told.stage_seconds)}\r\n")
+
+        try:
+            served = service.models.find(head.model, head.version)  # a reload may have come between head and body
+            exchange.worker = served.worker
+            top_k = min(head.top_k, len(served.worker.manifest.task.class_names))
+            content = exchange.parts[0] if len(exchange.parts) == 1 else b"".join(exchange.parts)
+            exchange.call = served.worker.submit([content], Wanted.ANSWERS, top_k, exchange.deadline, answered)
+        except ProblemError as error:
+            self._answer_problem(exchange, error)
+
+    def _answer_problem(self, exchange: Exchange, error: ProblemError) -> None:
+        if error.headers and "Connection" in error.headers:
+            exchange.keep_alive = False
+        self._write(exchange, error.problem.status, MEDIA_TYPE, error.problem.body, _lines(error))
+
+    def _write(self, exchange: Exchange, status: int, media_type: str, body: bytes, more: str) -> None:
+        """Send an answer, as one piece; ``more`` has the header lines that not every answer has."""
+        assert self.service
+        if self.service.leaving:
+            exchange.keep_alive = False
+        if exchange.asked.trace:
+            more += f"traceparent: {exchange.asked.trace.header}\r\n"
+        if not exchange.keep_alive:
+            more += "connection: close\r\n"
+        always = tuple(self.server_state.default_headers)
+        start = _start(always, status, media_type, exchange.worker.provider)
+        head = f"{len(body)}\r\n{more}x-request-id: {exchange.asked.request_id}\r\n\r\n"
+        self.transport.write(b"".join((start, head.encode("latin-1"), body)))
+        self._finish(exchange, status)
+        if not exchange.keep_alive:
+            self._part()
+        self.on_response_complete()
+
+    def _finish(self, exchange: Exchange, status: int) -> None:
+        assert self.service
+        self._in_hand = None
+        exchange.response_complete = True
+        exchange.parts = []
+        self.service.hold_bytes(-exchange.held_bytes)
+        self.service.count(exchange.asked, ROUTE, status)
+
+    def _refuse_body(self, waited: float) -> None:
+        if exchange := self._in_hand:
+            assert self.service
+            detail = f"the body did not arrive within {self.service.settings.body_seconds:g} s"
+            problem = problem_of(408, f"{detail}; send less, or over a faster line.")
+            self._answer_problem(exchange, ProblemError(problem, {"Connection": "close"}))
+        else:
+            super()._refuse_body(waited)
+
+
+@lru_cache
+def _start(always: tuple[tuple[bytes, bytes], ...], status: int, media_type: str, provider: str) -> bytes:
+    """How answers begin, up to the length of the body; it changes once a second, with the date."""
+    own = f"content-type: {media_type}\r\nx-ltkd-provider: {provider}\r\ncontent-length: ".encode("latin-1")
+    return b"".join((STATUS_LINE[status], *[b"%b: %b\r\n" % pair for pair in always], own))
+
+
+@lru_cache
+def _middle(refusal: ProblemError) -> bytes:
+    """How a refusal goes on, up to the request id."""
+    return f"{len(refusal.problem.body)}\r\n{_lines(refusal)}x-request-id: ".encode("latin-1")
+
+
+def _lines(error: ProblemError) -> str:
+    """The header lines of an error; how the connection goes on is said elsewhere."""
+    headers = error.headers or {}
+    return "".join([f"{name.lower()}: {value}\r\n" for name, value in headers.items() if name != "Connection"])
+
+
+def _is_one_image(fields: Mapping[bytes, bytes], max_bytes: int) -> bool:
+    any_bytes = ANY_BYTES.encode()
+    media_type, length = fields.get(b"content-type", any_bytes), fields.get(b"content-length", b"")
+    return (
+        (media_type == any_bytes or media_type.startswith(b"image/"))
+        and length.isdigit()
+        and int(length) <= max_bytes
+        and not any(name in fields for name in _UNUSUAL)
+    )
+
+
+def _query(url: bytes) -> dict[str, str] | None:
+    """The parameters of a plain classify URL; None for any other."""
+    path, mark, query = url.partition(b"?")
+    if path != _PATH:
+        return None
+    found: dict[str, str] = {}
+    for pair in query.split(b"&") if query or mark else ():
+        parts = _PAIR.fullmatch(pair)
+        if not parts or parts[1].decode() in found:
+            return None
+        found[parts[1].decode()] = parts[2].decode()
+    top_k = found.get("top_k", "1")
+    return found if top_k.isdigit() and int(top_k) > 0 else None

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+from export_toys import toy
+from quantise_toys import part, small_onnx
+
+from export.conversion.fp16 import to_fp16
+from export.conversion.int8 import Form, seen_by
+from export.conversion.session import CUDA, cuda_works, isa, open_session, read_model
+from ltkd.contract.resources import num_cores
+from ltkd.errors import BundleError, DeviceError
+
+WITHOUT_CUDA = pytest.mark.skipif(cuda_works(), reason="CUDA works here")
+WITH_CUDA = pytest.mark.skipif(not cuda_works(), reason="CUDA does not work here")
+
+
+def test_a_session_has_as_many_threads_as_there_are_cores_to_use() -> None:
+    assert open_session(toy().candidate).get_session_options().intra_op_num_threads == num_cores()
+
+
+def test_every_precision_uses_standard_operators_and_passes_the_checker() -> None:
+    int8 = seen_by(small_onnx(), part(30, seed=2).images[:]).written(Form("minmax", per_channel=True))
+    for content in (small_onnx(), to_fp16(small_onnx()), int8):
+        assert {opset.domain for opset in read_model(content).opset_import} == {""}
+
+
+@WITHOUT_CUDA
+def test_cuda_is_refused_where_it_does_not_run_and_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DeviceError, match=r"asked for CUDAExecutionProvider, .* It needs an NVIDIA GPU"):
+        open_session(toy().candidate, CUDA)
+    assert capfd.readouterr() == ("", "")
+
+
+@WITHOUT_CUDA
+def test_a_broken_file_is_no_fault_of_the_device() -> None:
+    with pytest.raises(BundleError, match="cannot open the model"):
+        open_session(b"no model", CUDA)
+
+
+@WITH_CUDA
+def test_on_cuda_every_node_runs_there_with_and_without_tf32() -> None:
+    for tf32 in (False, True):
+        session = open_session(to_fp16(small_onnx()), CUDA, tf32=tf32)
+        assert {assigned.ep_name for assigned in session.get_provider_graph_assignment_info()} == {CUDA}
+        assert session.get_provider_options()[CUDA]["use_tf32"] == str(int(tf32))
+
+
+def test_an_unknown_provider_is_refused() -> None:
+    with pytest.raises(DeviceError, match="has no provider 'TPUExecutionProvider'"):
+        open_session(toy().candidate, "TPUExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu sse2 avx avx2 fma", "avx2"),
+        ("flags\t\t: avx2 avx_vnni", "avx_vnni"),
+        ("flags\t\t: avx2 avx512f avx512bw avx512vl", "avx512"),
+        ("flags\t\t: avx2 avx512f avx512bw avx512_vnni", "avx512_vnni"),
+        ("Features\t: fp asimd asimddp", "dotprod"),
+        ("Features\t: fp asimd asimddp i8mm", "i8mm"),
+        ("flags\t\t: fpu sse2", "unknown"),
+    ],
+)
+def test_the_instruction_set_is_read_from_the_kernel(tmp_path: Path, line: str, expected: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: some avx512_vnni processor\n{line}\nbugs\t\t:\n")
+    assert isa(cpuinfo) == expected
+
+
+def test_a_system_that_does_not_say_has_an_unknown_instruction_set(tmp_path: Path) -> None:
+    assert isa(tmp_path / "missing") == "unknown"

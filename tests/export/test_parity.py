@@ -1,0 +1,148 @@
+"""Any two models against each other: files made here and elsewhere, runs and bundles."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from export_toys import TAIL_CLASSES, TASK, damaged, edited, toy
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from export.parity import Side, hold, open_side, precision_of
+from ltkd.data.datasets import ImageData
+from ltkd.errors import BundleError, UsageError
+
+MEAN, STD = np.array(TASK.mean, np.float32), np.array(TASK.std, np.float32)
+
+
+def data() -> ImageData:
+    images, labels = toy().images, toy().labels
+    return ImageData(TASK, images[:0], labels[:0], images, labels, mirror=False)
+
+
+def file_of(folder: Path, content: bytes, name: str = "model.onnx") -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def tail_damaged() -> bytes:
+    """The classifier's tail rows turned, which the average hardly notices: the tail is 600 of 10,000 images."""
+
+    def damage(bias_C: np.ndarray) -> np.ndarray:
+        bias_C[TAIL_CLASSES] -= 100
+        return bias_C
+
+    return damaged(toy().candidate, "network.classifier.bias", damage)
+
+
+def foreign(batch: int | str, names: tuple[str, str] = ("x", "scores"), side: int = 8) -> bytes:
+    """A linear model as other tools write it: normalised float32 [N, 3, S, S], names of its own, no metadata."""
+    weights = np.random.default_rng(3).normal(0, 1, (3 * side * side, 6)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", [names[0]], ["row"], axis=1),
+            helper.make_node("MatMul", ["row", "weights"], [names[1]]),
+        ],
+        "foreign",
+        [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, [batch, 3, side, side])],
+        [helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [batch, 6])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def side(folder: Path, content: bytes, name: str = "model.onnx") -> Side:
+    return open_side(file_of(folder, content, name), TASK)
+
+
+def test_a_model_held_against_itself_passes_in_every_group(tmp_path: Path) -> None:
+    model = side(tmp_path, toy().candidate)
+    report = hold(model, model, data(), {})
+    (candidate,) = report.candidates
+    assert report.verdict == "PASS"
+    assert [row.group for row in candidate.groups] == ["head", "medium", "tail", "all"]
+    assert [gate.name for gate in candidate.gates] == ["G2 decisions", "G3 task", "G4 confidence"]
+    assert report.data.splits[0].num_images + report.data.num_duplicates == len(toy().labels)
+
+
+def test_a_damaged_tail_fails_though_the_average_passes_and_the_layer_is_named(tmp_path: Path) -> None:
+    report = hold(side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"all": 0.2})
+    (candidate,) = report.candidates
+    verdicts = {row.group: row.verdict for row in candidate.groups}
+    assert (report.verdict, verdicts["tail"], verdicts["all"]) == ("FAIL", "FAIL", "PASS")
+    task = next(gate for gate in candidate.gates if gate.name == "G3 task")
+    assert any("tail:" in finding for finding in task.findings)
+    assert any("the difference arises in" in finding and "Gemm" in finding for finding in task.findings)
+
+
+def test_a_margin_of_ones_own_decides(tmp_path: Path) -> None:
+    report = hold(
+        side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"tail": 0.999, "all": 0.2}
+    )
+    assert report.verdict == "PASS"
+    with pytest.raises(UsageError, match="tial"):
+        hold(side(tmp_path, toy().candidate), side(tmp_path, toy().candidate), data(), {"tial": 0.1})
+
+
+@pytest.mark.parametrize("batch", ["N", 1, 7])
+def test_a_file_from_elsewhere_gets_normalised_pixels_in_batches_it_takes(tmp_path: Path, batch: int | str) -> None:
+    images = toy().images[:17]
+    seen_NC = side(tmp_path, foreign(batch)).logits(images)
+    normalised = ((images.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2).reshape(17, -1)
+    weights = numpy_helper.to_array(onnx.load_model_from_string(foreign(batch)).graph.initializer[0])
+    # sums of 192 float32 products of size 1 in another order
+    np.testing.assert_allclose(seen_NC, normalised @ weights, atol=1e-3)
+
+
+def without_classes(model: ModelProto) -> None:
+    del model.metadata_props[:]
+
+
+def other_order(model: ModelProto) -> None:
+    names = next(entry for entry in model.metadata_props if entry.key == "class_names")
+    names.value = json.dumps(list(reversed(TASK.class_names)))
+
+
+def test_classes_in_another_order_are_refused_and_none_at_all_are_taken_on_trust(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"class 0 is fox there and ant here"):
+        side(tmp_path, edited(toy().candidate, other_order))
+    assert side(tmp_path, edited(toy().candidate, without_classes)).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda: foreign("N", side=9), "expected one input: uint8 .N, 8, 8, 3. or normalised float32.*--input-px"),
+        (lambda: b"text", "no ONNX model"),
+    ],
+)
+def test_a_file_that_cannot_be_asked_is_refused_in_one_line(
+    tmp_path: Path, content: Callable[[], bytes], said: str
+) -> None:
+    with pytest.raises((UsageError, BundleError), match=said) as error:
+        side(tmp_path, content())
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_with_another_number_of_classes_is_refused_when_asked(tmp_path: Path) -> None:
+    task = TASK.model_copy(update={"class_names": TASK.class_names[:5]})
+    model = open_side(file_of(tmp_path, foreign("N")), task)
+    with pytest.raises(BundleError, match=r"gives \[4, 6\] for 4 images, expected logits \[4, 5\]"):
+        model.logits(toy().images[:4])
+
+
+def test_nothing_at_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a run, a bundle nor an ONNX file"):
+        open_side(tmp_path / "nothing", TASK)
+
+
+def test_the_precision_is_seen_in_the_file() -> None:
+    model = onnx.load_model_from_string(foreign("N"))
+    assert precision_of(model) == "fp32"
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((2, 2), np.float16), "weights"))
+    assert precision_of(model) == "fp16"
+    model.graph.node.append(helper.make_node("QuantizeLinear", ["x", "s"], ["q"]))
+    assert precision_of(model) == "int8"

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ltkd.contract.image_decoding import load_image
+from ltkd.data import image_files as files_module
+from ltkd.data.image_files import FileImages, channel_levels, look_at, unreadable
+from ltkd.errors import ImageError
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> FileImages:
+    """Seven files of several types and sizes."""
+    paths = []
+    for number in range(7):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{number}{('.png', '.jpg', '.webp')[number % 3]}")
+        Image.fromarray(pixels).save(paths[-1])
+    return FileImages(tuple(paths), 16)
+
+
+def test_files_are_read_by_position_as_the_one_decoder_reads_them(photographs: FileImages) -> None:
+    whole = np.stack([load_image(path, 16) for path in photographs.paths])
+    assert len(photographs) == 7
+    for rows in (slice(None), slice(2, 5), slice(6, 99), slice(None, None, 3), np.array([5, 0, 5]), np.array([], int)):
+        np.testing.assert_array_equal(photographs[rows], whole[rows])
+    assert photographs[2:3].flags.writeable  # torch takes nothing else without a warning
+
+
+def test_some_of_the_files_are_taken_without_reading_them(photographs: FileImages) -> None:
+    for path in photographs.paths:
+        path.unlink()
+    taken = photographs.take(np.array([3, 1]))
+    assert taken == FileImages((photographs.paths[3], photographs.paths[1]), 16)
+    with pytest.raises(ImageError, match=r"1\.jpg: cannot be read"):
+        taken[1:2]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_look_finds_every_unreadable_file_and_counts_the_levels_of_the_others(
+    photographs: FileImages, keep: bool
+) -> None:
+    photographs.paths[0].write_bytes(b"text")
+    whole = photographs.paths[4].read_bytes()
+    photographs.paths[4].write_bytes(whole[: len(whole) // 2])
+    done: list[int] = []
+    look = look_at(photographs, keep=keep, on_file=done.append)
+    assert done == list(range(1, 8))
+    assert list(look.problems) == [0, 4]
+    assert "0.png: not a JPEG" in look.problems[0]
+    assert "4.jpg: the image is damaged or truncated" in look.problems[4]
+    readable = [load_image(photographs.paths[place], 16) for place in (1, 2, 3, 5, 6)]
+    # the images are smaller than twice the result, so a draft is the whole image
+    np.testing.assert_array_equal(look.levels_3L, sum(map(channel_levels, readable)))
+    if keep:
+        assert look.images_NSS3 is not None
+        np.testing.assert_array_equal(look.images_NSS3[[1, 2, 3, 5, 6]], readable)
+    else:
+        assert look.images_NSS3 is None
+
+
+def test_more_files_than_are_under_way_at_once_are_all_read(
+    photographs: FileImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "_TASK", 2)
+    monkeypatch.setattr(files_module, "_TASKS", 2)
+    expected = np.stack([load_image(path, 16) for path in photographs.paths])
+    np.testing.assert_array_equal(look_at(photographs, keep=True).images_NSS3, expected)
+    photographs.paths[5].write_bytes(b"")
+    assert list(look_at(photographs, keep=True).problems) == [5]
+    photographs = photographs.take(np.array([0, 1, 2, 3, 4, 6]))
+    np.testing.assert_array_equal(photographs[:], expected[[0, 1, 2, 3, 4, 6]])
+
+
+def test_the_levels_of_a_channel_are_counted() -> None:
+    levels = channel_levels(np.array([[[0, 1, 255], [0, 2, 255]]], dtype=np.uint8))
+    assert (levels[0, 0], levels[1, 1], levels[1, 2], levels[2, 255]) == (2, 1, 1, 2)
+    assert levels.sum() == 6
+
+
+def test_every_unreadable_file_is_named_three_of_them_in_one_line_and_more_in_one_each() -> None:
+    problems = [f"{number}.png: damaged" for number in range(14)]
+    assert "\n" not in str(unreadable(problems[:3], 50))
+    assert str(unreadable(problems[:1], 1234)).startswith("1 of 1,234 images are unreadable; repair or remove them")
+    assert str(unreadable(problems, 50)).splitlines()[1:] == [f"  {problem}" for problem in problems]

@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_learner, toy_training
+
+from ltkd.config import RECIPES, Execution, Precision, Recipe
+from ltkd.errors import DeviceError, TrainingError
+from ltkd.methods.registry import BKD, CE, KD, LTKD, Batch, LTKDPlus
+from ltkd.models.registry import Normalise
+from ltkd.training.loop import EpochReport, predict
+from ltkd.training.run import device_of
+from ltkd.training.schedules import learning_rate
+
+
+def trained(
+    method: CE, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None, execution: Execution = CPU
+) -> tuple[nn.Module, list[EpochReport]]:
+    torch.manual_seed(1)
+    learner = toy_learner()
+    teacher = ToyNet() if method.needs_teacher else None
+    recipe = recipe if peak is None else recipe.model_copy(update={"peak_learning_rate": peak})
+    reports = toy_training(learner, method, recipe=recipe, seed=seed, teacher=teacher, execution=execution)
+    return learner.student.network, reports
+
+
+def test_a_network_learns_colours_and_reports_every_epoch() -> None:
+    _, reports = trained(CE(), RECIPE.model_copy(update={"epochs": 12}))
+    assert [report.epoch for report in reports] == list(range(1, 13))
+    assert reports[-1].loss < reports[0].loss / 2
+    assert reports[-1].accuracy is not None
+    assert reports[-1].accuracy["all"] >= 0.9
+    assert list(reports[-1].accuracy) == ["head", "medium", "tail", "all"]
+
+
+def test_the_test_set_is_looked_at_as_often_as_the_recipe_says_and_after_the_last_epoch() -> None:
+    _, reports = trained(CE(), RECIPE.model_copy(update={"epochs": 5, "eval_every": 2}))
+    assert [report.accuracy is not None for report in reports] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize("method", [CE(), KD(), BKD(), LTKDPlus()])
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(method: CE) -> None:
+    first, again, other = (trained(method, seed=seed)[0].state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_teacher_is_not_changed() -> None:
+    torch.manual_seed(0)
+    teacher = ToyNet()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    toy_training(toy_learner(), LTKD(), teacher=teacher)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_a_loss_that_rises_until_it_is_not_finite_stops_with_step_batch_and_learning_rate() -> None:
+    with pytest.raises(
+        TrainingError,
+        match=r"became (nan|inf) in epoch \d+, step \d+, at learning rate .* on a batch of \d training images "
+        r"\(the first: number \d+, .*\)\. Losses before it: .*\. Likely cause: the loss was rising .*lower the",
+    ):
+        trained(CE(), peak=1e5)
+
+
+def test_a_damaged_teacher_is_the_likely_cause_of_a_first_loss_that_is_not_finite() -> None:
+    teacher = ToyNet()
+    teacher.classifier.bias.data[1] = math.nan
+    with pytest.raises(
+        TrainingError, match=r"epoch 1, step 1, .*before it: none\. Likely cause: .* weights of teacher"
+    ):
+        toy_training(toy_learner(), KD(), teacher=teacher)
+
+
+def test_a_loss_that_is_suddenly_not_finite_points_at_the_images() -> None:
+    class Sudden(ToyNet):
+        calls = 0
+
+        def forward(self, image: Tensor) -> Tensor:
+            self.calls += self.training
+            logits = super().forward(image)
+            return logits * math.inf if self.calls == 4 else logits
+
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4, .*Likely cause: it came without warning: look at the"):
+        toy_training(toy_learner(Sudden()), CE())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_colours_and_keeps_float32_weights(precision: Precision) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 12})
+    execution = Execution(device="cpu", precision=precision)
+    network, reports = trained(LTKDPlus(), recipe, execution=execution)
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert reports[-1].loss < reports[0].loss
+
+
+def test_deferred_weights_and_warm_ups_follow_the_share_of_the_training_done() -> None:
+    seen = []
+
+    class Spy(CE):
+        def __call__(self, batch: Batch) -> Tensor:
+            seen.append(batch.progress)
+            return super().__call__(batch)
+
+    toy_training(toy_learner(), Spy())
+    assert seen == pytest.approx(np.arange(20) / 20)
+
+
+def test_one_cycle_rises_over_a_quarter_and_falls_to_nearly_zero() -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 10, "peak_learning_rate": 0.2})
+    rates = [learning_rate(recipe, step, steps_per_epoch=10) for step in range(100)]
+    assert max(rates) == rates[25] == pytest.approx(0.2)
+    assert rates[:26] == sorted(set(rates[:26]))
+    assert rates[25:] == sorted(set(rates[25:]), reverse=True)
+    assert 0 < rates[-1] < 0.2 / 500
+
+
+def test_the_papers_schedule_divides_by_ten_after_each_milestone() -> None:
+    recipe = RECIPES["paper"]()
+    at = [learning_rate(recipe, epoch * 7, steps_per_epoch=7) for epoch in (0, 149, 150, 180, 210, 239)]
+    assert at == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.00005, 0.00005])
+
+
+def test_predicting_leaves_the_network_in_its_mode_and_its_statistics() -> None:
+    data = toy_data()
+    network = torch.nn.Sequential(Normalise(data.task), ToyNet()).train()
+    before = network[1].bn.running_mean.clone()
+    once, again = predict(network, data.test_images), predict(network, data.test_images)
+    assert network.training
+    assert torch.equal(network[1].bn.running_mean, before)
+    np.testing.assert_array_equal(once, again)
+
+
+def test_a_smaller_batch_than_the_recipes_trains_too() -> None:
+    recipe = RECIPE.model_copy(update={"batch_size": 64})
+    reports = toy_training(toy_learner(), CE(), data=toy_data(train_counts=(3, 2, 1)), recipe=recipe)
+    assert math.isfinite(reports[-1].loss)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    with pytest.raises(DeviceError, match="asked for cuda, but torch sees no CUDA device; give --device cpu"):
+        device_of("cuda")
+    assert device_of("auto") == torch.device("cpu")

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from ltkd.training.plots import plot_curves, save_figure
+
+METRICS = [
+    {"epoch": 1, "loss": 2.0},
+    {"epoch": 2, "loss": 1.5, "accuracy_head": 0.5, "accuracy_tail": 0.1, "accuracy_all": 0.3},
+]
+
+
+def test_the_curves_are_the_losses_and_the_accuracies_in_percent(tmp_path: Path) -> None:
+    figure = plot_curves(METRICS, ["head", "tail"], "a run", tmp_path / "curves.png")
+    loss, accuracy = figure.axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.5]]
+    drawn = {str(line.get_label()): line.get_xydata().tolist() for line in accuracy.lines}
+    assert drawn == {"head": [[2, 50]], "tail": [[2, 10]], "all": [[2, 30]]}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"old")
+    figure = Figure()
+    figure.suptitle("$not \\mathematics{$")  # found out while it is drawn
+    with pytest.raises(ValueError, match="not"):
+        save_figure(figure, tmp_path / "picture.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    assert (tmp_path / "picture.png").read_bytes() == b"old"
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        save_figure(Figure(), tmp_path / "picture.png")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,147 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from training_toys import CPU, RECIPE, ToyNet, toy_config, toy_data
+
+from ltkd.config import Execution
+from ltkd.errors import RunError
+from ltkd.models.registry import seeded
+from ltkd.training import run as run_module
+from ltkd.training import teacher
+from ltkd.training.run import LOGITS_FOLDER, train_run
+from ltkd.training.run_folder import Run
+from ltkd.training.teacher import CachedTeacher, Taught, Teacher
+
+QUIET = Console(quiet=True)
+NUM_IMAGES = len(toy_data().train_labels)
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_run(toy_config(), toy_data(), tmp_path_factory.mktemp("runs") / "teacher", QUIET, "toy")
+
+
+@pytest.fixture
+def taught_by(trained: Run) -> Iterator[Run]:
+    yield trained
+    shutil.rmtree(trained.path / LOGITS_FOLDER, ignore_errors=True)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images every pass of the teacher's network had."""
+    counts: list[int] = []
+    ask = Teacher.__call__
+
+    def counted(self: Teacher, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+        counts.append(len(rows_B))
+        return ask(self, image_B3SS, rows_B)
+
+    monkeypatch.setattr(Teacher, "__call__", counted)
+    return counts
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kept_logits_are_those_of_a_fresh_pass_to_the_bit_over_a_whole_run(
+    taught_by: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    execution = Execution.model_validate({"device": "cpu", "precision": precision})
+    config = toy_config("kd", teacher=taught_by, teacher_views=RECIPE.epochs, execution=execution)
+    first = train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")  # asks the teacher
+    answer, same = CachedTeacher.__call__, []
+
+    def compared(self: CachedTeacher, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+        kept_BC, _ = answer(self, image_B3SS, rows_B)
+        fresh_BC, _ = Teacher.__call__(self, image_B3SS, rows_B)
+        same.append(torch.equal(kept_BC, fresh_BC) and kept_BC.dtype == fresh_BC.dtype)
+        return kept_BC, ()
+
+    monkeypatch.setattr(CachedTeacher, "__call__", compared)
+    second = train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")  # reads what was kept
+    assert same == [True] * (RECIPE.epochs * 5)
+    assert first.weights_path.read_bytes() == second.weights_path.read_bytes()
+
+
+def test_the_second_student_of_a_seed_makes_no_teacher_pass(taught_by: Run, tmp_path: Path, passes: list[int]) -> None:
+    for number, method in enumerate(("kd", "ltkd", "dkd")):
+        config = toy_config(method, teacher=taught_by, teacher_views=2)
+        train_run(config, toy_data(), tmp_path / method, QUIET, "toy")
+        # two views of every image, though the recipe has four epochs; after that, nothing
+        assert sum(passes) == 2 * NUM_IMAGES, f"student {number}"
+    train_run(toy_config("kd", seed=1, teacher=taught_by, teacher_views=2), toy_data(), tmp_path / "kd1", QUIET, "toy")
+    assert sum(passes) == 4 * NUM_IMAGES  # another seed has views of its own
+
+
+def test_views_of_precisions_are_kept_apart(taught_by: Run, tmp_path: Path, passes: list[int]) -> None:
+    for execution in (CPU, Execution(device="cpu", precision="bfloat16")):
+        config = toy_config("kd", teacher=taught_by, teacher_views=1, execution=execution)
+        train_run(config, toy_data(), tmp_path / execution.precision, QUIET, "toy")
+    assert sum(passes) == 2 * NUM_IMAGES
+
+
+def test_a_view_that_was_seen_in_part_after_going_on_is_not_kept(
+    taught_by: Run, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "SAVE_EVERY_S", 0.0)
+    config = toy_config("kd", teacher=taught_by, teacher_views=RECIPE.epochs)
+    step, steps = torch.optim.SGD.step, []
+
+    def stop_after_eight(self: torch.optim.SGD) -> None:
+        step(self)
+        steps.append(1)
+        if len(steps) == 8:
+            raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(torch.optim.SGD, "step", stop_after_eight)
+        train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
+    torn = train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
+    kept = sorted(path.name for path in (taught_by.path / LOGITS_FOLDER).iterdir())
+    assert kept == [f"seed0-batch8-view{view}-float32.safetensors" for view in (0, 2, 3)]
+    passes.clear()
+    whole = train_run(config, toy_data(), tmp_path / "whole", QUIET, "toy")
+    assert sum(passes) == NUM_IMAGES  # the second view, and it is kept now
+    assert len(list((taught_by.path / LOGITS_FOLDER).iterdir())) == RECIPE.epochs
+    assert torn.weights_path.read_bytes() == whole.weights_path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["torn", "of other images", "without logits"])
+def test_damaged_logits_are_one_clear_line(taught_by: Run, tmp_path: Path, damage: str) -> None:
+    config = toy_config("kd", teacher=taught_by, teacher_views=1)
+    train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")
+    (file,) = (taught_by.path / LOGITS_FOLDER).iterdir()
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:50])
+    elif damage == "of other images":
+        save_file({"logits": load_file(file)["logits"][1:].clone()}, file)
+    else:
+        save_file({"answers": torch.zeros(1)}, file)
+    with pytest.raises(RunError, match=r"view0-float32.safetensors is damaged \(.+\); remove it, and the same command"):
+        train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")
+    file.unlink()
+    train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")
+
+
+def test_a_teacher_learns_nothing_and_keeps_its_running_statistics() -> None:
+    with seeded(0):
+        network = ToyNet().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    answer, features = Teacher(network, CPU)(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert not answer.requires_grad and features == ()
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_the_teacher_of_a_half_precision_answers_in_it() -> None:
+    half = Execution(device="cpu", precision="bfloat16")
+    answer, _ = Teacher(ToyNet(), half)(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert answer.dtype == teacher.HALF["bfloat16"]

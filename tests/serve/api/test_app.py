@@ -1,0 +1,210 @@
+"""Routes, problems, headers, metrics and the description of the API."""
+
+import base64
+import json
+import logging
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from serve_toys import CLASS_NAMES, SIZE_PX, encoded, held_engine, running, toy_app, toy_engine, toy_pixels
+
+from ltkd.contract.image_decoding import decode_image
+from serve.settings import Settings
+from tests.serve.http.test_bodies import problem
+
+PNG = encoded(toy_pixels(3))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with running(toy_app()) as client:
+        yield client
+
+
+def test_an_answer_names_its_model_and_its_groups(client: httpx.Client) -> None:
+    body = client.post("/v1/classify", content=PNG).json()
+    assert body["model"] == {"name": "toy", "precision": "fp32", "provider": "ToyProvider", "sha256": "f" * 64}
+    (result,) = body["results"]
+    # float64 rounding of a few terms
+    assert sum(result["group_confidence"].values()) == pytest.approx(1, abs=1e-12)
+    assert list(result["group_confidence"]) == ["head", "medium", "tail"]
+    assert result["top_k"][0] == {key: result[key] for key in ("label", "class_index", "probability", "group")}
+
+
+def test_top_k_is_the_callers_choice(client: httpx.Client) -> None:
+    def listed(query: str) -> int:
+        return len(client.post(f"/v1/classify{query}", content=PNG).json()["results"][0]["top_k"])
+
+    assert [listed(""), listed("?top_k=1"), listed("?top_k=1000")] == [5, 1, len(CLASS_NAMES)]
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "five", ""])
+def test_a_top_k_that_is_no_positive_number_is_400(client: httpx.Client, top_k: str) -> None:
+    assert "top_k" in problem(client.post(f"/v1/classify?top_k={top_k}", content=PNG), 400)
+
+
+def test_the_model_page_has_the_manifest_and_the_preprocessing(client: httpx.Client) -> None:
+    body = client.get("/v1/model").json()
+    assert body["model"]["provider"] == "ToyProvider"
+    assert body["preprocessing"]["input_px"] == 8
+    assert body["manifest"]["task"]["class_names"] == list(CLASS_NAMES)
+
+
+def test_probes_say_what_is_served(client: httpx.Client) -> None:
+    assert client.get("/livez").json() == {"status": "alive"}
+    ready = client.get("/readyz").json()
+    (model,) = ready["models"]
+    assert (ready["status"], model["provider"], model["sha256"]) == ("ready", "ToyProvider", "f" * 64)
+
+
+def test_before_the_start_has_ended_requests_are_503() -> None:
+    with running(toy_app(), lifespan="off") as client:
+        assert "not ready" in problem(client.get("/readyz"), 503)
+        assert "not ready" in problem(client.post("/v1/classify", content=PNG), 503)
+        assert client.get("/livez").status_code == 200
+
+
+def test_a_path_that_does_not_exist_is_a_problem(client: httpx.Client) -> None:
+    assert "/v1/clasify" in problem(client.post("/v1/clasify", content=PNG), 404)
+
+
+def test_a_method_that_is_not_taken_is_a_problem_that_names_the_right_one(client: httpx.Client) -> None:
+    response = client.get("/v1/classify")
+    assert "it takes POST" in problem(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_defect_is_500_without_its_inside_and_the_log_has_the_cause(caplog: pytest.LogCaptureFixture) -> None:
+    with running(toy_app(toy_engine(breaks=True))) as client, caplog.at_level(logging.ERROR):
+        response = client.post("/v1/classify", content=PNG, headers={"X-Request-ID": "abc-1"})
+        problem(response, 500)
+        assert response.headers["x-request-id"] == "abc-1"
+        assert "secret" not in response.text
+        assert client.get("/readyz").status_code == 200
+    assert "a secret of the inside" in caplog.text
+    assert "abc-1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/classify"), ("GET", "/livez"), ("GET", "/metrics"), ("GET", "/nowhere"), ("GET", "/v1/classify")],
+)
+def test_every_answer_carries_a_request_id_and_the_provider(client: httpx.Client, method: str, path: str) -> None:
+    answer = client.request(method, path, headers={"X-Request-ID": "mine.1"})
+    assert answer.headers["x-request-id"] == "mine.1"
+    assert answer.headers["x-ltkd-provider"] == "ToyProvider"
+    made = client.request(method, path)
+    assert made.headers["x-request-id"] not in ("", client.request(method, path).headers["x-request-id"])
+
+
+@pytest.mark.parametrize("insane", ["a b", "x" * 129, '"><script>'])
+def test_a_request_id_that_is_not_plain_is_replaced(client: httpx.Client, insane: str) -> None:
+    assert client.get("/livez", headers={"X-Request-ID": insane}).headers["x-request-id"] != insane
+
+
+def test_the_stages_are_timed_in_a_header(client: httpx.Client) -> None:
+    timing = client.post("/v1/classify", content=PNG).headers["server-timing"]
+    stages = dict(part.split(";dur=") for part in timing.split(", "))
+    assert set(stages) == {"decode", "queue", "infer"}
+    assert all(float(milliseconds) >= 0 for milliseconds in stages.values())
+
+
+def test_metrics_count_requests_stages_and_groups() -> None:
+    with running(toy_app()) as client:
+        group = client.post("/v1/classify", content=PNG).json()["results"][0]["group"]
+        client.post("/v1/classify", content=b"text")
+        client.get("/nowhere")
+        response = client.get("/metrics")
+    lines = response.text.splitlines()
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'ltkd_requests_total{route="/v1/classify",status="200"} 1.0' in lines
+    assert 'ltkd_requests_total{route="/v1/classify",status="415"} 1.0' in lines
+    assert 'ltkd_requests_total{route="none",status="404"} 1.0' in lines
+    model = 'model="toy",precision="fp32",version="1"'
+    sorted_lines = [sorted_labels(line) for line in lines]
+    assert 'ltkd_stage_seconds_count{model="toy",precision="fp32",stage="infer",version="1"} 1.0' in sorted_lines
+    for name in ("head", "medium", "tail"):  # groups never predicted are there as zero
+        labels = f'group="{name}",{model}'
+        assert f"ltkd_predictions_total{{{labels}}} {float(name == group)}" in sorted_lines
+        assert f"ltkd_confidence_count{{{labels}}} {float(name == group)}" in sorted_lines
+
+
+def test_an_answer_is_counted_and_judged_in_its_group_whichever_protocol_asked() -> None:
+    pixels_SS3 = decode_image(PNG, SIZE_PX).pixels_SS3
+    tensor = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": [1, *pixels_SS3.shape],
+        "data": pixels_SS3.ravel().tolist(),
+    }
+    with running(toy_app()) as client:
+        answered = client.post("/v1/classify", content=PNG)
+        (predicted,) = answered.json()["results"]
+        group = predicted["group"]
+        pixels = client.post("/v2/models/toy/infer", json={"inputs": [tensor]})
+        binary = {"binary_data_size": len(PNG) + 4}
+        head = json.dumps(
+            {"inputs": [{"name": "image_bytes", "datatype": "BYTES", "shape": [1], "parameters": binary}]}
+        ).encode()
+        encoded = client.post(
+            "/v2/models/toy/infer",
+            content=head + len(PNG).to_bytes(4, "little") + PNG,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+        )
+        for answer in (answered, pixels, encoded):
+            truth = {"request_id": answer.headers["X-Request-ID"], "label": predicted["class_index"]}
+            told = client.post("/v1/feedback", json=truth).json()
+            assert (told["predicted"], told["correct"]) == (predicted["label"], True)
+        groups = client.get("/v1/groups").json()
+    none = {"head": 0, "medium": 0, "tail": 0}
+    assert {one["group"]: one["predictions"] for one in groups["window"]["groups"]} == none | {group: 3}
+    judged = {one["group"]: one["of_predictions"]["n"] for one in groups["feedback"] if one["of_predictions"]}
+    assert judged == {group: 3}
+
+
+def sorted_labels(line: str) -> str:
+    """A line of the exposition with its labels in alphabetical order."""
+    name, brace, rest = line.partition("{")
+    labels, _, value = rest.rpartition("} ")
+    return f"{name}{{{','.join(sorted(labels.split(',')))}}} {value}" if brace else line
+
+
+def test_requests_beyond_the_bound_are_429_and_probes_still_answer() -> None:
+    engine = held_engine()
+    with running(toy_app(engine, Settings(max_queue_images=1, max_images=1))) as client:
+        statuses: list[int] = []
+        first = threading.Thread(target=lambda: statuses.append(client.post("/v1/classify", content=PNG).status_code))
+        first.start()
+        assert engine.begun.wait(30)
+        refused = client.post("/v1/classify", content=PNG)
+        ready = client.get("/readyz").status_code
+        engine.go.set()
+        first.join()
+        assert "1 images are in hand" in problem(refused, 429)
+        assert refused.headers["retry-after"] == "1"
+        assert (ready, statuses) == (200, [200])
+        assert client.post("/v1/classify", content=PNG).status_code == 200
+
+
+def test_the_api_describes_its_bodies_and_problems(client: httpx.Client) -> None:
+    described = client.get("/openapi.json").json()
+    classify = described["paths"]["/v1/classify"]["post"]
+    assert {"image/jpeg", "multipart/form-data", "application/json"} <= set(classify["requestBody"]["content"])
+    assert set(classify["responses"]) == {
+        "200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504"
+    }  # fmt: skip
+    for status, response in classify["responses"].items():
+        if status != "200":
+            example = response["content"]["application/problem+json"]["example"]
+            assert example["status"] == int(status)
+    assert {"Problem", "Answer", "Refused"} <= set(described["components"]["schemas"])
+    assert "HTTPValidationError" not in described["components"]["schemas"]
+
+
+def test_the_json_example_of_the_description_is_answered(client: httpx.Client) -> None:
+    described = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
+    example = described["application/json"]["example"]
+    assert base64.b64decode(example["images"][0]).startswith(b"\x89PNG")
+    assert client.post("/v1/classify", json=example).status_code == 200

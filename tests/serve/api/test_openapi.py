@@ -1,0 +1,127 @@
+"""The description of the API: whole, true, frozen; and a generator of requests finds no answer beyond it."""
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serve_toys import encoded, running, toy_app, toy_pixels
+
+from serve.http.api_keys import make_key
+from serve.http.bodies import BASE64
+from serve.settings import Settings
+
+FROZEN = Path(__file__).parents[3] / "docs" / "openapi.json"
+DESCRIBED: dict[str, Any] = toy_app().openapi()
+IMAGES = st.sampled_from([encoded(toy_pixels(seed), kind) for seed in range(2) for kind in ("PNG", "JPEG", "WEBP")])
+
+# what no schema can say: that bytes are an image
+for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream"):
+    schemathesis.openapi.media_type(media_type, IMAGES)
+schemathesis.openapi.format(BASE64, IMAGES.map(lambda image: base64.b64encode(image).decode()))
+
+
+def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in DESCRIBED["paths"].items():
+        for method, operation in methods.items():
+            yield method.upper(), path, operation
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with running(toy_app()) as client:
+        yield client
+
+
+WRITTEN = json.dumps(DESCRIBED, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def test_the_description_is_the_frozen_one() -> None:
+    told = "the API has changed: say so in CHANGELOG.md, and write it with: python tests/test_serve_openapi.py"
+    assert FROZEN.read_text(encoding="utf-8") == WRITTEN, told
+
+
+def test_the_service_gives_the_description(client: httpx.Client) -> None:
+    assert client.get("/openapi.json").json() == DESCRIBED
+
+
+def test_every_reference_of_the_description_leads_somewhere() -> None:
+    text = json.dumps(DESCRIBED)
+    for kind, name in set(re.findall(r'"#/components/(\w+)/([\w-]+)"', text)):
+        assert name in DESCRIBED["components"][kind], f"{kind}/{name}"
+    assert "HTTPValidationError" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "operation"), list(operations()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_operation_is_described_with_its_problems(method: str, path: str, operation: dict[str, Any]) -> None:
+    assert operation["summary"]
+    headers = {parameter.get("$ref", "").rpartition("/")[2] for parameter in operation["parameters"]}
+    assert {"X-Request-ID", "traceparent"} <= headers
+    for status, response in operation["responses"].items():
+        assert "X-Request-ID" in response["headers"]
+        if status == "200":
+            continue
+        (content,) = response["content"].values()
+        assert content["example"]["status"] == int(status)
+        assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+    if path.endswith(("classify", "infer")):
+        assert set(operation["responses"]) == {
+            "200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504",
+        }  # fmt: skip
+        assert "application/json" in operation["requestBody"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/{model}/infer"])
+def test_the_json_example_of_a_body_is_answered(client: httpx.Client, path: str) -> None:
+    example = DESCRIBED["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
+    response = client.post(path.format(model="toy"), json=example)
+    assert response.status_code == 200, response.text
+
+
+api = schemathesis.openapi.from_dict(DESCRIBED)
+KEY, KEY_LINE = make_key("tester", "admin")
+
+
+@api.auth()
+class Authorization:
+    """With the key, unless schemathesis wants to know what happens without or with a wrong one."""
+
+    def get(self, _: schemathesis.Case, __: schemathesis.AuthContext) -> str:
+        return f"Bearer {KEY}"
+
+    def set(self, case: schemathesis.Case, data: str, _: schemathesis.AuthContext) -> None:
+        case.headers["Authorization"] = data
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a service that asks for a key."""
+    key_file = tmp_path_factory.mktemp("keys") / "keys"
+    key_file.write_text(KEY_LINE + "\n")
+    with running(toy_app(settings=Settings(key_file=key_file))) as client:
+        yield str(client.base_url)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@api.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_no_generated_request_is_answered_in_a_way_that_is_not_described(case: schemathesis.Case, locked: str) -> None:
+    case.headers.pop("X-Request-Timeout", None)  # one that is short enough is rightly answered with 504
+    # of a tensor no schema can say that its shape fits its data, or how much of a body is JSON
+    beyond_schemas = [positive_data_acceptance] if case.path.endswith("/infer") else []
+    case.call_and_validate(base_url=locked, excluded_checks=beyond_schemas)
+
+
+if __name__ == "__main__":
+    FROZEN.write_text(WRITTEN, encoding="utf-8")

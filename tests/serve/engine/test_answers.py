@@ -1,0 +1,231 @@
+"""What an answer says, computed again by hand; its JSON; and that its batch does not matter."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from serve_toys import CLASS_NAMES, GROUPS, TASK, toy_calibration, toy_engine
+
+from ltkd.contract.bundle import Manifest
+from ltkd.contract.calibration import Calibration, Proportion, calibrated, expected_accuracy
+from ltkd.contract.class_groups import groups_by_share
+from ltkd.contract.task import Task
+from serve.engine.answers import Answer, Answerer, Answers, Refused, answers_json, model_ref, refused_json
+from serve.problems import problem_of
+
+LOGITS_NC = np.array([[0.0, 1.0, 2.0, 0.5, 3.0, -1.0], [9.0, 8.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
+TEMPERATURES = (0.5, 1.0, 2.5)
+
+
+def manifest(calibration: Calibration | None = None, task: Task = TASK) -> Manifest:
+    """The toy's manifest, each group at a temperature of its own."""
+    toy = toy_engine().manifest
+    if calibration is None:
+        calibration = tuple(
+            group.model_copy(update={"temperature": temperature})
+            for group, temperature in zip(toy_calibration(), TEMPERATURES, strict=True)
+        )
+    model = toy.precisions["fp32"].model_copy(update={"calibration": calibration})
+    return toy.model_copy(update={"task": task, "precisions": {"fp32": model}})
+
+
+ANSWERER = Answerer(manifest(), "fp32")
+
+
+def answered(logits_NC: NDArray[np.float32], top_k: int = 6, answerer: Answerer = ANSWERER) -> list[Answer]:
+    results = answerer.records(answerer.judge(logits_NC), [top_k] * len(logits_NC), [()] * len(logits_NC))
+    assert all(isinstance(result, Answer) for result in results)
+    return [result for result in results if isinstance(result, Answer)]
+
+
+def test_an_answer_is_what_numpy_computes_directly() -> None:
+    judged = ANSWERER.judge(LOGITS_NC)
+    first, second = ANSWERER.records(judged, [2, 2], [("one",), ()])
+    assert isinstance(first, Answer) and isinstance(second, Answer)
+    hot_C = np.exp(LOGITS_NC[0].astype(float) / 2.5)  # predicted in the tail: the tail's temperature for all classes
+    assert (first.label, first.class_index, first.group, first.warnings) == ("elk", 4, "tail", ("one",))
+    assert (second.label, second.group, second.warnings) == ("ant", "head", ())
+    # float64 on both sides, sums of six terms
+    assert first.probability == pytest.approx((hot_C / hot_C.sum())[4], abs=1e-12)
+    assert first.group_confidence["head"] == pytest.approx((hot_C / hot_C.sum())[:2].sum(), abs=1e-12)
+    assert [entry.label for entry in first.top_k] == ["elk", "cat"]
+
+
+def test_probabilities_are_those_that_calibration_was_fitted_with() -> None:
+    groups = GROUPS
+    expected_NC = calibrated(LOGITS_NC, groups, np.array(TEMPERATURES))
+    for row, answer in enumerate(answered(LOGITS_NC)):
+        assert {entry.class_index: entry.probability for entry in answer.top_k} == dict(enumerate(expected_NC[row]))
+
+
+def test_group_confidence_sums_to_one_and_splits_every_probability() -> None:
+    for answer in answered(LOGITS_NC):
+        assert tuple(answer.group_confidence) == GROUPS.names
+        # float64 rounding of a few terms
+        assert sum(answer.group_confidence.values()) == pytest.approx(1, abs=1e-12)
+        whole = answer.within_group_probability * answer.group_confidence[answer.group]
+        assert whole == pytest.approx(answer.probability, abs=1e-12)
+
+
+def test_more_classes_than_there_are_lists_all_of_them() -> None:
+    (answer,) = answered(LOGITS_NC[:1], 99)
+    assert sorted(entry.label for entry in answer.top_k) == sorted(CLASS_NAMES)
+    ranked = [entry.probability for entry in answer.top_k]
+    assert ranked == sorted(ranked, reverse=True)
+
+
+def test_certainty_beyond_float_range_stays_finite() -> None:
+    (answer,) = answered(np.array([[3e38, 0, 0, 0, 0, -3e38]], np.float32))
+    assert answer.within_group_probability == 1
+    assert answer.group_confidence["tail"] == 0
+
+
+def test_no_images_give_no_answers() -> None:
+    judged = ANSWERER.judge(np.zeros((0, 6), np.float32))
+    assert (ANSWERER.records(judged, [], []), ANSWERER.json(judged, [], [])) == ([], [])
+
+
+def with_confidence(confidence: float) -> NDArray[np.float32]:
+    """Logits whose first class has nearly this probability at temperature one, the others share the rest."""
+    other = (1 - confidence) / 5
+    return np.log(np.array([[confidence] + [other] * 5])).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "decision", "accuracy"), [(0.3, "abstain", 0.25), (0.45, "accept", 0.25), (0.6, "accept", 0.75)]
+)
+def test_decision_and_expected_accuracy_go_by_the_predicted_group(
+    confidence: float, decision: str, accuracy: float
+) -> None:
+    answerer = Answerer(manifest(toy_calibration()), "fp32")
+    (answer,) = answered(with_confidence(confidence), answerer=answerer)
+    assert (answer.group, answer.decision, answer.threshold, answer.target_precision) == ("head", decision, 0.4, 0.7)
+    assert answer.expected_accuracy == Proportion(value=accuracy, low=accuracy - 0.1, high=accuracy + 0.1, n=40)
+
+
+def test_expected_accuracy_is_what_the_calibration_says_on_every_edge() -> None:
+    answerer, (head, *_) = Answerer(manifest(toy_calibration()), "fp32"), toy_calibration()
+    rules = answerer._groups[0]
+    for confidence in (0.0, 0.5, float(np.nextafter(0.5, 1)), 1.0):
+        assert rules.expected(confidence) == expected_accuracy(head, confidence)
+
+
+def test_what_was_not_certified_is_null_and_never_a_promise() -> None:
+    unknown = tuple(
+        group.model_copy(
+            update={
+                "expected_accuracy": (),
+                "abstention": group.abstention.model_copy(update={"threshold": None, "precision": None}),
+                "prediction_set": group.prediction_set.model_copy(update={"coverage": None}),
+            }
+        )
+        for group in toy_calibration()
+    )
+    (answer,) = answered(with_confidence(0.99), answerer=Answerer(manifest(unknown), "fp32"))
+    assert (answer.expected_accuracy, answer.decision, answer.threshold) == (None, "no_guarantee", None)
+    assert answer.prediction_set.coverage == {"head": None, "medium": None, "tail": None}
+
+
+def test_a_prediction_set_takes_each_class_by_the_threshold_of_its_own_group() -> None:
+    least = {"head": 0.35, "medium": None, "tail": 0.04}
+    calibration = tuple(
+        group.model_copy(
+            update={"prediction_set": group.prediction_set.model_copy(update={"least_probability": least[group.group]})}
+        )
+        for group in toy_calibration()
+    )
+    logits_NC = np.log(np.array([[0.4, 0.3, 0.01, 0.14, 0.1, 0.05]])).astype(np.float32)
+    (answer,) = answered(logits_NC, answerer=Answerer(manifest(calibration), "fp32"))
+    # head: ant alone reaches 0.35; medium: all of its classes; tail: both reach 0.04
+    assert answer.prediction_set.labels == ("ant", "dog", "elk", "fox", "cat")
+    assert answer.prediction_set.target_coverage == 0.9
+    assert answer.prediction_set.coverage == {"head": 0.875, "medium": 0.875, "tail": 0.875}
+
+
+def test_equal_logits_are_ranked_by_index_whatever_the_sign_of_zero() -> None:
+    logits_NC = np.array([[-0.0, 0.0, -1.0, 0.0, -0.0, -2.0]], np.float32)
+    (answer,) = answered(logits_NC)
+    assert [entry.class_index for entry in answer.top_k] == [0, 1, 3, 4, 2, 5]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_and_the_others_answered(poison: float) -> None:
+    poisoned_NC = np.vstack([LOGITS_NC[:1], np.full((1, 6), poison, np.float32), LOGITS_NC[1:]])
+    judged = ANSWERER.judge(poisoned_NC)
+    first, refused, second = ANSWERER.records(judged, [5] * 3, [()] * 3)
+    assert [first, second] == ANSWERER.records(ANSWERER.judge(LOGITS_NC), [5] * 2, [()] * 2)
+    assert isinstance(refused, Refused) and refused.error.status == 500
+    texts = ANSWERER.json(judged, [5] * 3, [()] * 3)
+    assert json.loads(texts[1]) == json.loads(refused.model_dump_json())
+
+
+LOGITS = st.integers(0, 9).flatmap(
+    lambda num: hnp.arrays(
+        np.float32, (num, 6), elements=st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 3e38, -3e38])
+    )
+)
+
+
+@given(LOGITS, st.data())
+def test_the_fast_json_is_the_json_of_the_record(logits_NC: NDArray[np.float32], data: st.DataObject) -> None:
+    num = len(logits_NC)
+    top_k = data.draw(st.lists(st.integers(1, 9), min_size=num, max_size=num))
+    warnings = data.draw(st.lists(st.lists(st.text(), max_size=2).map(tuple), min_size=num, max_size=num))
+    judged = ANSWERER.judge(logits_NC)
+    records = ANSWERER.records(judged, top_k, warnings)
+    texts = ANSWERER.json(judged, top_k, warnings)
+    assert [json.loads(text) for text in texts] == [json.loads(record.model_dump_json()) for record in records]
+
+
+@given(LOGITS)
+def test_an_answer_is_the_same_alone_and_in_any_batch(logits_NC: NDArray[np.float32]) -> None:
+    whole = ANSWERER.json(ANSWERER.judge(logits_NC), [6] * len(logits_NC), [()] * len(logits_NC))
+    for row, text in enumerate(whole):
+        assert ANSWERER.json(ANSWERER.judge(logits_NC[row : row + 1]), [6], [()]) == [text]
+
+
+@pytest.mark.parametrize("num_classes", [3, 10, 100, 1000])
+def test_an_answer_is_the_same_to_the_last_bit_with_many_classes_too(num_classes: int) -> None:
+    counts = tuple(range(num_classes + 5, 5, -1))
+    dice = np.random.default_rng(3)
+    shuffled = tuple(dice.permutation(counts).tolist())
+    task = task_of(shuffled)
+    answerer = Answerer(manifest(task=task), "fp32")
+    logits_NC = dice.normal(0, 4, (33, num_classes)).astype(np.float32)
+    whole = answerer.json(answerer.judge(logits_NC), [5] * 33, [()] * 33)
+    for first, past in ((0, 1), (7, 15), (20, 33)):
+        part = answerer.json(answerer.judge(logits_NC[first:past]), [5] * (past - first), [()] * (past - first))
+        assert part == whole[first:past]
+    strided = answerer.judge(np.asfortranarray(logits_NC))
+    assert answerer.json(strided, [5] * 33, [()] * 33) == whole
+    mass_NK = task.groups.mass(calibrated(logits_NC, task.groups, np.array(TEMPERATURES)))
+    # the same thousand terms in another order
+    np.testing.assert_allclose(answerer.judge(logits_NC).mass_NK, mass_NK, atol=1e-12)
+
+
+def task_of(counts: tuple[int, ...]) -> Task:
+    names = tuple(f"class {index}" for index in range(len(counts)))
+    return TASK.model_copy(update={"class_names": names, "train_counts": counts, "groups": groups_by_share(counts)})
+
+
+def test_names_that_json_must_escape_are_escaped() -> None:
+    names = ('a "quoted" one', "back\\slash", "line\nbreak", "größe", "\u2028", "percent %b %d")
+    answerer = Answerer(manifest(task=TASK.model_copy(update={"class_names": names})), "fp32")
+    (text,) = answerer.json(answerer.judge(LOGITS_NC[:1]), [6], [("said % so",)])
+    assert sorted(entry["label"] for entry in json.loads(text)["top_k"]) == sorted(names)
+    assert json.loads(text)["warnings"] == ["said % so"]
+
+
+def test_the_body_of_a_response_is_the_json_of_its_record() -> None:
+    model = model_ref(manifest(), "fp32", "ToyProvider")
+    problem = problem_of(415, "not an image")
+    judged = ANSWERER.judge(LOGITS_NC)
+    results = (*ANSWERER.records(judged, [5, 5], [(), ()]), Refused(error=problem))
+    texts = [*ANSWERER.json(judged, [5, 5], [(), ()]), refused_json(problem)]
+    body = answers_json(model.model_dump_json().encode(), texts)
+    assert json.loads(body) == json.loads(Answers(model=model, results=results).model_dump_json())
+    assert Answers.model_validate_json(body) == Answers(model=model, results=results)

@@ -1,0 +1,189 @@
+"""What Prometheus reads, and what the dashboard shows of it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serve_toys import GROUPS, toy_calibration
+
+from serve.engine.answers import Decision
+from serve.engine.messages import Seen
+from serve.monitoring.drift import Window
+from serve.monitoring.prometheus import Meter, ModelLabels, Tally, Telemetry
+
+DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
+TOY = ModelLabels("toy", "1", "fp32", "CPUExecutionProvider", "f" * 64)
+STAGES = {"decode": 0.002, "queue": 0.0, "infer": 0.03, "total": 0.04}
+
+
+def seen(group: int, confidence: float = 0.75, decision: Decision = "accept", set_size: int = 2) -> Seen:
+    return Seen(group=group, label=2 * group, confidence=confidence, decision=decision, set_size=set_size)
+
+
+def toy_meter(telemetry: Telemetry, labels: ModelLabels = TOY) -> Meter:
+    return telemetry.meter(labels, GROUPS.names, Window(toy_calibration(), 100))
+
+
+def samples(telemetry: Telemetry) -> dict[str, float]:
+    """Every sample, under ``name{labels in order of their names}``; of the model's own labels only the version."""
+    found = {}
+    for family in text_string_to_metric_families(telemetry.exposition().decode()):
+        for sample in family.samples:
+            shown = {name: value for name, value in sample.labels.items() if name not in ("model", "precision")}
+            found[f"{sample.name}{{{','.join(f'{name}={shown[name]}' for name in sorted(shown))}}}"] = sample.value
+    return found
+
+
+def test_a_histogram_is_prometheus_own() -> None:
+    bounds = (0.1, 0.25, 0.5, 1.0)
+    ours = Tally(bounds)
+    theirs = prometheus_client.Histogram("h", "h", buckets=bounds, registry=None)
+    for value in [*np.random.default_rng(0).uniform(0, 1.5, 200).tolist(), *bounds]:
+        ours.add(value)
+        theirs.observe(value)
+    (family,) = theirs.collect()
+    expected = [(sample.labels["le"], sample.value) for sample in family.samples if sample.name == "h_bucket"]
+    assert ours.cumulative() == expected
+    (total,) = [sample.value for sample in family.samples if sample.name == "h_sum"]
+    assert ours.total == total
+
+
+def test_requests_rejections_and_reloads_are_counted() -> None:
+    telemetry = Telemetry()
+    for status in (200, 200, 415):
+        telemetry.count_request("/v1/classify", status, None)
+    telemetry.count_request("/v1/classify", 429, "full")
+    telemetry.count_reload("failed")
+    found = samples(telemetry)
+    assert found["ltkd_requests_total{route=/v1/classify,status=200}"] == 2
+    assert found["ltkd_requests_total{route=/v1/classify,status=415}"] == 1
+    assert (found["ltkd_rejections_total{reason=full}"], found["ltkd_rejections_total{reason=late}"]) == (1, 0)
+    assert (found["ltkd_reloads_total{outcome=failed}"], found["ltkd_reloads_total{outcome=replaced}"]) == (1, 0)
+
+
+def test_a_request_is_watched_by_stage_by_batch_and_by_group() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry).watch([seen(2, 0.31, "abstain", 4), None, seen(0)], STAGES, 8)
+    found = samples(telemetry)
+    assert found["ltkd_stage_seconds_sum{stage=infer,version=1}"] == 0.03
+    assert found["ltkd_stage_seconds_bucket{le=0.0005,stage=queue,version=1}"] == 1
+    assert found["ltkd_batch_images_bucket{le=4.0,version=1}"] == 0
+    assert found["ltkd_batch_images_bucket{le=8.0,version=1}"] == 1
+    assert [found[f"ltkd_predictions_total{{group={group},version=1}}"] for group in GROUPS.names] == [1, 0, 1]
+    assert found["ltkd_confidence_sum{group=tail,version=1}"] == 0.31
+    assert found["ltkd_confidence_bucket{group=tail,le=0.3,version=1}"] == 0
+    assert found["ltkd_confidence_bucket{group=tail,le=0.4,version=1}"] == 1
+    assert found["ltkd_decisions_total{decision=abstain,group=tail,version=1}"] == 1
+    assert found["ltkd_decisions_total{decision=abstain,group=head,version=1}"] == 0
+    assert found["ltkd_prediction_set_classes_sum{group=tail,version=1}"] == 4
+    assert found["ltkd_window_predictions{group=tail,version=1}"] == 1
+
+
+def test_groups_that_are_never_predicted_are_there_as_zero() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry)
+    found = samples(telemetry)
+    for group in GROUPS.names:
+        assert found[f"ltkd_predictions_total{{group={group},version=1}}"] == 0
+        assert found[f"ltkd_group_vanishing{{group={group},version=1}}"] == 0
+    assert not any(name.startswith("ltkd_confidence_psi") for name in found)  # not known is not zero
+
+
+def test_depth_and_life_of_the_engine_are_asked_when_somebody_looks() -> None:
+    telemetry = Telemetry()
+    meter = toy_meter(telemetry)
+    meter.queue_depth, meter.alive = lambda: 17, lambda: False
+    found = samples(telemetry)
+    assert (found["ltkd_queue_images{version=1}"], found["ltkd_worker_alive{version=1}"]) == (17, 0)
+
+
+def test_the_model_is_named_with_its_hash_and_its_provider() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry)
+    assert samples(telemetry)[f"ltkd_model_info{{provider=CPUExecutionProvider,sha256={'f' * 64},version=1}}"] == 1
+
+
+def test_a_bundle_that_replaces_another_goes_on_with_its_counters_and_a_window_of_its_own() -> None:
+    telemetry = Telemetry()
+    old = toy_meter(telemetry)
+    old.watch([seen(0)], STAGES, 1)
+    new = toy_meter(telemetry, TOY._replace(sha256="0" * 64))
+    telemetry.retire(old)
+    new.watch([seen(0)], STAGES, 1)
+    old.watch([seen(0)], STAGES, 1)  # what it had accepted is answered after the switch
+    found = samples(telemetry)
+    assert found["ltkd_predictions_total{group=head,version=1}"] == 3
+    assert found["ltkd_window_predictions{group=head,version=1}"] == 1
+    assert f"ltkd_model_info{{provider=CPUExecutionProvider,sha256={'0' * 64},version=1}}" in found
+    assert not any("f" * 64 in name for name in found)
+
+
+def test_a_version_that_is_retired_is_shown_no_longer() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry)
+    telemetry.retire(toy_meter(telemetry, TOY._replace(version="2")))
+    found = samples(telemetry)
+    assert any("version=1" in name for name in found)
+    assert not any("version=2" in name for name in found)
+
+
+def test_every_name_is_prefixed_and_in_base_units() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry).watch([seen(0)], STAGES, 1)
+    names = {family.name for family in text_string_to_metric_families(telemetry.exposition().decode())}
+    assert all(name.startswith(("ltkd_", "process_")) for name in names)
+    assert not any(re.search(r"_(ms|milliseconds|percent|kb|mb)(_|$)", name) for name in names)
+
+
+def test_what_a_model_is_called_cannot_break_the_text() -> None:
+    telemetry = Telemetry()
+    toy_meter(telemetry, TOY._replace(model='a"b\nc\\d'))
+    (info,) = [
+        family for family in text_string_to_metric_families(telemetry.exposition().decode())
+        if family.name == "ltkd_model_info"
+    ]  # fmt: skip
+    assert info.samples[0].labels["model"] == 'a"b\nc\\d'
+
+
+def panels_of(dashboard: dict[str, object]) -> list[dict[str, object]]:
+    panels = dashboard["panels"]
+    assert isinstance(panels, list)
+    return panels
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_counted() -> None:
+    telemetry = Telemetry()
+    meter = toy_meter(telemetry)
+    meter.watch([seen(group) for group in range(3)], STAGES, 1)
+    counted = {
+        sample.name
+        for family in text_string_to_metric_families(telemetry.exposition().decode())
+        for sample in family.samples
+    } | {"ltkd_requests_total"}
+    text = DASHBOARD.read_text()
+    asked = set(re.findall(r"\b(?:ltkd|process)_\w+", text))
+    assert asked <= counted
+    assert len(asked) >= 15
+
+
+def test_the_dashboard_is_one_that_grafana_can_import() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert (dashboard["uid"], dashboard["title"]) == ("ltkd", "ltkd")
+    assert len({panel["id"] for panel in panels_of(dashboard)}) == len(panels_of(dashboard))
+    for panel in panels_of(dashboard):
+        place = panel["gridPos"]
+        assert isinstance(place, dict)
+        assert place["x"] + place["w"] <= 24
+    source = {"type": "prometheus", "uid": "${source}"}
+    charts = [panel for panel in panels_of(dashboard) if panel["type"] != "row"]
+    assert charts
+    assert all(panel["datasource"] == source and panel["targets"] and panel["description"] for panel in charts)
+
+
+def test_a_stage_that_does_not_exist_is_a_defect_and_not_a_new_series() -> None:
+    with pytest.raises(KeyError):
+        toy_meter(Telemetry()).watch([], {"lunch": 1.0}, 0)

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+
+from serve.pool.admission import Admission
+from serve.problems import ProblemError
+
+NEVER = 1e9
+
+
+def refused(admission: Admission, num_images: int, now: float, deadline: float = NEVER) -> str:
+    with pytest.raises(ProblemError) as said:
+        admission.admit(num_images, now, deadline)
+    assert said.value.problem.status == 429
+    assert said.value.headers is not None
+    return said.value.headers["Retry-After"]
+
+
+def test_the_bound_counts_images() -> None:
+    admission = Admission(max_images=10, max_seconds=1e9)
+    admission.admit(8, 0.0, NEVER)
+    assert refused(admission, 3, 0.0) == "1"
+    admission.admit(2, 0.0, NEVER)
+    admission.release(8, 1.0, batch_size=1)
+    admission.admit(8, 1.0, NEVER)
+    assert admission.num_images == 10
+
+
+def test_the_rate_is_measured_while_there_is_a_queue_and_decides_whom_to_refuse() -> None:
+    admission = Admission(max_images=10_000, max_seconds=5.0)
+    admission.expect({1: 0.002, 4: 0.004})
+    admission.admit(1000, 0.0, NEVER)
+    for number in range(1, 501):  # ten images a second
+        admission.release(1, number / 10, batch_size=4)
+    # 50 s are twenty-five times what is remembered: nothing is left of the guess
+    assert admission.seconds_each == pytest.approx(0.1, rel=0.01)
+    assert refused(admission, 1, 50.0) == "50"
+
+
+def test_a_machine_that_halts_for_a_moment_does_not_make_the_model_a_slow_one() -> None:
+    admission = Admission(max_images=10_000, max_seconds=5.0)
+    admission.expect({1: 0.001})
+    admission.admit(1000, 0.0, NEVER)
+    admission.release(1, 0.2, batch_size=1)
+    assert admission.seconds_each == pytest.approx(0.001 * math.exp(0.2 / 2), rel=0.01)  # a tenth of what it remembers
+    for batch in range(1, 26):  # a thousand a second again, in batches of ten that come back together
+        for _ in range(10):
+            admission.release(1, 0.2 + batch / 100, batch_size=10)
+    assert admission.seconds_each == pytest.approx(0.00109, rel=0.01)
+
+
+def test_small_batches_tell_how_many_came_and_not_how_fast_they_could_go() -> None:
+    admission = Admission(max_images=10_000, max_seconds=1.0)
+    admission.expect({1: 0.001, 8: 0.004})
+    admission.admit(1, 0.0, NEVER)
+    for number in range(1, 1000):  # the next one comes before the last one has gone, for ten seconds
+        admission.admit(1, (number - 0.5) / 100, NEVER)
+        admission.release(1, number / 100, batch_size=1 if number % 2 else 3)
+    assert admission.seconds_each == 0.0005
+    admission.admit(40, 10.0, NEVER)
+    for number in range(1, 31):
+        admission.release(1, 10.0 + number / 10, batch_size=4)
+    assert admission.seconds_each > 0.001
+
+
+def test_the_rate_is_learned_from_the_size_that_is_fastest_and_from_as_many_as_are_let_in() -> None:
+    fastest = Admission(max_images=10_000, max_seconds=1.0)
+    fastest.expect({1: 0.01, 4: 0.02, 32: 0.32})  # a queue is worked off by fours
+    few = Admission(max_images=10_000, max_seconds=0.1)
+    few.expect({1: 0.01, 32: 0.32})  # ten are let in: never half of 32
+    for admission in (fastest, few):
+        guess = admission.seconds_each
+        admission.admit(1000, 0.0, NEVER)
+        for number in range(1, 31):
+            admission.release(1, number / 10, batch_size=3)
+        assert admission.seconds_each > 2 * guess
+
+
+def test_an_answer_that_left_no_queue_says_nothing_of_the_rate() -> None:
+    admission = Admission(max_images=10, max_seconds=1.0)
+    admission.expect({1: 0.002, 4: 0.004})
+    for second in range(100):
+        admission.admit(1, second, NEVER)
+        admission.release(1, second + 0.9, batch_size=4)
+    assert admission.seconds_each == 0.001
+
+
+def test_an_answer_that_never_came_says_nothing_of_the_rate() -> None:
+    admission = Admission(max_images=10, max_seconds=1.0)
+    admission.expect({1: 0.002, 4: 0.004})
+    admission.admit(5, 0.0, NEVER)
+    admission.release(4)
+    assert (admission.seconds_each, admission.num_images) == (0.001, 1)
+
+
+def test_by_default_nobody_waits_longer_than_ten_images_take_alone() -> None:
+    admission = Admission(max_images=10_000, max_seconds=None)
+    admission.expect({1: 0.02, 4: 0.04})  # in fours, an image takes 0.01 s: twenty of them, 0.2 s
+    admission.admit(20, 0.0, NEVER)
+    admission.admit(1, 0.0, NEVER)
+    assert refused(admission, 1, 0.0) == "1"
+
+
+def test_of_a_quick_model_the_queue_may_be_a_twentieth_of_a_second_long() -> None:
+    admission = Admission(max_images=10_000, max_seconds=None)
+    admission.expect({1: 0.001})
+    admission.admit(50, 0.0, NEVER)
+    admission.admit(1, 0.0, NEVER)
+    assert refused(admission, 1, 0.0) == "1"
+
+
+def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
+    admission = Admission(max_images=10_000, max_seconds=10.0)
+    admission.expect({1: 0.5})
+    admission.admit(6, 0.0, NEVER)
+    assert refused(admission, 1, 1.0, deadline=3.9) == "3"
+    admission.admit(1, 1.0, 4.1)
+
+
+def test_while_a_process_starts_only_the_number_is_bounded() -> None:
+    admission = Admission(max_images=100, max_seconds=1.0)
+    admission.expect({1: 0.1})
+    admission.ease()
+    admission.ease()  # for two reasons at once
+    admission.admit(98, 0.0, NEVER)
+    assert refused(admission, 3, 0.0) == "10"
+    admission.resume(0.0)
+    admission.admit(2, 0.0, NEVER)
+    assert refused(admission, 1, 0.0, deadline=9.9) == "10"
+
+
+def test_what_gathered_meanwhile_may_take_its_time() -> None:
+    admission = Admission(max_images=100, max_seconds=1.0)
+    admission.expect({1: 0.1})
+    admission.ease()
+    admission.admit(80, 0.0, NEVER)  # 8 s of work
+    admission.resume(10.0)
+    admission.admit(1, 10.0, NEVER)
+    admission.release(21)  # 6 s of it are left
+    admission.admit(1, 10.0 + 4 * 3, NEVER)  # a quarter of the time is let go: 1 + 8 + 0.5 - 3 s may be waited for
+    assert refused(admission, 1, 10.0 + 4 * 4) == "7"
+    admission.release(60)
+    admission.admit(20, 60.0, NEVER)
+    assert refused(admission, 1, 60.0) == "3"  # and in the end it is as it always was

@@ -1,0 +1,485 @@
+"""Which bundles are served, and how one takes another's place: verified first, without a failed request, or not at all.
+
+The engine processes are replaced by the real engine in this process, so bundles are verified for real.
+"""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serve_toys import expected_logits, toy_pixels, write_toy_bundle
+
+from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
+from ltkd.errors import BundleError, UsageError
+from serve.engine.session import OnnxEngine, open_engine
+from serve.monitoring.prometheus import Telemetry
+from serve.pool.engine_process import Watch
+from serve.pool.repository import ModelKey, Models, Reloaded, find_bundles
+from serve.problems import ProblemError
+from serve.settings import Settings
+
+PIXELS = toy_pixels(3)
+
+
+class InThisProcess:
+    """Answers as an engine process does, in this one; asked after its end it fails, as a process that is gone would."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self.manifest: Manifest = engine.manifest
+        self.precision: Precision = engine.precision
+        self.provider = engine.provider
+        self.alive = True
+        self.on_change: Callable[[], None] | None = None
+        self.on_answer: Watch | None = None
+        self.num_waiting = self.num_eased = 0
+        self.closed_with: float | None = None
+        self._engine = engine
+
+    async def logits(self) -> list[float]:
+        assert self.alive, "asked after its end"
+        self.num_waiting += 1
+        await asyncio.sleep(0)  # the answer comes on a later turn of the loop, as from another process
+        self.num_waiting -= 1
+        logits: list[float] = self._engine.logits(PIXELS[None])[0].tolist()
+        return logits
+
+    @contextmanager
+    def eased(self) -> Iterator[None]:
+        self.num_eased += 1
+        yield
+        self.num_eased -= 1
+
+    async def close(self, drain_seconds: float) -> None:
+        while self.num_waiting:
+            await asyncio.sleep(0)
+        self.alive, self.closed_with = False, drain_seconds
+
+
+async def start_worker(path: Path) -> InThisProcess:
+    return InThisProcess(await asyncio.to_thread(lambda: open_engine(open_bundle(path), "cpu")))
+
+
+ToyModels = Models[InThisProcess]
+Start = Callable[[Path], Awaitable[InThisProcess]]
+
+
+def running(
+    root: Path, play: Callable[[ToyModels], Awaitable[None]], start: Start = start_worker, default: str | None = None
+) -> str:
+    """Play a scene with the models of a directory; what Prometheus would read at its end."""
+    telemetry = Telemetry()
+
+    async def scene() -> None:
+        models = Models(root, start, telemetry, Settings(default_model=default))
+        await models.start()
+        try:
+            await play(models)
+        finally:
+            await models.close()
+
+    asyncio.run(scene())
+    return telemetry.exposition().decode()
+
+
+def next_bundle(path: Path, said: str = "other images") -> Path:
+    """Another whole bundle in the same place, as an export leaves it: only what it says of itself has changed."""
+    content = json.loads((path / MANIFEST_FILE).read_text())
+    (path / MANIFEST_FILE).write_text(json.dumps(content | {"certified_on": said}))
+    return path
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def outcomes(reloaded: Reloaded) -> dict[tuple[str, str], str]:
+    return {(done.name, done.version): done.outcome for done in reloaded.models}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_toy_bundle(tmp_path / "toy")
+
+
+def test_a_bundle_alone_has_its_own_name_and_version_1(bundle: Path) -> None:
+    assert find_bundles(bundle) == {ModelKey("toy", "1"): bundle}
+
+
+def test_a_directory_of_bundles_and_of_versions(tmp_path: Path) -> None:
+    for name in ("birds", "cars/2", "cars/10", "cars/.3.part", ".hidden", "cars/old"):
+        write_toy_bundle(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a bundle")
+    (tmp_path / "empty").mkdir()
+    assert find_bundles(tmp_path) == {
+        ModelKey("birds", "1"): tmp_path / "birds",
+        ModelKey("cars", "2"): tmp_path / "cars" / "2",
+        ModelKey("cars", "10"): tmp_path / "cars" / "10",
+    }
+
+
+def test_a_directory_without_a_bundle_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="holds no bundle") as caught:
+        find_bundles(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BundleError, match="no such directory"):
+        find_bundles(tmp_path / "nowhere")
+
+
+def test_the_highest_version_answers_and_others_by_number(tmp_path: Path) -> None:
+    for version in ("9", "10"):
+        write_toy_bundle(tmp_path / "cars" / version)
+
+    async def play(models: ToyModels) -> None:
+        assert models.find().key == models.find("cars").key == ("cars", "10")
+        assert models.find("cars", "9").key == models.find(None, "9").key == ("cars", "9")
+        assert [served.key.version for served in models.all()] == ["9", "10"]
+        assert await models.find().worker.logits() == pytest.approx(expected_logits(PIXELS[None])[0].tolist(), abs=1e-4)
+
+    running(tmp_path, play)
+
+
+@pytest.mark.parametrize(("name", "version"), [("planes", None), ("cars", "2"), (None, "2"), ("", None)])
+def test_a_model_that_is_not_there_is_404_and_those_that_are_there_are_named(
+    tmp_path: Path, name: str | None, version: str | None
+) -> None:
+    write_toy_bundle(tmp_path / "cars" / "1")
+
+    async def play(models: ToyModels) -> None:
+        with pytest.raises(ProblemError, match="there is: cars version 1") as caught:
+            models.find(name, version)
+        assert caught.value.problem.status == 404
+
+    running(tmp_path, play)
+
+
+def test_of_several_models_one_is_named_or_the_default(tmp_path: Path) -> None:
+    for name in ("birds", "cars"):
+        write_toy_bundle(tmp_path / name)
+
+    async def without_default(models: ToyModels) -> None:
+        with pytest.raises(ProblemError, match=r"several models: birds version 1, cars version 1; name one") as caught:
+            models.find()
+        assert caught.value.problem.status == 400
+        assert models.find("birds").key.name == "birds"
+
+    async def with_default(models: ToyModels) -> None:
+        assert models.find().key.name == "cars"
+
+    running(tmp_path, without_default)
+    running(tmp_path, with_default, default="cars")
+    with pytest.raises(UsageError, match="the default model is planes"):
+        running(tmp_path, with_default, default="planes")
+
+
+def test_a_bundle_that_cannot_be_served_stops_the_start_and_leaves_no_process(tmp_path: Path) -> None:
+    write_toy_bundle(tmp_path / "a")
+    write_toy_bundle(tmp_path / "b", golden_shift=1.0)
+    started: list[InThisProcess] = []
+
+    async def remembering(path: Path) -> InThisProcess:
+        started.append(await start_worker(path))
+        return started[-1]
+
+    async def play(_: ToyModels) -> None:
+        raise AssertionError("it must not start")
+
+    with pytest.raises(BundleError, match="golden samples"):
+        running(tmp_path, play, remembering)
+    assert [worker.alive for worker in started] == [False]
+
+
+def test_what_has_not_changed_is_not_touched(bundle: Path) -> None:
+    async def play(models: ToyModels) -> None:
+        before = models.find()
+        assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
+        write_toy_bundle(bundle)  # exported again, to the same bytes
+        assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
+        assert models.find() is before
+
+    running(bundle, play)
+
+
+def test_a_new_bundle_takes_the_old_ones_place_and_the_old_process_ends(bundle: Path) -> None:
+    async def play(models: ToyModels) -> None:
+        before = models.find()
+        next_bundle(bundle)
+        assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
+        after = models.find()
+        assert after.worker is not before.worker
+        assert after.worker.manifest.certified_on == "other images"
+        while before.worker.alive:
+            await asyncio.sleep(0)
+
+    assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, play)
+
+
+def test_while_a_process_starts_nobody_is_refused_for_the_time_that_the_others_take(bundle: Path) -> None:
+    eased: list[int] = []
+
+    async def play(models: ToyModels) -> None:
+        first = models.find().worker
+        watched.append(first)
+        next_bundle(bundle)
+        await models.reload()
+        assert models.find().worker is not first
+        assert (eased, first.num_eased) == ([1], 0)
+
+    watched: list[InThisProcess] = []
+
+    async def start(path: Path) -> InThisProcess:
+        eased.extend(worker.num_eased for worker in watched)
+        return await start_worker(path)
+
+    running(bundle, play, start)
+
+
+def test_versions_come_and_go(tmp_path: Path) -> None:
+    write_toy_bundle(tmp_path / "cars" / "1")
+
+    async def play(models: ToyModels) -> None:
+        write_toy_bundle(tmp_path / "cars" / "2")
+        assert outcomes(await models.reload()) == {("cars", "1"): "unchanged", ("cars", "2"): "loaded"}
+        assert models.find().key.version == "2"
+        shutil.rmtree(tmp_path / "cars" / "2")
+        assert outcomes(await models.reload()) == {("cars", "1"): "unchanged", ("cars", "2"): "retired"}
+        assert models.find().key.version == "1"
+
+    running(tmp_path, play)
+
+
+def damaged_model(path: Path) -> None:
+    next_bundle(path)
+    flip_a_bit(path / "model.onnx")
+
+
+def damaged_in_place(path: Path) -> None:
+    flip_a_bit(path / "model.onnx")
+
+
+def other_golden_samples(path: Path) -> None:
+    write_toy_bundle(path, golden_shift=1.0)
+
+
+def newer_schema(path: Path) -> None:
+    content = json.loads((path / MANIFEST_FILE).read_text())
+    (path / MANIFEST_FILE).write_text(json.dumps(content | {"schema_version": 99}))
+
+
+def half_a_manifest(path: Path) -> None:
+    whole = (path / MANIFEST_FILE).read_bytes()
+    (path / MANIFEST_FILE).write_bytes(whole[: len(whole) // 2])
+
+
+def gone(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damaged_model, "was changed after export"),
+        (damaged_in_place, "was changed after export"),
+        (other_golden_samples, "give logits that differ"),
+        (newer_schema, "schema version 99"),
+        (half_a_manifest, "not readable JSON"),
+        (gone, "no such directory"),
+    ],
+)
+def test_a_bundle_that_cannot_be_proved_changes_nothing_and_the_reason_is_told(
+    bundle: Path, damage: Callable[[Path], None], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def play(models: ToyModels) -> None:
+        before = models.find()
+        damage(bundle)
+        (done,) = (await models.reload()).models
+        assert (done.name, done.version, done.outcome) == ("toy", "1", "failed")
+        assert said in done.reason
+        assert models.find() is before
+        await before.worker.logits()
+        assert models.ready
+
+    metrics = running(bundle, play)
+    assert 'ltkd_reloads_total{outcome="failed"} 1.0' in metrics
+    assert "it stays as it was" in caplog.text
+    assert said in caplog.text
+
+
+def test_after_a_failed_reload_a_whole_bundle_is_taken(bundle: Path) -> None:
+    async def play(models: ToyModels) -> None:
+        other_golden_samples(bundle)
+        assert outcomes(await models.reload()) == {("toy", "1"): "failed"}
+        next_bundle(write_toy_bundle(bundle))
+        assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
+
+    running(bundle, play)
+
+
+def test_nothing_is_retired_while_what_may_replace_it_fails(tmp_path: Path) -> None:
+    write_toy_bundle(tmp_path / "cars")
+
+    async def play(models: ToyModels) -> None:
+        (tmp_path / "cars").rename(tmp_path / "autos")
+        other_golden_samples(tmp_path / "autos")
+        assert outcomes(await models.reload()) == {("autos", "1"): "failed"}
+        await models.find("cars").worker.logits()
+
+    running(tmp_path, play)
+
+
+def test_a_reload_that_would_lose_the_default_model_is_refused(tmp_path: Path) -> None:
+    for name in ("birds", "cars"):
+        write_toy_bundle(tmp_path / name)
+
+    async def play(models: ToyModels) -> None:
+        shutil.rmtree(tmp_path / "cars")
+        reloaded = await models.reload()
+        assert set(outcomes(reloaded).values()) == {"failed"}
+        assert "the default model is cars" in reloaded.models[0].reason
+        await models.find().worker.logits()
+
+    running(tmp_path, play, default="cars")
+
+
+def test_two_reloads_at_once_are_made_one_after_the_other(bundle: Path) -> None:
+    starting = most = 0
+
+    async def counting(path: Path) -> InThisProcess:
+        nonlocal starting, most
+        starting += 1
+        most = max(most, starting)
+        worker = await start_worker(path)
+        starting -= 1
+        return worker
+
+    async def play(models: ToyModels) -> None:
+        next_bundle(bundle)
+        first, second = await asyncio.gather(models.reload(), models.reload())
+        assert [outcomes(first), outcomes(second)] == [{("toy", "1"): "replaced"}, {("toy", "1"): "unchanged"}]
+
+    running(bundle, play, counting)
+    assert most == 1
+
+
+def test_no_request_fails_over_twenty_reloads_under_load(bundle: Path) -> None:
+    answered = 0
+    expected = expected_logits(PIXELS[None])[0]
+
+    async def play(models: ToyModels) -> None:
+        enough = asyncio.Event()
+
+        async def client() -> None:
+            nonlocal answered
+            while not enough.is_set():
+                served = models.find()
+                with served.held():
+                    await asyncio.sleep(0)  # as while the rest of the body arrives
+                    # float32 sums of 192 terms in another order: 1e-4 is far above rounding
+                    np.testing.assert_allclose(await served.worker.logits(), expected, atol=1e-4)
+                answered += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        for number in range(20):
+            next_bundle(bundle, f"images {number}")
+            assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
+        enough.set()
+        await asyncio.gather(*clients)
+
+    running(bundle, play)
+    assert answered > 20
+
+
+def test_who_holds_a_model_can_still_ask_it_after_a_reload(bundle: Path) -> None:
+    async def play(models: ToyModels) -> None:
+        before = models.find()
+        with before.held():
+            next_bundle(bundle)
+            assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
+            for _ in range(100):  # whatever the reload left to do has had its turn
+                await asyncio.sleep(0)
+            await before.worker.logits()
+        while before.worker.alive:
+            await asyncio.sleep(0)
+
+    running(bundle, play)
+
+
+def test_a_holder_that_never_lets_go_is_waited_for_only_so_long(bundle: Path) -> None:
+    async def scene() -> None:
+        models = Models(bundle, start_worker, Telemetry(), Settings(drain_seconds=1))
+        await models.start()
+        worker = models.find().worker
+        with models.find().held():
+            await models.close()
+        assert worker.closed_with == 0
+
+    asyncio.run(scene())
+
+
+def test_a_caller_who_leaves_does_not_leave_half_a_reload(bundle: Path) -> None:
+    going = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def slow(path: Path) -> InThisProcess:
+        going.set()
+        await go_on.wait()
+        return await start_worker(path)
+
+    async def play(models: ToyModels) -> None:
+        next_bundle(bundle)
+        going.clear()
+        go_on.clear()
+        caller = asyncio.create_task(models.reload())
+        await going.wait()
+        caller.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
+        assert models.find().worker.manifest.certified_on == "other images"
+
+    go_on.set()
+    running(bundle, play, slow)
+
+
+def test_the_end_does_not_wait_for_a_reload(bundle: Path) -> None:
+    started: list[InThisProcess] = []
+    stuck = asyncio.Event()
+
+    async def stuck_later(path: Path) -> InThisProcess:
+        if started:
+            stuck.set()
+            await asyncio.Event().wait()
+        started.append(await start_worker(path))
+        return started[-1]
+
+    async def play(models: ToyModels) -> None:
+        next_bundle(bundle)
+        reload = asyncio.create_task(models.reload())
+        await stuck.wait()
+        await models.close()
+        with pytest.raises(asyncio.CancelledError):
+            await reload
+
+    running(bundle, play, stuck_later)
+    assert [worker.alive for worker in started] == [False]
+
+
+def test_a_process_that_was_replaced_is_counted_and_while_it_is_gone_the_service_is_not_ready(bundle: Path) -> None:
+    async def play(models: ToyModels) -> None:
+        worker = models.find().worker
+        assert models.ready
+        for alive in (False, True):
+            worker.alive = alive
+            assert worker.on_change is not None
+            worker.on_change()
+            assert models.ready is alive
+        assert models.find().meter.counts.restarts == 1
+
+    running(bundle, play)

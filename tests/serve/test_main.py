@@ -1,0 +1,228 @@
+"""The whole service in a process of its own, and classification without it."""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serve_toys import Served, bomb_png, encoded, served, toy_pixels, write_toy_bundle
+
+from ltkd.errors import UsageError
+from serve.classify_files import classify_files
+from serve.engine.answers import Answer, Refused
+from serve.main import serve
+from serve.settings import Settings
+
+MIB = 2**20
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")
+
+
+@pytest.fixture(scope="module")
+def service(bundle_path: Path) -> Iterator[Served]:
+    with served(bundle_path) as service:
+        httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(), "JPEG"))  # codecs are loaded by use
+        yield service
+
+
+def test_it_starts_answers_and_ends_cleanly_on_sigterm(bundle_path: Path) -> None:
+    with served(bundle_path) as service:
+        ready = httpx.get(f"{service.url}/readyz")
+        answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(3)))
+    assert [model["name"] for model in ready.json()["models"]] == ["toy"]
+    assert len(answer.json()["results"]) == 1
+    assert "server" not in answer.headers
+    assert service.process.returncode == 0
+
+
+def test_the_greeting_is_one_line_with_what_is_served_and_what_to_try(service: Served) -> None:
+    assert service.greeting.startswith("serving toy (6 classes, fp32, ")
+    assert f"{service.url}/v1/classify" in service.greeting
+
+
+def test_the_service_and_the_files_command_answer_alike(service: Served, bundle_path: Path, tmp_path: Path) -> None:
+    content = encoded(toy_pixels(3))
+    (tmp_path / "a.png").write_bytes(content)
+    (local,) = classify_files(bundle_path, [tmp_path / "a.png"], 5)
+    assert isinstance(local, Answer)
+    (remote,) = httpx.post(f"{service.url}/v1/classify", content=content).json()["results"]
+    assert local.model_dump(mode="json") == remote
+
+
+def test_sigterm_answers_everything_that_was_accepted_and_ends_with_0(bundle_path: Path) -> None:
+    content = encoded(toy_pixels(3))
+    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    with served(bundle_path) as service:
+        url = httpx.URL(service.url)
+        address = (url.host, url.port or 0)
+        lines = [socket.create_connection(address, timeout=30) for _ in range(20)]
+        os.kill(service.pids()[1], signal.SIGSTOP)  # nothing is answered before the signal
+        for line in lines:
+            line.sendall(request % len(content) + content)
+        while not re.search(r"^ltkd_queue_images\{.*\} 20\.0$", httpx.get(f"{service.url}/metrics").text, re.MULTILINE):
+            pass
+        service.process.send_signal(signal.SIGTERM)
+        while is_listening(address):
+            pass
+        os.kill(service.pids()[1], signal.SIGCONT)
+        answers = [b"".join(iter(lambda line=line: line.recv(65536), b"")) for line in lines]  # type: ignore[misc]
+        assert all(answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer for answer in answers)
+        assert service.process.wait(30) == 0
+        for line in lines:
+            line.close()
+
+
+def is_listening(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=30).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+def test_while_it_leaves_it_is_not_ready_but_answers(bundle_path: Path) -> None:
+    with served(bundle_path, delay_seconds=2) as service, httpx.Client(base_url=service.url) as client:
+        assert client.get("/readyz").status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:
+            pass
+        answer = client.post("/v1/classify", content=encoded(toy_pixels(3)))
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert client.get("/livez").status_code == 200
+        assert service.process.wait(30) == 0
+
+
+@on_linux
+def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> None:
+    with served(bundle_path) as service:
+        (_, engine) = service.pids()
+        service.process.kill()
+        while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split()[2]:
+            pass
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What is started meanwhile stays on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@on_linux
+def test_on_one_core_the_front_lets_its_engines_finish_while_it_refuses_requests(bundle_path: Path) -> None:
+    with on_one_core(), served(bundle_path, max_images=1, max_queue_images=1) as service, ThreadPoolExecutor() as pool:
+        front, engine = service.pids()
+
+        def ask() -> int:
+            return httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60).status_code
+
+        def becomes(policy: int) -> bool:
+            patience = time.monotonic() + 20
+            while os.sched_getscheduler(front) != policy and time.monotonic() < patience:
+                ask()
+            return os.sched_getscheduler(front) == policy
+
+        assert os.sched_getscheduler(front) == os.SCHED_OTHER
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            asked = [pool.submit(ask), pool.submit(ask)]  # one has the only place, until the engine goes on
+            assert next(as_completed(asked)).result() == 429
+            assert becomes(os.SCHED_BATCH)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        assert {each.result() for each in asked} == {200, 429}
+        assert becomes(os.SCHED_OTHER)
+
+
+@on_linux
+def test_an_engine_process_that_is_started_meanwhile_does_not_wait_for_others(bundle_path: Path) -> None:
+    with served(bundle_path) as service:
+        front, engine = service.pids()
+        os.sched_setscheduler(front, os.SCHED_BATCH, os.sched_param(0))
+        os.kill(engine, signal.SIGKILL)
+        replaced = engine  # until the front has seen it, a request may still reach the dead one: 503
+        while replaced == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
+            replaced = [*service.pids(), engine][1]
+        answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
+        assert answer.status_code == 200
+        threads = [int(thread.name) for thread in Path(f"/proc/{replaced}/task").iterdir()]
+        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
+
+
+@on_linux
+def test_all_processes_together_take_less_than_300_mb(service: Served) -> None:
+    for seed in range(50):
+        httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(seed, 200, 200), "JPEG"))
+    assert service.resident_bytes() < 300 * MIB
+
+
+@on_linux
+def test_a_png_of_kilobytes_and_400_million_pixels_is_422_with_flat_memory(service: Served) -> None:
+    bomb = bomb_png()
+    assert len(bomb) < 64 * 1024
+    before = service.peak_bytes()
+    response = httpx.post(f"{service.url}/v1/classify", content=bomb)
+    assert response.status_code == 422
+    # decoded, the pixels take 400 MB (Pillow holds a byte for each); refused from the header, next to nothing
+    assert service.peak_bytes() - before < 16 * MIB
+
+
+@on_linux
+@pytest.mark.parametrize("media_type", ["image/png", "application/json", "multipart/form-data; boundary=b"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_of_100_mb_is_413_with_flat_memory(service: Served, declared: bool, media_type: str) -> None:
+    before = service.peak_bytes()
+    start = b'--b\r\nContent-Disposition: form-data; name="i"; filename="i"\r\n\r\n'.ljust(1000, b" ")
+    chunks = itertools.chain([start], itertools.repeat(bytes(100_000), 1000))
+    headers = {"Content-Type": media_type} | ({"Content-Length": str(1000 + 100_000_000)} if declared else {})
+    response = httpx.post(f"{service.url}/v1/classify", content=chunks, headers=headers, timeout=60)
+    assert response.status_code == 413
+    # undeclared, 20 MiB are held before the limit is reached, and the list of chunks is joined by nobody
+    assert service.peak_bytes() - before < (4 if declared else 40) * MIB
+
+
+def test_a_port_that_is_taken_is_one_line(bundle_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            serve(bundle_path, Settings(port=port))
+
+
+def test_a_file_that_is_no_image_is_refused_in_its_own_place(bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(toy_pixels(3)))
+    (tmp_path / "b.png").write_bytes(b"text")
+    results = classify_files(bundle_path, [tmp_path / "b.png", tmp_path / "a.png"] * 40, 1)
+    assert [isinstance(result, Refused) for result in results] == [True, False] * 40
+
+
+def test_a_file_that_does_not_exist_is_one_line(bundle_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.png cannot be read"):
+        classify_files(bundle_path, [tmp_path / "nowhere.png"])
+
+
+def test_no_module_of_the_service_imports_torch_matplotlib_onnx_or_export() -> None:
+    root = Path(sys.modules["serve"].__file__ or "").parent
+    paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    modules = ", ".join(".".join(path.parts) for path in paths if not path.name.startswith("__"))
+    heavy = "{'torch', 'torchvision', 'matplotlib', 'onnx', 'export', 'scipy'}"
+    program = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    seen = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
