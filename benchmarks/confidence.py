@@ -29,7 +29,7 @@ from export.certification.statistics import calibration_error
 from export.schema import ConfidenceCertificate
 from ltkd.contract.calibration import calibrated, least_probabilities, softmax, temperatures
 from ltkd.contract.class_groups import ClassGroups
-from ltkd.data.datasets import load_data
+from ltkd.data.datasets import load_dataset
 from ltkd.evaluation.evaluate import logits_on_test
 from ltkd.training.plots import group_colours, label_axes, save_figure
 from ltkd.training.run_folder import open_run
@@ -220,7 +220,7 @@ def runs_of(paths: Sequence[Path], times: int, console: Console) -> list[Row]:
     for path in paths:
         run = open_run(path)
         if loaded is None or loaded[0] != run.config.data:
-            loaded = run.config.data, load_data(run.config.data)
+            loaded = run.config.data, load_dataset(run.config.data)
         console.print(f"[dim]{path}")
         labels = loaded[1].test_labels
         rows += divisions_of(path.as_posix(), logits_on_test(run, loaded[1]), labels, run.task.groups, times)

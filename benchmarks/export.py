@@ -36,7 +36,7 @@ from benchmarks.circumstances import circumstances, spread
 from benchmarks.quantising import CALIBRATION_IMAGES, Subject, losses_by_draw, losses_by_weights, subject_of
 from export.conversion.fp16 import to_fp16
 from export.conversion.fp32 import PixelsToLogits, to_onnx
-from export.conversion.int8 import Form, seen_by
+from export.conversion.int8 import Int8Config, collect_ranges
 from export.conversion.int8_graph import WEIGHT_LIMIT
 from export.conversion.session import CPU, CUDA, INPUT, OUTPUT, cuda_works, isa, open_session
 from ltkd.contract.class_groups import groups_by_share
@@ -124,7 +124,7 @@ def speed_rows(name: str, size_px: int, plan: Plan) -> list[Row]:
     network, task = _network(name, size_px), _task(size_px)
     fp32 = to_onnx(network, task)
     noise = np.random.default_rng(0).integers(0, 256, (32, size_px, size_px, 3), dtype=np.uint8)
-    int8 = seen_by(fp32, noise[:8]).written(Form("minmax", per_channel=True))
+    int8 = collect_ranges(fp32, noise[:8]).written(Int8Config("minmax", per_channel=True))
     rows = [
         Row(part, "fp32", "MB", [len(fp32) / 1e6]),
         Row(part, "int8", "MB", [len(int8) / 1e6], "fp32 / int8", [len(fp32) / len(int8)], SMALLER),

@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data as torch_data
 
-from ltkd.config import Execution, Precision, Recipe
+from ltkd.config import ComputePrecision, Execution, Recipe
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
 from ltkd.data.batches import batches_of
-from ltkd.data.datasets import ImageData, data_config, load_data
+from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.methods.registry import METHODS
 from ltkd.models.registry import build_network
-from ltkd.training.loop import EpochReport, Learner, Progress, Student, train
+from ltkd.training.loop import EpochReport, Position, Student, TrainState, train
 from ltkd.training.teacher import CachedTeacher, Teacher
 
 NUM_CLASSES = 100
@@ -76,7 +76,7 @@ class Loop:
     method: str = "ltkd"
     views: int | None = None
     device: str = "cpu"
-    precision: Precision = "float32"
+    precision: ComputePrecision = "float32"
     compiled: bool = False
 
     @property
@@ -113,7 +113,7 @@ def noise(loop: Loop) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def ltkd_epochs(
-    loop: Loop, epochs: int, on_step: Callable[[Progress, int], None] = lambda progress, num_images: None
+    loop: Loop, epochs: int, on_step: Callable[[Position, int], None] = lambda progress, num_images: None
 ) -> Iterator[EpochReport]:
     """The reports of a training by ltkd; the last of them would look at the test set and is better not asked for."""
     execution = Execution(device=loop.device, precision=loop.precision, compiled=loop.compiled)
@@ -132,7 +132,7 @@ def ltkd_epochs(
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    learner = Learner(student, optimizer, torch.amp.GradScaler(loop.device, enabled=loop.precision == "float16"))
+    learner = TrainState(student, optimizer, torch.amp.GradScaler(loop.device, enabled=loop.precision == "float16"))
     if loop.compiled:
         student.compile()
     batches = batches_of(
@@ -153,7 +153,7 @@ def ltkd_epochs(
 def _measured_ltkd(loop: Loop) -> Measured:
     memory = _Memory()
 
-    def look(progress: Progress, num_images: int) -> None:
+    def look(progress: Position, num_images: int) -> None:
         if progress.epoch == 0:
             memory.look()
 
@@ -167,7 +167,7 @@ def _measured_plain(loop: Loop) -> Measured:
     memory = _Memory()
     device = torch.device(loop.device)
     dataset, num_classes = _plain_dataset(loop)
-    loader = DataLoader(
+    loader = torch_data.DataLoader(
         dataset,
         batch_size=loop.batch_size,
         shuffle=True,
@@ -219,7 +219,7 @@ class _Average:
         self.count += count
 
 
-class _Pictures(Dataset[tuple[Tensor, int]]):
+class _Pictures(torch_data.Dataset[tuple[Tensor, int]]):
     """Arrays in memory that are turned into pictures one at a time, as torchvision's CIFAR100 does."""
 
     def __init__(self, loop: Loop, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -233,7 +233,7 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         return self._transform(Image.fromarray(self._pixels_NSS3[row])), int(self._labels_N[row])
 
 
-def _plain_dataset(loop: Loop) -> tuple[Dataset[tuple[Tensor, int]], int]:
+def _plain_dataset(loop: Loop) -> tuple[torch_data.Dataset[tuple[Tensor, int]], int]:
     """The images as usual code prepares them, and how many classes they have."""
     from torchvision import datasets, transforms  # noqa: PLC0415  # the memory of our loop is measured without it
 
@@ -247,10 +247,10 @@ def _plain_dataset(loop: Loop) -> tuple[Dataset[tuple[Tensor, int]], int]:
     return folder, len(folder.classes)
 
 
-def _data(loop: Loop) -> ImageData:
+def _data(loop: Loop) -> Dataset:
     """The same images for our loop."""
     if loop.tree is not None:
-        return load_data(data_config(loop.tree, None, "share", loop.size_px))
+        return load_dataset(data_config(loop.tree, None, "share", loop.size_px))
     pixels_NSS3, labels_N = noise(loop)
     counts = np.bincount(labels_N).tolist()
     task = Task(
@@ -261,7 +261,7 @@ def _data(loop: Loop) -> ImageData:
         mean=MEAN,
         std=STD,
     )
-    return ImageData(task, pixels_NSS3, labels_N, pixels_NSS3[:1], labels_N[:1], mirror=True)
+    return Dataset(task, pixels_NSS3, labels_N, pixels_NSS3[:1], labels_N[:1], mirror=True)
 
 
 class _Memory:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from export.certification.margins import margins_for
-from export.certification.splits import divide
+from export.certification.splits import split_test_images
 from export.conversion.fp32 import to_onnx
-from export.conversion.int8 import Form, balanced, seen_by
+from export.conversion.int8 import Int8Config, balanced, collect_ranges
 from export.conversion.int8_graph import plan_of, quantise
-from export.conversion.int8_ranges import RULES, spreads
+from export.conversion.int8_ranges import RULES, activation_histograms
 from export.conversion.session import CPU, open_session, run
 from ltkd.contract.task import Task
-from ltkd.data.datasets import load_data
+from ltkd.data.datasets import load_dataset
 from ltkd.training.run_folder import open_run
 
 CALIBRATION_IMAGES = 500
@@ -56,8 +56,8 @@ class Subject:
 def subject_of(run_dir: Path, most_images: int) -> Subject:
     """Load a run and divide its test images: half to calibrate with, half to measure on."""
     found = open_run(run_dir)
-    data = load_data(found.config.data)
-    splits = divide(data, margins_for("int8", {}, data.task.groups))
+    data = load_dataset(found.config.data)
+    splits = split_test_images(data, margins_for("int8", {}, data.task.groups))
     pool = [splits.quantisation, splits.selection, splits.confidence]
     num_real = len(splits.certify.label_N) - splits.num_views
     real_N = balanced(splits.certify.label_N[:num_real], most_images)
@@ -92,9 +92,9 @@ def losses_by_draw(subject: Subject, draws: int, say: Callable[[str], None]) -> 
     for seed in range(draws):
         for kind in ("balanced", "natural"):
             say(f"{kind} calibration images, draw {seed + 1} of {draws}")
-            source = seen_by(subject.fp32, subject.pool_NSS3[draw(subject, kind, seed)])
+            source = collect_ranges(subject.fp32, subject.pool_NSS3[draw(subject, kind, seed)])
             for rule, seen in found.items():
-                content = source.written(Form(rule, per_channel=True))
+                content = source.written(Int8Config(rule, per_channel=True))
                 seen[kind].append(losses(subject, run(open_session(content), subject.images_NSS3)))
     return found
 
@@ -106,7 +106,7 @@ def losses_by_weights(subject: Subject, limit: int) -> tuple[dict[str, Losses], 
         The losses by how it was computed, and the share of images that get another class than from exact sums.
     """
     maps = plan_of(onnx.load_model_from_string(subject.fp32).graph).stored
-    seen = spreads(subject.fp32, maps, subject.pool_NSS3[draw(subject, "balanced", 0)])
+    seen = activation_histograms(subject.fp32, maps, subject.pool_NSS3[draw(subject, "balanced", 0)])
     ranges = {name: RULES["minmax"](spread) for name, spread in seen.items()}
     model = quantise(subject.fp32, ranges, per_channel=True, weight_limit=limit)
     content = model.SerializeToString(deterministic=True)

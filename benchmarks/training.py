@@ -35,7 +35,7 @@ from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
 from ltkd.data.batches import Shard, default_workers
 from ltkd.data.long_tail import long_tailed_counts
-from ltkd.methods.registry import METHODS, Batch, Classes
+from ltkd.methods.registry import METHODS, ClassStatistics, LossInputs
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks" / "training.json"
@@ -235,11 +235,11 @@ def loss_microseconds(device: str, rounds: int, calls: int, batch_size: int = 64
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    classes = Classes(task).to(device)
+    classes = ClassStatistics(task).to(device)
     random = torch.Generator().manual_seed(0)
     student_NC, teacher_NC = torch.randn(2, batch_size, NUM_CLASSES, generator=random).to(device)
     labels_N = torch.randint(NUM_CLASSES, (batch_size,), generator=random).to(device)
-    batch = Batch(student_NC.clone().requires_grad_(), teacher_NC, labels_N, classes, progress=0.5)
+    batch = LossInputs(student_NC.clone().requires_grad_(), teacher_NC, labels_N, classes, progress=0.5)
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     for round_ in range(rounds + 1):
         for name in LOSSES if round_ % 2 == 0 else reversed(LOSSES):

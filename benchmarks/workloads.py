@@ -31,7 +31,7 @@ from torch import nn
 from benchmarks.shapes import WORKLOADS, Workload
 from benchmarks.training import photo
 from export.conversion.fp32 import to_onnx
-from export.conversion.int8 import Form, seen_by
+from export.conversion.int8 import Int8Config, collect_ranges
 from ltkd.contract.bundle import (
     CARD_FILE,
     GOLDEN_FILE,
@@ -43,7 +43,7 @@ from ltkd.contract.bundle import (
     Golden,
     Manifest,
     Precision,
-    Source,
+    Provenance,
     record_of,
     staged_bundle,
 )
@@ -57,7 +57,7 @@ from ltkd.models.registry import Normalise, build_network
 
 NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
 SPREAD = 4.0
-INT8 = Form("minmax", per_channel=True)
+INT8 = Int8Config("minmax", per_channel=True)
 NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy was certified"
 
 
@@ -67,9 +67,9 @@ def make(workload: Workload, folder: Path) -> None:
     pixels_NSS3 = np.stack([decode_image(content, workload.input_px).pixels_SS3 for content in candidates])
     task = task_of(workload)
     network = build_network(workload.network, NUM_CLASSES, seed=0)
-    settle(network, task, pixels_NSS3)
+    trim_memory(network, task, pixels_NSS3)
     fp32 = to_onnx(network, task)
-    models: dict[Precision, bytes] = {"fp32": fp32, "int8": seen_by(fp32, pixels_NSS3).written(INT8)}
+    models: dict[Precision, bytes] = {"fp32": fp32, "int8": collect_ranges(fp32, pixels_NSS3).written(INT8)}
     logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
     clear = clearest(list(logits.values()))[:NUM_IMAGES]
     (folder / "images").mkdir(parents=True)
@@ -115,7 +115,7 @@ def task_of(workload: Workload) -> Task:
     )
 
 
-def settle(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> None:
+def trim_memory(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> None:
     """Give a network batch statistics, and a classifier that tells the images apart."""
     classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -171,7 +171,7 @@ def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden:
             card=record_of(stage / CARD_FILE),
             golden=record_of(stage / GOLDEN_FILE),
             certified_on=NOT_CERTIFIED,
-            source=Source(
+            source=Provenance(
                 run="none",
                 config_sha256="0" * 64,
                 weights_sha256="0" * 64,

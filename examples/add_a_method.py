@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ltkd.config import DataConfig, Execution, Recipe
-from ltkd.data.datasets import load_data
+from ltkd.data.datasets import load_dataset
 from ltkd.data.formats import DATASETS
-from ltkd.methods.registry import METHODS, Batch, Distillation, NotNegative, method_config
+from ltkd.methods.registry import METHODS, Distillation, LossInputs, NotNegative, method_config
 from ltkd.training.run import run_config, train_run
 
 
@@ -28,7 +28,7 @@ class LogitMatching(Distillation):
 
     match_weight: NotNegative = 0.5
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         """The loss of one batch."""
         student_NC, teacher_NC = (
             logits_NC - logits_NC.mean(1, keepdim=True) for logits_NC in (batch.student_NC, self.teacher(batch))
@@ -43,7 +43,7 @@ def main() -> None:
     """Distil one teacher by the new method and by LTKD; far too briefly to say which is better."""
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
-    data = load_data(config)
+    data = load_dataset(config)
     recipe = Recipe(name="example", epochs=6, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=6)
     with tempfile.TemporaryDirectory() as folder:
         teacher = None

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ltkd.config import DataConfig, Execution, Recipe
-from ltkd.data.datasets import load_data
-from ltkd.data.formats import DATASETS, Source
+from ltkd.data.datasets import load_dataset
+from ltkd.data.formats import DATASETS, DatasetSource
 from ltkd.methods.registry import method_config
 from ltkd.training.run import run_config, train_run
 
@@ -22,7 +22,7 @@ WAVES = ("flat", "wide", "even", "narrow", "fine", "finest")
 SIZE_PX = 16
 
 
-def waves(config: DataConfig) -> Source:
+def waves(config: DataConfig) -> DatasetSource:
     """Stripes in noise, six classes by their width; yours may read arrays, a database, a file."""
 
     def images(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
@@ -33,7 +33,7 @@ def waves(config: DataConfig) -> Source:
         return (128 + 60 * line_NS[:, None, :, None] + noise_NSS3).clip(0, 255).astype(np.uint8)
 
     train_labels_N, test_labels_N = (np.repeat(np.arange(len(WAVES)), count) for count in (200, 40))
-    return Source(
+    return DatasetSource(
         class_names=WAVES,
         train_labels_N=train_labels_N,
         test_labels_N=test_labels_N,
@@ -47,7 +47,7 @@ def main() -> None:
     """Train a teacher and distil it, on the new data with a tail of 20."""
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
-    data = load_data(config)
+    data = load_dataset(config)
     recipe = Recipe(name="example", epochs=6, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=6)
     print(f"training images a class: {dict(zip(WAVES, data.task.train_counts, strict=True))}")
     with tempfile.TemporaryDirectory() as folder:

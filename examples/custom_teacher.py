@@ -16,8 +16,8 @@ from custom_dataset import waves  # the small data set of the example beside thi
 from rich.console import Console
 from torch import nn
 
-from ltkd.config import DataConfig, Execution, Recipe, recipe_of
-from ltkd.data.datasets import ImageData, load_data
+from ltkd.config import DataConfig, Execution, Recipe, find_recipe
+from ltkd.data.datasets import Dataset, load_dataset
 from ltkd.data.formats import DATASETS
 from ltkd.methods.registry import method_config
 from ltkd.models.registry import Normalise
@@ -33,7 +33,7 @@ def small_cnn(num_classes: int) -> nn.Module:
     )
 
 
-def train_elsewhere(data: ImageData, weights: Path) -> None:
+def train_elsewhere(data: Dataset, weights: Path) -> None:
     """Stands for the code that your teacher comes from; all that is left of it is a state dict."""
     network, normalise = small_cnn(len(data.task.class_names)), Normalise(data.task)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -52,7 +52,7 @@ def main() -> None:
     torch.manual_seed(0)
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
-    data = load_data(config)
+    data = load_dataset(config)
     recipe = Recipe(name="example", epochs=6, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=6)
     with tempfile.TemporaryDirectory() as name:
         folder, quiet = Path(name), Console(quiet=True)
@@ -61,7 +61,7 @@ def main() -> None:
             config,
             "custom_teacher:small_cnn",
             method_config("ce"),
-            recipe_of("adopt"),
+            find_recipe("adopt"),
             seed=0,
             execution=Execution(),
             weights_from=folder / "teacher.pt",

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ltkd.contract.class_groups import groups_by_share
-from ltkd.methods.losses import GroupIndex, ltkd_loss
+from ltkd import GroupIndex, groups_by_share, ltkd_loss
 
 train_counts = [500, 200, 80, 30, 12, 5]  # images of every class, in label order
 groups = GroupIndex(groups_by_share(train_counts))

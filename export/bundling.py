@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.certification.certify import Certification, Policy, certify, tell_nobody
+from export.certification.certify import Certification, Policy, certify, discard_message
 from export.certification.margins import margins_for
-from export.certification.splits import divide
+from export.certification.splits import split_test_images
 from export.report.html import parity_html, write_report
 from export.report.model_card import model_card
 from export.schema import CandidateReport, ParityReport
@@ -19,13 +19,13 @@ from ltkd.contract.bundle import (
     REPORT_FILE,
     CertifiedModel,
     Manifest,
-    Source,
+    Provenance,
     check_replaceable,
     record_of,
     staged_bundle,
 )
 from ltkd.contract.records import sha256_of, write_record, write_whole
-from ltkd.data.datasets import ImageData, load_data
+from ltkd.data.datasets import Dataset, load_dataset
 from ltkd.errors import RunError
 from ltkd.training.run_folder import CONFIG_FILE, Run, open_run
 
@@ -51,8 +51,8 @@ def export_run(
     run_dir: Path,
     out: Path,
     policy: Policy | None = None,
-    data: ImageData | None = None,
-    tell: Callable[[str], None] = tell_nobody,
+    data: Dataset | None = None,
+    on_message: Callable[[str], None] = discard_message,
 ) -> Export:
     """Convert a run's network, put each precision through the gates on test images, and bundle what passes.
 
@@ -64,7 +64,7 @@ def export_run(
         out: The bundle's directory; an earlier bundle there is replaced as a whole.
         policy: What is asked; None asks for the defaults.
         data: The run's images where they are in memory already; None loads them.
-        tell: Told in a few words what is going on, several times a minute.
+        on_message: Called with a short progress message several times a minute.
 
     Raises:
         RunError: The run cannot be used, or its data set is no longer what it was trained on.
@@ -76,7 +76,7 @@ def export_run(
     policy = policy or Policy()
     _ = policy.tried  # refuses what cannot be certified here, likewise
     trained = open_run(run_dir)
-    data = data or load_data(trained.config.data)
+    data = data or load_dataset(trained.config.data)
     if data.task != trained.task:
         raise RunError(
             f"{run_dir} was trained on other images or groups than {trained.config.data.name} has now; train again."
@@ -84,8 +84,8 @@ def export_run(
     name = out.resolve().name
     source = trained.config.data
     description = f"the {len(data.test_labels):,} test images of {source.root.name if source.root else source.name}"
-    splits = divide(data, margins_for("fp32", policy.margins, data.task.groups))
-    done = certify(trained.load_network(), trained.task, splits, name, description, policy, tell)
+    splits = split_test_images(data, margins_for("fp32", policy.margins, data.task.groups))
+    done = certify(trained.load_network(), trained.task, splits, name, description, policy, on_message)
     bundle = rejected = None
     if done.passed:
         with staged_bundle(out) as stage:
@@ -102,7 +102,7 @@ def _fill(stage: Path, trained: Run, done: Certification) -> None:
     (stage / GOLDEN_FILE).write_bytes(done.golden.to_bytes())
     write_record(stage / PARITY_FILE, done.report)
     (stage / REPORT_FILE).write_text(parity_html(done.report), encoding="utf-8")
-    source = Source(
+    source = Provenance(
         run=trained.path.resolve().name,
         config_sha256=sha256_of(trained.path / CONFIG_FILE),
         weights_sha256=sha256_of(trained.weights_path),

@@ -19,24 +19,24 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from onnxruntime import InferenceSession
 
-from export.certification.candidate import weighed
+from export.certification.candidate import apply_gates
 from export.certification.margins import margins_for
 from export.certification.reference import BATCH_SIZE, Reference, torch_logits
-from export.certification.splits import split_record, undivided
+from export.certification.splits import split_record, unsplit_test_images
 from export.certification.statistics import CONFIDENCE
 from export.conversion.session import CPU, INPUT, isa, open_session, read_model, runtime_version
 from export.schema import CandidateReport, DataRecord, ParityReport, Runtime
 from ltkd.contract.bundle import MANIFEST_FILE, Precision, open_bundle
 from ltkd.contract.records import sha256_of
 from ltkd.contract.task import Task
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.data.image_files import Images
 from ltkd.errors import BundleError, RunError, UsageError
 from ltkd.training.run_folder import CONFIG_FILE, open_run
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedModel:
     """One of two models.
 
     Attributes:
@@ -58,7 +58,7 @@ class Side:
     logits: Callable[[Images], NDArray[np.floating]]
 
 
-def open_side(path: Path, task: Task) -> Side:
+def open_model(path: Path, task: Task) -> ComparedModel:
     """Open a run, a bundle (its fp32 model) or an ONNX file.
 
     Args:
@@ -81,7 +81,9 @@ def open_side(path: Path, task: Task) -> Side:
     raise UsageError(f"{path} is neither a run, a bundle nor an ONNX file; give one of these.")
 
 
-def hold(reference: Side, candidate: Side, data: ImageData, margins: Mapping[str, float]) -> ParityReport:
+def compare_models(
+    reference: ComparedModel, candidate: ComparedModel, data: Dataset, margins: Mapping[str, float]
+) -> ParityReport:
     """Hold a candidate against a reference on all test images, by group of classes.
 
     The candidate may be another model, pruned or retrained, so decisions that change are told and accuracy is judged.
@@ -98,7 +100,7 @@ def hold(reference: Side, candidate: Side, data: ImageData, margins: Mapping[str
         BundleError: A file does not run on the images, or gives no logits.
         RunError: A run gives logits that are not finite.
     """
-    task, (certify, num_duplicates) = data.task, undivided(data)
+    task, (certify, num_duplicates) = data.task, unsplit_test_images(data)
     asked = Reference(
         task=task,
         certify=certify,
@@ -118,7 +120,7 @@ def hold(reference: Side, candidate: Side, data: ImageData, margins: Mapping[str
         margins=margins_for("int8", margins, task.groups),
         gates=(),
     )
-    judged = weighed(report, candidate.content, candidate.logits(certify.images), asked, rounding_only=False)
+    judged = apply_gates(report, candidate.content, candidate.logits(certify.images), asked, rounding_only=False)
     return ParityReport(
         name=candidate.file,
         verdict=judged.verdict,
@@ -144,14 +146,14 @@ def precision_of(model: ModelProto) -> Precision:
     return "fp16" if half else "fp32"
 
 
-def _run_side(path: Path, task: Task) -> Side:
+def _run_side(path: Path, task: Task) -> ComparedModel:
     trained = open_run(path)
     own = trained.task
     _same_classes(path, own.class_names, task, RunError)
     if own.input_px != task.input_px:
         raise RunError(f"{path} takes {own.input_px} pixels, the images have {task.input_px}; use --input-px.")
     network = trained.load_network()
-    return Side(
+    return ComparedModel(
         words=f"torch float32 of the run {path}",
         file=path.resolve().name,
         sha256=sha256_of(trained.weights_path),
@@ -162,7 +164,7 @@ def _run_side(path: Path, task: Task) -> Side:
     )
 
 
-def _file_side(path: Path, words: str, task: Task) -> Side:
+def _file_side(path: Path, words: str, task: Task) -> ComparedModel:
     content = path.read_bytes()
     model = read_model(content)
     said = {entry.key: entry.value for entry in model.metadata_props}
@@ -174,7 +176,7 @@ def _file_side(path: Path, words: str, task: Task) -> Side:
         _same_classes(path, names, task, BundleError)
     session = open_session(content)
     feed, batch = _form(path, session, task)
-    return Side(
+    return ComparedModel(
         words=words,
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),

@@ -33,13 +33,13 @@ class Verification:
 
     Attributes:
         checks: One a precision.
-        strangers: Names in its folder that the manifest does not vouch for; nothing reads them.
+        unlisted_files: Names in its folder that the manifest does not vouch for; nothing reads them.
     """
 
     bundle: Bundle
     report: ParityReport
     checks: tuple[ModelCheck, ...]
-    strangers: tuple[str, ...]
+    unlisted_files: tuple[str, ...]
 
     @property
     def manifest(self) -> Manifest:
@@ -58,15 +58,15 @@ def verify_bundle(path: Path) -> Verification:
     """
     bundle = open_bundle(path)
     report = read_report(bundle)
-    strangers = bundle.strangers()
-    for name in strangers:
+    unlisted_files = bundle.unlisted_files()
+    for name in unlisted_files:
         if name.endswith(".onnx"):
             raise BundleError(f"{path / name} lies in the bundle and nobody certified it; remove it, or export again.")
     golden = bundle.golden()
     checks = [
         _checked(bundle, report, precision, model, golden) for precision, model in bundle.manifest.precisions.items()
     ]
-    return Verification(bundle, report, tuple(checks), tuple(strangers))
+    return Verification(bundle, report, tuple(checks), tuple(unlisted_files))
 
 
 def read_report(bundle: Bundle) -> ParityReport:

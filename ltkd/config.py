@@ -10,7 +10,7 @@ from ltkd.contract.records import Record, VersionedRecord
 from ltkd.errors import UsageError
 
 Parameter = float | int | bool | str
-Precision = Literal["float32", "bfloat16", "float16"]
+ComputePrecision = Literal["float32", "bfloat16", "float16"]
 
 
 class DataConfig(Record):
@@ -81,7 +81,7 @@ class Execution(Record):
     """
 
     device: str = "cpu"
-    precision: Precision = "float32"
+    precision: ComputePrecision = "float32"
     compiled: bool = False
     num_devices: int = Field(default=1, gt=0)
 
@@ -138,7 +138,7 @@ def adopt() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper": paper, "adopt": adopt}
 
 
-def recipe_of(name: str) -> Recipe:
+def find_recipe(name: str) -> Recipe:
     """The recipe of a name.
 
     Raises:

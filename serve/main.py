@@ -14,8 +14,8 @@ from types import FrameType
 
 from ltkd.contract.bundle import MANIFEST_FILE
 from ltkd.errors import UsageError
-from serve.pool.dispatcher import Worker, orders
-from serve.pool.engine_process import Launched, launch
+from serve.pool.dispatcher import EnginePool, orders
+from serve.pool.engine_process import ChildProcess, launch
 from serve.settings import Settings
 
 
@@ -32,15 +32,15 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
     """
     with _signals_exit(), _listening(settings.host, settings.port) as listener:
         gc.disable()  # until the start is over (ltkd.contract.resources)
-        ahead: list[Launched] = []
+        ahead: list[ChildProcess] = []
         if (path / MANIFEST_FILE).exists():
             ahead.append(launch(orders(path, settings)))
 
-        async def start_worker(bundle: Path) -> Worker:
-            def start_process() -> Launched:
+        async def start_worker(bundle: Path) -> EnginePool:
+            def start_process() -> ChildProcess:
                 return ahead.pop() if ahead else launch(orders(bundle, settings))
 
-            return await Worker.start_with(start_process, settings)
+            return await EnginePool.start_with(start_process, settings)
 
         try:
             from serve.server import run  # noqa: PLC0415 - takes as long as the engine process, which starts meanwhile

@@ -12,13 +12,13 @@ from types import FrameType
 
 import uvicorn
 
-from ltkd.contract.resources import num_cores, settle
+from ltkd.contract.resources import num_cores, trim_memory
 from serve.api.app import create_app
 from serve.api.operations import reload_on_hangup
 from serve.http.fast_path import Connection
 from serve.http.service import Service
 from serve.monitoring.logs import log_settings, set_up_logging
-from serve.pool.dispatcher import Worker
+from serve.pool.dispatcher import EnginePool
 from serve.pool.repository import StartWorker
 from serve.settings import Settings
 
@@ -28,7 +28,7 @@ def run(
     settings: Settings,
     given: Mapping[str, object],
     listener: socket.socket,
-    start_worker: StartWorker[Worker],
+    start_worker: StartWorker[EnginePool],
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -65,7 +65,7 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
             backlog=service.settings.max_connections,
             timeout_graceful_shutdown=service.settings.drain_seconds,
         )
-        settle()
+        trim_memory()
         await Server(config, service).serve(sockets=[listener])
     finally:
         await service.close()

@@ -31,7 +31,7 @@ import ltkd.config
 import ltkd.training.run as run_module
 from ltkd.cli.main import main
 from ltkd.config import Recipe
-from ltkd.training.distributed import Ranks, joined_ranks
+from ltkd.training.distributed import Distributed, init_distributed
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -136,7 +136,7 @@ def ltkd_on_ranks(folder: Path, *words: object, of_ranks: Mapping[int, Mapping[s
 
 
 def on_ranks(
-    function: Callable[Concatenate[Ranks, Given], Result], *arguments: Given.args, **options: Given.kwargs
+    function: Callable[Concatenate[Distributed, Given], Result], *arguments: Given.args, **options: Given.kwargs
 ) -> list[Result]:
     """What a function gives on each of two ranks that have joined."""
     waiting: list[tuple[ForkServerProcess, Connection]] = []
@@ -166,10 +166,10 @@ def _answer(
 ) -> None:
     os.environ |= variables
     torch.set_num_threads(1)
-    with joined_ranks("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         # pickled here: multiprocessing would share tensors, and this process ends before they are read
         there.send_bytes(pickle.dumps(function(ranks, *arguments, **options)))
-        ranks.wait()
+        ranks.barrier()
 
 
 def _child(folder: Path, words: list[str], variables: dict[str, str], log: Path) -> None:

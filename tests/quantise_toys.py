@@ -8,7 +8,7 @@ from export_toys import TASK, coloured_images
 from torch import Tensor, nn
 
 from export.conversion.fp32 import to_onnx
-from ltkd.data.image_files import Part
+from ltkd.data.image_files import LabelledImages
 from ltkd.models.registry import Normalise
 
 
@@ -54,8 +54,8 @@ def small_onnx() -> bytes:
     return to_onnx(small_net(), TASK)
 
 
-def part(num_images: int, seed: int) -> Part:
+def part(num_images: int, seed: int) -> LabelledImages:
     """As many images of every class."""
     images, labels = coloured_images([num_images // 6] * 6, seed)
     order = np.random.default_rng(seed).permutation(len(labels))
-    return Part(images[order], labels[order])
+    return LabelledImages(images[order], labels[order])

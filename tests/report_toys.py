@@ -45,7 +45,7 @@ from ltkd.contract.bundle import (
     Golden,
     Manifest,
     Precision,
-    Source,
+    Provenance,
     record_of,
     staged_bundle,
 )
@@ -232,7 +232,7 @@ def calibration_of(task: Task) -> Calibration:
     )
 
 
-SOURCE = Source(
+SOURCE = Provenance(
     run="cifar100-student",
     config_sha256="5" * 64,
     weights_sha256="6" * 64,

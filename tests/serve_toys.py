@@ -40,7 +40,7 @@ from ltkd.contract.bundle import (
     Golden,
     Manifest,
     Precision,
-    Source,
+    Provenance,
     record_of,
     staged_bundle,
 )
@@ -53,8 +53,8 @@ from serve.api.app import create_app
 from serve.engine.message_loop import serve_line
 from serve.http.fast_path import Connection
 from serve.http.service import Service
-from serve.pool.dispatcher import Worker
-from serve.pool.engine_process import Launched, connected_lines
+from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import ChildProcess, connected_lines
 from serve.settings import Settings
 
 SIZE_PX = 8
@@ -244,7 +244,7 @@ def toy_manifest(
         card=card,
         golden=golden,
         certified_on="six random images",
-        source=Source(
+        source=Provenance(
             run="toy", config_sha256="0" * 64, weights_sha256="0" * 64, model="linear", method="none", versions={}
         ),
     )
@@ -291,7 +291,7 @@ def held_engine() -> HeldEngine:
     return engine
 
 
-def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> Launched:
+def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> ChildProcess:
     """An engine process that is a thread of this one, so that tests can hold it and look inside."""
     ours, theirs = connected_lines()
     thread = threading.Thread(target=serve_line, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
@@ -301,7 +301,7 @@ def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: in
         with suppress(OSError):
             theirs.shutdown(socket.SHUT_RDWR)
 
-    return Launched(ours, kill, os.getpid())
+    return ChildProcess(ours, kill, os.getpid())
 
 
 @cache
@@ -313,7 +313,7 @@ def toy_bundle() -> Path:
 
 
 def toy_service(
-    engine: ToyEngine | None = None, settings: Settings | None = None, processes: Iterator[Launched] | None = None
+    engine: ToyEngine | None = None, settings: Settings | None = None, processes: Iterator[ChildProcess] | None = None
 ) -> Service:
     """The service around a toy engine.
 
@@ -325,11 +325,11 @@ def toy_service(
     engine = engine or toy_engine()
     settings = settings or Settings(delay_seconds=0)
 
-    def start_process() -> Launched:
+    def start_process() -> ChildProcess:
         return next(processes) if processes else toy_process(engine, settings.max_pixels)
 
-    async def start_worker(_: Path) -> Worker:
-        return await Worker.start_with(start_process, settings)
+    async def start_worker(_: Path) -> EnginePool:
+        return await EnginePool.start_with(start_process, settings)
 
     return Service(toy_bundle(), settings, start_worker)
 

@@ -81,9 +81,7 @@ def responses(address: str) -> dict[str, tuple[int, object]]:
 def _stable(value: object) -> object:
     """A response with the kind in place of the value where values differ each time."""
     if isinstance(value, dict):
-        return {
-            name: type(each).__name__ if name in CHANGING else _stable(each) for name, each in value.items()
-        }
+        return {name: type(each).__name__ if name in CHANGING else _stable(each) for name, each in value.items()}
     return [_stable(each) for each in value] if isinstance(value, list) else value
 
 
@@ -103,7 +101,19 @@ def differences(now: object, then: object, where: str = "") -> list[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     program = "from ltkd.cli.main import main; main()"
-    words = [sys.executable, "-c", program, "serve", str(BUNDLE), "--port", "0", "--device", "cpu", "--precision", "fp32"]
+    words = [
+        sys.executable,
+        "-c",
+        program,
+        "serve",
+        str(BUNDLE),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
@@ -143,7 +153,7 @@ def test_the_run_opens_and_gives_the_logits_of_its_bundle() -> None:
     opened, bundle = open_run(RUN), open_bundle(BUNDLE)
     assert opened.task == bundle.manifest.task
     with np.load(BUNDLE / "golden.npz") as golden:
-        pixels_NSS3, expected_NC = golden["images"], golden["fp32"]
+        pixels_NSS3, expected_NC = golden["images"], golden["logits_fp32"]
     session = open_session(to_onnx(opened.load_network(), opened.task))
     # the network, exported anew; logits are of order 10
     np.testing.assert_allclose(run(session, pixels_NSS3), expected_NC, atol=1e-3)

@@ -1,7 +1,12 @@
 """What others build on, frozen: a change here is a change for them, and belongs in CHANGELOG.md."""
 
-import click
+import subprocess
+import sys
 
+import click
+import pytest
+
+import ltkd
 from ltkd.cli.main import cli
 from ltkd.config import RunConfig
 from ltkd.contract.bundle import Manifest
@@ -36,6 +41,19 @@ OPTIONS = {
     "classify": {"--top-k", "--json"},
     "pipeline": DATA | {"--teacher-model", "--student-model", "--recipe", "--device", "--seed", "--out"},
 }
+
+
+def test_the_python_api_has_these_names_and_importing_it_is_light() -> None:
+    assert set(ltkd.__all__) == {
+        "ClassGroups", "GroupIndex", "LTKDLoss", "groups_by_count", "groups_by_mapping", "groups_by_share", "ltkd_loss",
+    }  # fmt: skip
+    assert {name for names in ltkd._MODULES.values() for name in names} == set(ltkd.__all__) <= set(dir(ltkd))
+    assert all(getattr(ltkd, name).__name__ == name for name in ltkd.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'kd_los'; it has: .*ltkd_loss"):
+        _ = ltkd.kd_los
+    program = "import sys, ltkd; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)), ltkd.ltkd_loss)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] <function ltkd_loss")
 
 
 def test_the_commands_have_these_options_and_no_others() -> None:

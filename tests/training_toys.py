@@ -12,9 +12,9 @@ from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.image_decoding import save_image
 from ltkd.contract.task import Task
 from ltkd.data.batches import batches_of
-from ltkd.data.datasets import ImageData
-from ltkd.methods.registry import CE, method_config
-from ltkd.training.loop import EpochReport, Learner, Student, train
+from ltkd.data.datasets import Dataset
+from ltkd.methods.registry import Method, method_config
+from ltkd.training.loop import EpochReport, Student, TrainState, train
 from ltkd.training.run import run_config
 from ltkd.training.run_folder import Run
 from ltkd.training.teacher import Teacher
@@ -31,7 +31,7 @@ def coloured(label: int, number: int, size_px: int = 8) -> NDArray[np.uint8]:
     return (np.array(COLOURS[label]) + noise).clip(0, 255).astype(np.uint8)
 
 
-def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> ImageData:
+def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> Dataset:
     """Three colours, the last one rare."""
 
     def images(counts: tuple[int, ...], first: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -48,7 +48,7 @@ def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    return ImageData(task, *images(train_counts, 0), *images((num_test,) * 3, 1000), mirror=True)
+    return Dataset(task, *images(train_counts, 0), *images((num_test,) * 3, 1000), mirror=True)
 
 
 def write_tree(root: Path, train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> Path:
@@ -95,18 +95,18 @@ def toy_config(
     )
 
 
-def toy_learner(network: nn.Module | None = None) -> Learner:
+def toy_learner(network: nn.Module | None = None) -> TrainState:
     """A network with plain SGD."""
     student = Student(network or ToyNet())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-    return Learner(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return TrainState(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def toy_training(
-    learner: Learner,
-    method: CE,
+    learner: TrainState,
+    method: Method,
     *,
-    data: ImageData | None = None,
+    data: Dataset | None = None,
     recipe: Recipe = RECIPE,
     seed: int = 0,
     teacher: nn.Module | None = None,

@@ -13,7 +13,7 @@ from onnxruntime import InferenceSession
 
 from export.certification.comparison import compare, compare_classes, compare_confidence, flips_by_margin
 from export.certification.gates import confidence, decisions, numeric, structure, task_accuracy, worst
-from export.certification.layer_errors import first_above_rounding, locate
+from export.certification.layer_errors import find_layer_errors, first_above_rounding
 from export.certification.reference import Reference
 from export.conversion.session import CPU, isa, open_session, run, runtime_version
 from export.schema import CandidateReport, Gate, LayerError, Margins, Runtime
@@ -23,7 +23,7 @@ LOCATE_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Judged:
+class Assessment:
     """What became of a candidate.
 
     Attributes:
@@ -37,9 +37,9 @@ class Judged:
     certify_NC: NDArray[np.float32] | None = None
 
 
-def judge(
+def assess_candidate(
     candidate: bytes, file: str, precision: Precision, reference: Reference, margins: Margins, provider: str = CPU
-) -> Judged:
+) -> Assessment:
     """Put any ONNX file that claims to be the reference through the gates.
 
     A file that fails the structure is asked nothing more. On FAIL the layers in which the difference arises are sought.
@@ -61,13 +61,13 @@ def judge(
         gates=(structure(candidate, reference.task, images, precision, provider),),
     )
     if report.gates[0].verdict != "PASS":
-        return Judged(report)
+        return Assessment(report)
     session = open_session(candidate, provider)
     certify_NC = run(session, images)
-    return Judged(weighed(report, candidate, certify_NC, reference), session, certify_NC)
+    return Assessment(apply_gates(report, candidate, certify_NC, reference), session, certify_NC)
 
 
-def weighed(
+def apply_gates(
     report: CandidateReport,
     candidate: bytes | None,
     candidate_NC: NDArray[np.floating],
@@ -99,7 +99,7 @@ def weighed(
     verdict = worst(gate.verdict for gate in gates)
     layers: tuple[LayerError, ...] = ()
     if verdict == "FAIL" and reference.onnx is not None and candidate is not None:
-        layers = locate(reference.onnx, candidate, reference.certify.images[:LOCATE_IMAGES])
+        layers = find_layer_errors(reference.onnx, candidate, reference.certify.images[:LOCATE_IMAGES])
         gates = [_with_place(gate, layers) for gate in gates]
     update = {
         "verdict": verdict,

@@ -13,7 +13,7 @@ from onnxruntime import InferenceSession
 from torch import nn
 
 from export.certification.calibration import certify_confidence
-from export.certification.candidate import judge
+from export.certification.candidate import assess_candidate
 from export.certification.gates import host, worst
 from export.certification.latency import measure
 from export.certification.margins import margins_for
@@ -33,7 +33,7 @@ GOLDEN_PER_GROUP = 4
 PROVIDERS: dict[Precision, str] = {"fp32": CPU, "int8": CPU, "fp16": CUDA}
 
 
-def tell_nobody(_: str) -> None:
+def discard_message(_: str) -> None:
     """Take news of the work and say nothing."""
 
 
@@ -91,7 +91,7 @@ def certify(
     name: str,
     description: str,
     policy: Policy | None = None,
-    tell: Callable[[str], None] = tell_nobody,
+    on_message: Callable[[str], None] = discard_message,
 ) -> Certification:
     """Convert any network to every precision asked for and put the results through the gates.
 
@@ -102,7 +102,7 @@ def certify(
         name: Of the model, for the report.
         description: Which images these are, in words, for the report.
         policy: What is asked; None asks for the defaults.
-        tell: As in export_run.
+        on_message: As in export_run.
 
     Raises:
         DataError: Images or labels do not fit the task.
@@ -111,9 +111,9 @@ def certify(
     """
     policy = policy or Policy()
     splits.check(task)
-    tell("converting to ONNX")
+    on_message("converting to ONNX")
     fp32 = to_onnx(network, task)
-    tell("asking the network itself")
+    on_message("asking the network itself")
     reference = reference_of(network, task, splits, fp32)
     contents: dict[Precision, bytes] = {}
     reports: list[CandidateReport] = []
@@ -122,16 +122,16 @@ def certify(
         if reports and not passed(reports[0]):
             break  # what is wrong with fp32 is wrong with what is made of it
         margins = margins_for(precision, policy.margins, task.groups)
-        contents[precision], trials = _converted(precision, fp32, splits, task, margins, tell)
-        tell(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
+        contents[precision], trials = _converted(precision, fp32, splits, task, margins, on_message)
+        on_message(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
         file, provider = MODEL_FILES[precision], PROVIDERS[precision]
-        judged = judge(contents[precision], file, precision, reference, margins, provider)
+        judged = assess_candidate(contents[precision], file, precision, reference, margins, provider)
         update: dict[str, object] = {"quantisation": trials}
         if passed(judged.report) and judged.session is not None and judged.certify_NC is not None:
             sessions[precision] = judged.session
             update["certificate"] = _certificate(judged.session, judged.certify_NC, splits, task, policy)
         reports.append(judged.report.model_copy(update=update))
-    tell("replaying golden images, measuring speed")
+    on_message("replaying golden images, measuring speed")
     golden = golden_of(sessions, task, splits)
     reports = [_on_this_host(report, contents, golden) for report in reports]
     latency = measure(sessions, splits.certify.images)
@@ -166,7 +166,7 @@ def passed(report: CandidateReport) -> bool:
 
 
 def _converted(
-    precision: Precision, fp32: bytes, splits: Splits, task: Task, margins: Margins, tell: Callable[[str], None]
+    precision: Precision, fp32: bytes, splits: Splits, task: Task, margins: Margins, on_message: Callable[[str], None]
 ) -> tuple[bytes, tuple[QuantisationTrial, ...]]:
     if precision == "fp32":
         return fp32, ()
@@ -174,7 +174,7 @@ def _converted(
         return to_fp16(fp32), ()
 
     def told(trial: QuantisationTrial) -> None:
-        tell(f"int8: {trial.configuration}: {trial.worst_group} loses {100 * trial.worst_group_loss:.2f} %")
+        on_message(f"int8: {trial.configuration}: {trial.worst_group} loses {100 * trial.worst_group_loss:.2f} %")
 
     tolerated_loss = min(map(margins.of, task.groups.names)) / 4  # leaves room to prove the rest
     return search_int8(fp32, splits.quantisation, splits.selection, task.groups, told, tolerated_loss)

@@ -114,7 +114,8 @@ def task_accuracy(rows: Sequence[GroupParity], classes: Sequence[ClassParity] = 
     Args:
         rows: Of comparison.compare.
         classes: Of comparison.compare_classes.
-        copies: Of ``copied``. On images that chose the candidate, or count twice, the figures prove nothing: any fails.
+        copies: Of ``find_duplicates``. Any fails the gate: figures prove nothing on images that chose the candidate or
+            count twice.
     """
     findings = (
         *copies,

@@ -24,7 +24,7 @@ MOST = 1e3
 Map = NDArray[np.float32]
 
 
-def locate(reference: bytes, candidate: bytes, images_NSS3: NDArray[np.uint8]) -> tuple[LayerError, ...]:
+def find_layer_errors(reference: bytes, candidate: bytes, images_NSS3: NDArray[np.uint8]) -> tuple[LayerError, ...]:
     """Find out how far every layer of a candidate is off when it is given what the reference gives to that layer.
 
     So no error is passed on, and a damaged layer stands alone. Layers are paired by the names of their maps. Maps that

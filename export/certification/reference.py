@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.certification.splits import Splits, copied
+from export.certification.splits import Splits, find_duplicates
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.task import Task
-from ltkd.data.image_files import Images, Part
+from ltkd.data.image_files import Images, LabelledImages
 from ltkd.errors import RunError
 
 BATCH_SIZE = 256
@@ -36,7 +36,7 @@ class Reference:
     """
 
     task: Task
-    certify: Part
+    certify: LabelledImages
     logits_NC: NDArray[np.floating]
     sample_M: NDArray[np.int64]
     copies: tuple[str, ...]
@@ -58,7 +58,7 @@ def reference_of(network: nn.Module, task: Task, splits: Splits, fp32: bytes | N
         certify=certify,
         logits_NC=torch_logits(network, task, certify.images, torch.float32),
         sample_M=sample_M,
-        copies=copied(certify.images, splits.num_views, others),
+        copies=find_duplicates(certify.images, splits.num_views, others),
         oracle_MC=torch_logits(network, task, certify.images[sample_M], torch.float64),
         onnx=fp32,
     )
@@ -72,14 +72,14 @@ def torch_logits(network: nn.Module, task: Task, images: Images, dtype: torch.dt
     Raises:
         RunError: A logit is not finite.
     """
-    judge = copy.deepcopy(network).cpu().to(dtype).eval()
+    network_copy = copy.deepcopy(network).cpu().to(dtype).eval()
     mean, std = (torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) for values in (task.mean, task.std))
     batches = []
     with torch.inference_mode():
         for start in range(0, len(images), BATCH_SIZE):
             pixels_NSS3 = torch.from_numpy(images[start : start + BATCH_SIZE])
             normalised_N3SS = (pixels_NSS3.permute(0, 3, 1, 2).to(dtype) / 255 - mean) / std
-            batches.append(judge(normalised_N3SS).numpy())
+            batches.append(network_copy(normalised_N3SS).numpy())
     logits_NC = np.concatenate(batches)
     if not np.isfinite(logits_NC).all():
         first = int(np.argmin(np.isfinite(logits_NC).all(axis=1)))

@@ -25,8 +25,8 @@ from export.certification.views import topped_up
 from export.schema import DataRecord, Margins, SplitRecord
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.task import Task
-from ltkd.data.datasets import ImageData
-from ltkd.data.image_files import Images, Part, digests, in_batches
+from ltkd.data.datasets import Dataset
+from ltkd.data.image_files import Images, LabelledImages, digests, in_batches
 from ltkd.errors import DataError
 
 SplitName = Literal["quantisation", "selection", "confidence", "certify"]
@@ -48,15 +48,15 @@ class Splits:
         num_duplicates: Test images left out because they are copies.
     """
 
-    quantisation: Part
-    selection: Part
-    confidence: Part
-    certify: Part
+    quantisation: LabelledImages
+    selection: LabelledImages
+    confidence: LabelledImages
+    certify: LabelledImages
     num_views: int
     num_duplicates: int
 
     @property
-    def parts(self) -> dict[SplitName, Part]:
+    def parts(self) -> dict[SplitName, LabelledImages]:
         """The parts by name, in the order of SPLITS."""
         return {
             "quantisation": self.quantisation,
@@ -101,7 +101,7 @@ class Splits:
                 )
 
 
-class Chosen:
+class Subset:
     """Some images of others, by position; none is copied before it is asked for.
 
     Args:
@@ -119,7 +119,7 @@ class Chosen:
         return self._images[self._rows_N[rows]]
 
 
-def divide(data: ImageData, margins: Margins) -> Splits:
+def split_test_images(data: Dataset, margins: Margins) -> Splits:
     """Divide the test images, and top up those that certify with views where the margins take more.
 
     The shares hold over all images and, to the rounding, within each class. An image that is the only one of its group
@@ -142,17 +142,17 @@ def divide(data: ImageData, margins: Margins) -> Splits:
     turn_N = np.empty(len(rows_N), dtype=np.int64)
     turn_N[np.argsort(label_N, kind="stable")] = np.resize([SPLITS.index(name) for name in _TURNS], len(rows_N))
     _let_every_group_certify(turn_N, groups.index[label_N])
-    parts: dict[SplitName, Part] = {}
+    parts: dict[SplitName, LabelledImages] = {}
     for turn, name in enumerate(SPLITS):
         rows = np.sort(rows_N[turn_N == turn])
-        parts[name] = Part(Chosen(data.test_images, rows), data.test_labels[rows])
+        parts[name] = LabelledImages(Subset(data.test_images, rows), data.test_labels[rows])
     certify = parts["certify"]
     images, labels, num_views = topped_up(certify.images, certify.label_N, groups, margins, mirror=data.mirror)
-    parts["certify"] = Part(images, labels)
+    parts["certify"] = LabelledImages(images, labels)
     return Splits(**parts, num_views=num_views, num_duplicates=num_duplicates)
 
 
-def undivided(data: ImageData) -> tuple[Part, int]:
+def unsplit_test_images(data: Dataset) -> tuple[LabelledImages, int]:
     """Every different test image, to certify a model that none of them chose; and how many copies were left out.
 
     Raises:
@@ -162,10 +162,10 @@ def undivided(data: ImageData) -> tuple[Part, int]:
     if not len(rows_N):
         raise DataError(f"all {len(data.test_labels)} test images are training images too; nothing can be certified.")
     rows_N = np.sort(rows_N)
-    return Part(Chosen(data.test_images, rows_N), data.test_labels[rows_N]), num_duplicates
+    return LabelledImages(Subset(data.test_images, rows_N), data.test_labels[rows_N]), num_duplicates
 
 
-def split_record(name: SplitName, part: Part, groups: ClassGroups) -> SplitRecord:
+def split_record(name: SplitName, part: LabelledImages, groups: ClassGroups) -> SplitRecord:
     """Describe a part: how many images of each group, and their hash."""
     return SplitRecord(
         name=name,
@@ -175,7 +175,7 @@ def split_record(name: SplitName, part: Part, groups: ClassGroups) -> SplitRecor
     )
 
 
-def _different(data: ImageData) -> tuple[NDArray[np.int64], int]:
+def _different(data: Dataset) -> tuple[NDArray[np.int64], int]:
     """Positions of the test images that are no copies, sorted by their hash, and how many are copies."""
     row_of: dict[bytes, int] = {}
     for row, digest in enumerate(digests(data.test_images)):
@@ -196,7 +196,7 @@ def _let_every_group_certify(turn_N: NDArray[np.int64], group_N: NDArray[np.int6
             turn_N[first] = certify
 
 
-def _sha256_of(part: Part) -> str:
+def _sha256_of(part: LabelledImages) -> str:
     digest = hashlib.sha256()
     for images_BSS3 in in_batches(part.images):
         digest.update(images_BSS3.data)
@@ -204,7 +204,7 @@ def _sha256_of(part: Part) -> str:
     return digest.hexdigest()
 
 
-def copied(certify: Images, num_views: int, others: Mapping[str, Images]) -> tuple[str, ...]:
+def find_duplicates(certify: Images, num_views: int, others: Mapping[str, Images]) -> tuple[str, ...]:
     """What is wrong with the images that certify: one of another part, or one that is there twice.
 
     Args:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from export.conversion.int8_graph import plan_of, quantise
-from export.conversion.int8_ranges import RULES, Range, spreads
+from export.conversion.int8_ranges import RULES, Range, activation_histograms
 from export.conversion.session import open_session, run
 from export.schema import QuantisationTrial
 from ltkd.contract.class_groups import ClassGroups
-from ltkd.data.image_files import Part
+from ltkd.data.image_files import LabelledImages
 
 CALIBRATION_IMAGES = 1024
 SENSITIVITY_IMAGES = 256
@@ -31,8 +31,8 @@ default margin, because what is seen there is uncertain too."""
 
 def search_int8(
     fp32: bytes,
-    quantisation: Part,
-    selection: Part,
+    quantisation: LabelledImages,
+    selection: LabelledImages,
     groups: ClassGroups,
     on_trial: Callable[[QuantisationTrial], None] = lambda trial: None,
     tolerated_loss: float = TOLERATED_LOSS,
@@ -53,16 +53,16 @@ def search_int8(
     Returns:
         The file, which says in its metadata how it was made, and all that was tried. Equal arguments give equal bytes.
     """
-    source = seen_by(fp32, quantisation.images[balanced(quantisation.label_N, CALIBRATION_IMAGES)])
-    scale = Scale(selection, run(open_session(fp32), selection.images), groups)
-    tried: dict[Form, QuantisationTrial] = {}
+    source = collect_ranges(fp32, quantisation.images[balanced(quantisation.label_N, CALIBRATION_IMAGES)])
+    scale = Int8Evaluator(selection, run(open_session(fp32), selection.images), groups)
+    tried: dict[Int8Config, QuantisationTrial] = {}
 
-    def loss_of(form: Form) -> float:
+    def loss_of(form: Int8Config) -> float:
         tried[form] = scale.weigh(form, source.written(form))
         on_trial(tried[form])
         return tried[form].worst_group_loss
 
-    for form in (Form(rule, per_channel) for rule in RULES for per_channel in (True, False)):
+    for form in (Int8Config(rule, per_channel) for rule in RULES for per_channel in (True, False)):
         loss_of(form)
     if tried[_best(tried)].worst_group_loss > tolerated_loss:
         next((form for form in _ladder(source, scale, _best(tried)) if loss_of(form) <= tolerated_loss), None)
@@ -80,7 +80,7 @@ def balanced(label_N: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Form:
+class Int8Config:
     """One way to turn a network into int8.
 
     Attributes:
@@ -98,7 +98,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Source:
+class CalibratedModel:
     """A network and what its maps were on the calibration images: enough to write any int8 form of it.
 
     Attributes:
@@ -111,7 +111,7 @@ class Source:
     ranges: Mapping[str, Mapping[str, Range]]
     calibration: Mapping[str, str | int]
 
-    def written(self, form: Form) -> bytes:
+    def written(self, form: Int8Config) -> bytes:
         """The ONNX file of a form."""
         model = quantise(
             self.fp32, self.ranges[form.rule], per_channel=form.per_channel, float_layers=form.float_layers
@@ -123,24 +123,24 @@ class Source:
         return content
 
 
-def seen_by(fp32: bytes, images_MSS3: NDArray[np.uint8]) -> Source:
+def collect_ranges(fp32: bytes, images_MSS3: NDArray[np.uint8]) -> CalibratedModel:
     """Run a network on calibration images, once for all forms."""
     graph = onnx.load_model_from_string(fp32).graph
-    found = spreads(fp32, plan_of(graph).stored, images_MSS3)
+    found = activation_histograms(fp32, plan_of(graph).stored, images_MSS3)
     ranges = {name: {map_: rule(spread) for map_, spread in found.items()} for name, rule in RULES.items()}
     sha256 = hashlib.sha256(images_MSS3.tobytes()).hexdigest()
-    return Source(fp32, ranges, {"num_images": len(images_MSS3), "sha256": sha256})
+    return CalibratedModel(fp32, ranges, {"num_images": len(images_MSS3), "sha256": sha256})
 
 
 @dataclass(frozen=True)
-class Scale:
+class Int8Evaluator:
     """What int8 forms are weighed with: images, and the fp32 model's logits of them."""
 
-    part: Part
+    part: LabelledImages
     reference_NC: NDArray[np.floating]
     groups: ClassGroups
 
-    def weigh(self, form: Form, content: bytes) -> QuantisationTrial:
+    def weigh(self, form: Int8Config, content: bytes) -> QuantisationTrial:
         """How much accuracy a form loses, and in which group most."""
         label_N, candidate_NC = self.part.label_N, run(open_session(content), self.part.images)
         lost_N = (self.reference_NC.argmax(axis=1) == label_N).astype(float) - (candidate_NC.argmax(axis=1) == label_N)
@@ -165,18 +165,18 @@ class Scale:
             chosen=False,
         )
 
-    def lighter(self, num_images: int) -> "Scale":
+    def lighter(self, num_images: int) -> "Int8Evaluator":
         """The same with a few of the images, balanced over the classes."""
         some_M = balanced(self.part.label_N, num_images)
-        part = Part(self.part.images[some_M], self.part.label_N[some_M])
-        return Scale(part, self.reference_NC[some_M], self.groups)
+        part = LabelledImages(self.part.images[some_M], self.part.label_N[some_M])
+        return Int8Evaluator(part, self.reference_NC[some_M], self.groups)
 
 
-def _best(tried: Mapping[Form, QuantisationTrial]) -> Form:
+def _best(tried: Mapping[Int8Config, QuantisationTrial]) -> Int8Config:
     return min(tried, key=lambda form: (tried[form].worst_group_loss, tried[form].kl))
 
 
-def _ladder(source: Source, scale: Scale, form: Form) -> Iterator[Form]:
+def _ladder(source: CalibratedModel, scale: Int8Evaluator, form: Int8Config) -> Iterator[Int8Config]:
     """The same form with more and more layers in float, first those that do most damage as the only integers."""
     few = scale.lighter(SENSITIVITY_IMAGES)
     layers = plan_of(onnx.load_model_from_string(source.fp32).graph).layers

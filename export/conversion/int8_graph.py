@@ -26,7 +26,7 @@ COMBINING = ("Add", "Concat", "AveragePool")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Int8Plan:
     """What becomes integers.
 
     Attributes:
@@ -42,7 +42,7 @@ class Plan:
     always: frozenset[str]
 
 
-def plan_of(graph: GraphProto, float_layers: Collection[str] = ()) -> Plan:
+def plan_of(graph: GraphProto, float_layers: Collection[str] = ()) -> Int8Plan:
     """What of a float32 graph becomes integers.
 
     Args:
@@ -62,7 +62,7 @@ def plan_of(graph: GraphProto, float_layers: Collection[str] = ()) -> Plan:
             continue
         nodes.add(node.output[0])
         always.add(output)
-    return Plan(tuple(node.name for node in layers), frozenset(nodes), stored, frozenset(always))
+    return Int8Plan(tuple(node.name for node in layers), frozenset(nodes), stored, frozenset(always))
 
 
 def quantise(
@@ -95,7 +95,7 @@ class _Writer:
     def __init__(
         self,
         graph: GraphProto,
-        plan: Plan,
+        plan: Int8Plan,
         scales: Mapping[str, tuple[np.float32, np.uint8]],
         *,
         per_channel: bool,

@@ -23,7 +23,7 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Spread:
+class ActivationHistogram:
     """The values of one map on the calibration images.
 
     Attributes:
@@ -39,7 +39,7 @@ class Spread:
     count_B: NDArray[np.int64]
 
 
-def spreads(fp32: bytes, maps: Collection[str], images: Images) -> dict[str, Spread]:
+def activation_histograms(fp32: bytes, maps: Collection[str], images: Images) -> dict[str, ActivationHistogram]:
     """Run a model and count the values of some of its maps.
 
     The bins are the upper 16 bits of a float32, so that one pass over the images is enough: a bin is as wide as 1/128
@@ -71,25 +71,25 @@ def spreads(fp32: bytes, maps: Collection[str], images: Images) -> dict[str, Spr
     return {name: _spread(*ends[name], counts_B[name]) for name in names}
 
 
-def whole(spread: Spread) -> Range:
+def whole(spread: ActivationHistogram) -> Range:
     """Everything that was seen."""
     return spread.lowest, spread.highest
 
 
-def percentile(spread: Spread) -> Range:
+def percentile(spread: ActivationHistogram) -> Range:
     """Everything but the outermost 0.01 % at either end."""
     share_B = np.cumsum(spread.count_B) / spread.count_B.sum()
     low, high = np.searchsorted(share_B, [1 - PERCENTILE, PERCENTILE])
     return float(spread.value_B[low]), float(spread.value_B[high])
 
 
-def least_squares(spread: Spread) -> Range:
+def least_squares(spread: ActivationHistogram) -> Range:
     """The part of the whole for which rounding and cutting off together make the least mean square error."""
     ends = [(share * spread.lowest, share * spread.highest) for share in np.geomspace(0.1, 1, 60)]
     return min(ends, key=lambda end: _mean_square_error(spread, end))
 
 
-RULES: dict[str, Callable[[Spread], Range]] = {
+RULES: dict[str, Callable[[ActivationHistogram], Range]] = {
     "minmax": whole,
     f"percentile {100 * PERCENTILE:g}": percentile,
     "least squares": least_squares,
@@ -104,16 +104,16 @@ def scale_of(ends: Range) -> tuple[np.float32, np.uint8]:
     return scale, np.uint8(np.clip(np.rint(-lowest / scale), 0, LEVELS))
 
 
-def _mean_square_error(spread: Spread, ends: Range) -> float:
+def _mean_square_error(spread: ActivationHistogram, ends: Range) -> float:
     scale, zero = float(scale_of(ends)[0]), float(scale_of(ends)[1])
     stored_B = np.clip(np.rint(spread.value_B / scale) + zero, 0, LEVELS)
     error_B = (stored_B - zero) * scale - spread.value_B
     return float((error_B**2 * spread.count_B).sum())
 
 
-def _spread(lowest: float, highest: float, count_B: NDArray[np.int64]) -> Spread:
+def _spread(lowest: float, highest: float, count_B: NDArray[np.int64]) -> ActivationHistogram:
     (upper_B,) = np.nonzero(count_B)
     low_half = np.where(upper_B << 16 & 0x7FFFFFFF == 0, 0, 0x8000)  # zero itself is no middle of a bin
     value_B = ((upper_B << 16) | low_half).astype(np.uint32).view(np.float32).astype(np.float64)
     order_B = np.argsort(value_B, kind="stable")
-    return Spread(lowest, highest, value_B[order_B], count_B[upper_B[order_B]])
+    return ActivationHistogram(lowest, highest, value_B[order_B], count_B[upper_B[order_B]])

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from export.schema import CandidateReport, ParityReport
-from ltkd.contract.bundle import GOLDEN_FILE, MANIFEST_FILE, PARITY_FILE, REPORT_FILE, Source
+from ltkd.contract.bundle import GOLDEN_FILE, MANIFEST_FILE, PARITY_FILE, REPORT_FILE, Provenance
 from ltkd.contract.calibration import GroupCalibration, Proportion
 from ltkd.contract.task import Task
 
 MOST_NAMED_CLASSES = 100
 
 
-def model_card(task: Task, source: Source, report: ParityReport) -> str:
+def model_card(task: Task, source: Provenance, report: ParityReport) -> str:
     """The card of a bundle, Markdown with its front matter.
 
     Args:
@@ -76,7 +76,7 @@ def _front_matter(report: ParityReport) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _head(task: Task, source: Source, report: ParityReport) -> Iterator[str]:
+def _head(task: Task, source: Provenance, report: ParityReport) -> Iterator[str]:
     precisions = ", ".join(candidate.precision for candidate in passed(report))
     yield f"# {_plain(report.name)}"
     yield (
@@ -102,7 +102,7 @@ def _use(task: Task) -> Iterator[str]:
     )
 
 
-def _data(task: Task, source: Source) -> Iterator[str]:
+def _data(task: Task, source: Provenance) -> Iterator[str]:
     yield "## Data"
     yield f"The training data have a long tail, so classes are judged in groups. Source: run `{_code(source.run)}`."
     rows = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltkd.cli.options import _console, _margins, _precisions, data_options, margin_option, path_argument
+from ltkd.cli.options import data_options, make_console, margin_option, parse_margins, parse_precisions, path_argument
 from ltkd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def export(
     if out is None and triton is None:
         raise UsageError("nothing to write; give --out BUNDLE, or --triton DIRECTORY with a bundle in place of RUN.")
     if out is not None:
-        chosen = None if precisions is None else _precisions(precisions)
-        policy = Policy(chosen, _margins(margins), target_precision, target_coverage)
-        _conclude(export_run(run, out, policy, tell=_console().print), chosen)
+        chosen = None if precisions is None else parse_precisions(precisions)
+        policy = Policy(chosen, parse_margins(margins), target_precision, target_coverage)
+        print_verdicts(export_run(run, out, policy, on_message=make_console().print), chosen)
     if triton is not None:
         click.echo(f"model repository: {write_triton(open_bundle(out or run), triton)}")
 
@@ -92,15 +92,17 @@ def parity(
 
     Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images).
     """
-    from export.parity import hold, open_side
+    from export.parity import compare_models, open_model
     from export.report.console import print_report
     from export.report.html import write_report
     from export.schema import EXIT_CODES
-    from ltkd.training.progress import shown_loading
+    from ltkd.training.progress import load_with_progress
 
-    console = _console()
-    data = shown_loading(data_config, console)
-    report = hold(open_side(reference, data.task), open_side(candidate, data.task), data, _margins(margins))
+    console = make_console()
+    data = load_with_progress(data_config, console)
+    report = compare_models(
+        open_model(reference, data.task), open_model(candidate, data.task), data, parse_margins(margins)
+    )
     print_report(report, console)
     if out is not None:
         write_report(report, out)
@@ -117,8 +119,8 @@ def verify(bundle: Path) -> None:
     checked = verify_bundle(bundle)
     for check in checked.checks:
         click.echo(f"{check.precision}: {check.finding}")
-    if checked.strangers:
-        click.echo(f"not part of it, and read by nothing: {', '.join(checked.strangers)}")
+    if checked.unlisted_files:
+        click.echo(f"not part of it, and read by nothing: {', '.join(checked.unlisted_files)}")
     certified = ", ".join(checked.manifest.precisions)
     click.echo(f"{bundle} is whole and certified ({certified}), on {checked.manifest.certified_on}.")
 
@@ -132,16 +134,16 @@ def inspect(bundle: Path) -> None:
     from ltkd.contract.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    _console().print(inspection(opened, read_report(opened)))
+    make_console().print(inspection(opened, read_report(opened)))
 
 
-def _conclude(export: "Export", chosen: "tuple[ModelPrecision, ...] | None" = None) -> None:
+def print_verdicts(export: "Export", chosen: "tuple[ModelPrecision, ...] | None" = None) -> None:
     """Print the verdict of every precision; leave with an exit code unless all that had to pass did."""
     from export.certification.gates import worst
     from export.report.console import print_report
     from export.schema import EXIT_CODES
 
-    console = _console()
+    console = make_console()
     print_report(export.report, console)
     if export.rejected:
         click.echo(f"did not pass: {export.rejected}")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ltkd.contract.resources import _keep_freed_memory
+from ltkd.contract.resources import keep_freed_memory
 from ltkd.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ltkd.config import Execution, Parameter, Precision
+    from ltkd.config import ComputePrecision, Execution, Parameter
     from ltkd.contract.bundle import Precision as ModelPrecision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,12 +84,12 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_execution(
         device: str,
-        precision: "Precision",
+        precision: "ComputePrecision",
         compiled: bool,
         **others: Any,  # noqa: ANN401  # whatever else the command takes
     ) -> None:
-        _keep_freed_memory()
-        command(execution=_execution(device, precision, compiled), **others)
+        keep_freed_memory()
+        command(execution=make_execution(device, precision, compiled), **others)
 
     wrapped: Callable[..., None] = with_execution
     for option in (
@@ -134,11 +134,12 @@ def path_argument(name: str, **options: Any) -> Callable[[Command], Command]:  #
     return click.argument(name, type=click.Path(path_type=Path), **options)
 
 
-def _execution(device: str, precision: "Precision" = "float32", compiled: bool = False) -> "Execution":
+def make_execution(device: str, precision: "ComputePrecision" = "float32", compiled: bool = False) -> "Execution":
+    """Where and how passes are computed; ``auto`` becomes the device that is there."""
     from ltkd.config import Execution
-    from ltkd.training.run import device_of
+    from ltkd.training.run import resolve_device
 
-    return Execution(device=device_of(device).type, precision=precision, compiled=compiled)
+    return Execution(device=resolve_device(device).type, precision=precision, compiled=compiled)
 
 
 margin_option = click.option(
@@ -151,14 +152,16 @@ margin_option = click.option(
 )
 
 
-def _console(quiet: bool = False) -> "Console":
+def make_console(quiet: bool = False) -> "Console":
+    """A console as wide as the terminal; output that goes to a file gets a fixed width."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # a file has no width, tables have
     return Console(quiet=quiet, width=wide)
 
 
-def _precisions(text: str) -> "tuple[ModelPrecision, ...]":
+def parse_precisions(text: str) -> "tuple[ModelPrecision, ...]":
+    """Read ``fp32,int8``; the result is in the order of MODEL_FILES."""
     from ltkd.contract.bundle import MODEL_FILES
 
     names = text.split(",")
@@ -167,7 +170,7 @@ def _precisions(text: str) -> "tuple[ModelPrecision, ...]":
     return tuple(precision for precision in MODEL_FILES if precision in names)
 
 
-def _margins(texts: tuple[str, ...]) -> dict[str, float]:
+def parse_margins(texts: tuple[str, ...]) -> dict[str, float]:
     """The name of a group, or ``all``, to a fraction."""
     margins = {}
     for text in texts:
@@ -182,7 +185,8 @@ def _margins(texts: tuple[str, ...]) -> dict[str, float]:
     return margins
 
 
-def _parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":
+def parse_parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":
+    """Read ``NAME=VALUE`` pairs."""
     pairs = [change.partition("=") for change in changes]
     for name, equals, _ in pairs:
         if not equals:
@@ -190,7 +194,7 @@ def _parameters(changes: tuple[str, ...]) -> "dict[str, Parameter]":
     return {name: value for name, _, value in pairs}
 
 
-def _numbers(option: str, text: str, kind: type[Number], least: int) -> list[Number]:
+def parse_numbers(option: str, text: str, kind: type[Number], least: int) -> list[Number]:
     """Different numbers separated by commas."""
     try:
         numbers = [kind(part) for part in text.split(",")]

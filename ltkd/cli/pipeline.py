@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltkd.cli.export import _conclude
-from ltkd.cli.options import _console, _execution, data_options, seed_option
-from ltkd.cli.serve import _sentence
-from ltkd.contract.resources import _keep_freed_memory
+from ltkd.cli.export import print_verdicts
+from ltkd.cli.options import data_options, make_console, make_execution, seed_option
+from ltkd.cli.serve import answer_sentence
+from ltkd.contract.resources import keep_freed_memory
 
 if TYPE_CHECKING:
     from ltkd.config import DataConfig
@@ -41,33 +41,33 @@ def pipeline(
     import numpy as np
 
     from export.bundling import export_run
-    from ltkd.config import recipe_of
+    from ltkd.config import find_recipe
     from ltkd.contract.image_decoding import save_image
-    from ltkd.evaluation.compare import Experiment, contestant
+    from ltkd.evaluation.compare import Experiment, parse_method
     from ltkd.evaluation.compare import compare as run_comparison
     from ltkd.evaluation.results import comparison_tables
-    from ltkd.training.progress import shown_loading
+    from ltkd.training.progress import load_with_progress
     from serve.classify_files import classify_files
 
-    _keep_freed_memory()
-    console = _console()
+    keep_freed_memory()
+    console = make_console()
     runs, bundle = Path("runs") / name, Path("bundles") / name
-    schedule = recipe_of(recipe)
-    images = shown_loading(data_config, console)
+    schedule = find_recipe(recipe)
+    images = load_with_progress(data_config, console)
     experiment = Experiment(
         data=data_config,
         recipe=schedule,
         teacher_model=teacher_model,
         student_model=student_model,
-        contestants=[contestant(method) for method in ("ce", "kd", "ltkd")],
+        methods=[parse_method(method) for method in ("ce", "kd", "ltkd")],
         seeds=[seed],
         gammas=[data_config.gamma],
-        execution=_execution(device),
+        execution=make_execution(device),
     )
     comparison = run_comparison(experiment, runs, console, load=lambda config, console: images)
     for table in comparison_tables(comparison):
         console.print(table)
-    _conclude(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images, tell=console.print))
+    print_verdicts(export_run(runs / f"seed{seed}" / "ltkd", bundle, data=images, on_message=console.print))
     counts = images.task.train_counts
     rarest = min(np.unique(images.test_labels).tolist(), key=lambda label: counts[label])
     sample = runs / "tail.png"
@@ -76,7 +76,7 @@ def pipeline(
         f"\nOne image of the rarest class, {images.task.class_names[rarest]} ({counts[rarest]} training images):",
         highlight=False,
     )
-    click.echo(_sentence(sample, classify_files(bundle, [sample])[0]))
+    click.echo(answer_sentence(sample, classify_files(bundle, [sample])[0]))
     click.echo(
         f"\nruns: {runs}   plot: {runs / 'compare.png'}   bundle: {bundle}\n"
         f"Serve it:   {_own_name()} serve {bundle}\n"

@@ -9,7 +9,7 @@ import click
 from ltkd.cli.options import path_argument
 
 if TYPE_CHECKING:
-    from serve.engine.answers import Answer, Refused
+    from serve.engine.answers import Answer, RejectedImage
 
 
 @click.command(short_help="Serve bundles over HTTP.")
@@ -72,19 +72,20 @@ def key(name: str, admin: bool) -> None:
 def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) -> None:
     """Classify image files with BUNDLE, exactly as the service would. Exits with 1 if an image was refused."""
     from serve.classify_files import classify_files
-    from serve.engine.answers import Refused
+    from serve.engine.answers import RejectedImage
 
     results = classify_files(bundle, list(images), top_k)
     for path, result in zip(images, results, strict=True):
-        click.echo(result.model_dump_json() if as_json else _sentence(path, result))
-    if any(isinstance(result, Refused) for result in results):
+        click.echo(result.model_dump_json() if as_json else answer_sentence(path, result))
+    if any(isinstance(result, RejectedImage) for result in results):
         sys.exit(1)
 
 
-def _sentence(path: Path, result: "Answer | Refused") -> str:
-    from serve.engine.answers import Refused
+def answer_sentence(path: Path, result: "Answer | RejectedImage") -> str:
+    """One image's answer as a line of text."""
+    from serve.engine.answers import RejectedImage
 
-    if isinstance(result, Refused):
+    if isinstance(result, RejectedImage):
         return f"{path}: refused: {result.error.detail}"
     groups = ", ".join(f"{name} {100 * confidence:.1f} %" for name, confidence in result.group_confidence.items())
     return f"{path}: {result.label} ({result.group}) with {100 * result.probability:.1f} %; by group: {groups}"

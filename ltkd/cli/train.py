@@ -8,11 +8,11 @@ import click
 from ltkd.cli.options import (
     METHODS_HELP,
     MODEL_HELP,
-    _console,
-    _numbers,
-    _parameters,
     data_options,
+    make_console,
     out_option,
+    parse_numbers,
+    parse_parameters,
     path_argument,
     single_run_options,
     training_options,
@@ -20,7 +20,7 @@ from ltkd.cli.options import (
 
 if TYPE_CHECKING:
     from ltkd.config import DataConfig, Execution, RunConfig
-    from ltkd.training.distributed import Ranks
+    from ltkd.training.distributed import Distributed
 
 
 @click.command(short_help="Train a network from labels alone.")
@@ -52,23 +52,23 @@ def train(
     \b
         torchrun --nproc-per-node 4 -m ltkd train ...
     """
-    from ltkd.config import recipe_of
+    from ltkd.config import find_recipe
     from ltkd.methods.registry import method_config
-    from ltkd.training.distributed import joined_ranks
+    from ltkd.training.distributed import init_distributed
     from ltkd.training.run import run_config
 
-    with joined_ranks(execution.device) as ranks:
+    with init_distributed(execution.device) as ranks:
         config = run_config(
             data_config,
             model,
-            method_config("ce", _parameters(changes)),
-            recipe_of(recipe),
+            method_config("ce", parse_parameters(changes)),
+            find_recipe(recipe),
             seed=seed,
             execution=execution.model_copy(update={"num_devices": ranks.size}),
             weights_from=weights,
         )
         _train(config, out, f"{model}, seed {seed}", ranks, tensorboard)
-        if ranks.leads:
+        if ranks.is_main:
             click.echo(f"{out} is complete. Next: ltkd distill {out} --out STUDENT, or ltkd export {out} --out BUNDLE")
 
 
@@ -105,15 +105,15 @@ def distill(
     \b
         torchrun --nproc-per-node 4 -m ltkd distill TEACHER ...
     """
-    from ltkd.config import recipe_of
+    from ltkd.config import find_recipe
     from ltkd.methods.registry import method_config
-    from ltkd.training.distributed import joined_ranks
+    from ltkd.training.distributed import init_distributed
     from ltkd.training.run import run_config
     from ltkd.training.run_folder import open_run
 
-    chosen, schedule = method_config(method, _parameters(changes)), recipe_of(recipe)
+    chosen, schedule = method_config(method, parse_parameters(changes)), find_recipe(recipe)
     taught_by = open_run(teacher)
-    with joined_ranks(execution.device) as ranks:
+    with init_distributed(execution.device) as ranks:
         config = run_config(
             taught_by.config.data,
             model,
@@ -125,16 +125,16 @@ def distill(
             teacher_views=teacher_views,
         )
         _train(config, out, f"{method} {model}, seed {seed}", ranks, tensorboard)
-        if ranks.leads:
+        if ranks.is_main:
             click.echo(f"{out} is complete. Next: ltkd export {out} --out BUNDLE")
 
 
-def _train(config: "RunConfig", out: Path, title: str, ranks: "Ranks", tensorboard: bool) -> None:
-    from ltkd.training.progress import shown_loading
+def _train(config: "RunConfig", out: Path, title: str, ranks: "Distributed", tensorboard: bool) -> None:
+    from ltkd.training.progress import load_with_progress
     from ltkd.training.run import train_run
 
-    console = _console(quiet=not ranks.leads)
-    data = shown_loading(config.data, console)
+    console = make_console(quiet=not ranks.is_main)
+    data = load_with_progress(config.data, console)
     train_run(config, data, out, console, title, ranks=ranks, tensorboard=tensorboard)
 
 
@@ -167,20 +167,20 @@ def compare(
 
     An interrupted comparison goes on when the same command is given again.
     """
-    from ltkd.config import recipe_of
-    from ltkd.evaluation.compare import Experiment, contestant
+    from ltkd.config import find_recipe
+    from ltkd.evaluation.compare import Experiment, parse_method
     from ltkd.evaluation.compare import compare as run_comparison
     from ltkd.evaluation.results import comparison_tables
 
-    console = _console()
+    console = make_console()
     experiment = Experiment(
         data=data_config,
-        recipe=recipe_of(recipe),
+        recipe=find_recipe(recipe),
         teacher_model=teacher_model,
         student_model=student_model,
-        contestants=[contestant(text) for text in methods.split(",")],
-        seeds=_numbers("--seeds", seeds, int, 0),
-        gammas=_numbers("--gammas", gammas, float, 1) if gammas else [data_config.gamma],
+        methods=[parse_method(text) for text in methods.split(",")],
+        seeds=parse_numbers("--seeds", seeds, int, 0),
+        gammas=parse_numbers("--gammas", gammas, float, 1) if gammas else [data_config.gamma],
         execution=execution,
     )
     comparison = run_comparison(experiment, out, console)

@@ -68,7 +68,7 @@ class CertifiedModel(FileRecord):
     calibration: Calibration
 
 
-class Source(Record):
+class Provenance(Record):
     """Where a bundle comes from.
 
     Attributes:
@@ -120,7 +120,7 @@ class Manifest(VersionedRecord):
     card: FileRecord
     golden: FileRecord
     certified_on: str
-    source: Source
+    source: Provenance
 
     @field_validator("precisions")
     @classmethod
@@ -204,7 +204,7 @@ class Bundle:
         """
         return self.read(self._certified(precision))
 
-    def strangers(self) -> list[str]:
+    def unlisted_files(self) -> list[str]:
         """Names in the bundle's folder that its manifest does not vouch for, sorted; nothing reads them."""
         known = {MANIFEST_FILE, *(record.path for record in self.manifest.files)}
         return sorted(path.name for path in self.path.iterdir() if path.name not in known)

@@ -61,7 +61,7 @@ def _share_v1(folder: Path) -> float:
         return float(2**20)
 
 
-def settle() -> None:
+def trim_memory() -> None:
     """End a start, in which Python's search for cycles was switched off: it only finds what will stay.
 
     What is there now is left out of the search from now on. What a request needs is freed by its last reference; the
@@ -79,7 +79,7 @@ def settle() -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep the pages of freed tensors: the kernel's part of a step's time is gone (docs/lab-book.md)."""
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):  # glibc alone has it

@@ -44,7 +44,7 @@ def augment(pixels_BSS3: Tensor, mirror: bool, random: torch.Generator) -> Tenso
         random: A generator on the CPU, so that every device sees the same images.
     """
     crops = draw_crops(len(pixels_BSS3), pixels_BSS3.shape[1], mirror, random)
-    return cut(pixels_BSS3, crops.to(pixels_BSS3.device))
+    return crop(pixels_BSS3, crops.to(pixels_BSS3.device))
 
 
 def draw_crops(num_images: int, size_px: int, mirror: bool, random: torch.Generator) -> Crops:
@@ -53,7 +53,7 @@ def draw_crops(num_images: int, size_px: int, mirror: bool, random: torch.Genera
     return Crops(top_N, left_N, torch.rand(num_images, generator=random) < 0.5 if mirror else None)
 
 
-def cut(pixels_BSS3: Tensor, crops: Crops) -> Tensor:
+def crop(pixels_BSS3: Tensor, crops: Crops) -> Tensor:
     """What ``augment`` does to images once the crops are drawn; both on one device."""
     batch, size_px = pixels_BSS3.shape[:2]
     border, device = size_px // 8, pixels_BSS3.device

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ltkd.contract.resources import num_cores
-from ltkd.data.augmentation import Crops, cut, draw_crops
-from ltkd.data.datasets import ImageData
+from ltkd.data.augmentation import Crops, crop, draw_crops
+from ltkd.data.datasets import Dataset
 from ltkd.data.image_files import FileImages
-from ltkd.data.streaming import Cuts, Stream
+from ltkd.data.streaming import BatchLoader, CropDataset
 from ltkd.errors import UsageError
 
 MAX_WORKERS = 8
@@ -50,7 +50,7 @@ class Batches(Protocol):
 
 
 def batches_of(
-    data: ImageData,
+    data: Dataset,
     *,
     batch_size: int,
     seed: int,
@@ -81,7 +81,7 @@ def batches_of(
         UsageError: Some rank would have no image, or fixed views of images on disk are asked for.
     """
     num_images = len(data.train_labels)
-    plan = Plan(num_images, batch_size, seed, shard)
+    plan = EpochSampler(num_images, batch_size, seed, shard)
     if batch_size < shard.world or plan.steps_per_epoch == 0:
         raise UsageError(
             f"{shard.world} processes cannot share batches of {min(batch_size, num_images)} images; "
@@ -107,7 +107,7 @@ def default_workers(shard: Shard) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochSampler:
     """The order of the images in every epoch, and who takes which.
 
     Attributes:
@@ -147,7 +147,7 @@ class Plan:
 class InMemory:
     """Batches of images that lie on the device as one tensor, augmented a batch at a time."""
 
-    def __init__(self, data: ImageData, plan: Plan, device: torch.device, views: int | None) -> None:
+    def __init__(self, data: Dataset, plan: EpochSampler, device: torch.device, views: int | None) -> None:
         self._images_NSS3 = torch.from_numpy(np.asarray(data.train_images[:])).to(device)
         self._mirror, self._plan, self._views = data.mirror, plan, views
 
@@ -163,7 +163,7 @@ class InMemory:
             crops = crops[order_of_view_N.argsort()[order_N]]
         crops, on_device_N = crops.to(device), order_N.to(device)
         for share in self._plan.shares(first_step):
-            yield cut(self._images_NSS3[on_device_N[share]], crops[share]), order_N[share]
+            yield crop(self._images_NSS3[on_device_N[share]], crops[share]), order_N[share]
 
     def _drawn(self, epoch: int) -> tuple[Tensor, Crops]:
         """The order of an epoch and its cuts, in that order.
@@ -187,8 +187,8 @@ class Streamed:
     What image n shows in epoch e is a function of (seed, e, n) alone, whatever the number of workers.
     """
 
-    def __init__(self, files: FileImages, mirror: bool, plan: Plan, device: torch.device, workers: int) -> None:
-        self._stream = Stream(Cuts(files, mirror, plan.seed), workers, pinned=device.type == "cuda")
+    def __init__(self, files: FileImages, mirror: bool, plan: EpochSampler, device: torch.device, workers: int) -> None:
+        self._stream = BatchLoader(CropDataset(files, mirror, plan.seed), workers, pinned=device.type == "cuda")
         self._plan, self._device = plan, device
 
     @property

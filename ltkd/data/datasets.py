@@ -22,7 +22,7 @@ from ltkd.contract.class_groups import (
 )
 from ltkd.contract.task import Task
 from ltkd.data.formats import DATASETS, Statistics, is_tiny_imagenet, is_utf8
-from ltkd.data.image_files import FileImages, Images, channel_levels, look_at, unreadable
+from ltkd.data.image_files import FileImages, Images, channel_levels, check_files, unreadable_error
 from ltkd.data.long_tail import long_tailed_counts, long_tailed_indices
 from ltkd.errors import DataError, UsageError
 
@@ -34,7 +34,7 @@ _MAPPING = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
-class ImageData:
+class Dataset:
     """Images and the task they define.
 
     Attributes:
@@ -58,7 +58,7 @@ class ImageData:
     skipped: int = 0
 
 
-def load_data(config: DataConfig, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageData:
+def load_dataset(config: DataConfig, on_file: Callable[[int, int], None] = lambda done, total: None) -> Dataset:
     """Load a data set, cut its tail as asked, and group its classes by what is left.
 
     Every file that will be used is decoded once here, so a damaged one ends the command now and not in the night.
@@ -97,7 +97,7 @@ def load_data(config: DataConfig, on_file: Callable[[int, int], None] = lambda d
     )
     problems = (*train.problems, *test.problems)
     if problems and not config.skip_unreadable:
-        raise unreadable(problems, total)
+        raise unreadable_error(problems, total)
     _refuse_lost_classes(source.class_names, train=train, test=test)
     counts = np.bincount(train.labels_N, minlength=num_classes).tolist()
     mean, std = source.mean_std or _statistics(train)
@@ -109,7 +109,7 @@ def load_data(config: DataConfig, on_file: Callable[[int, int], None] = lambda d
         mean=mean,
         std=std,
     )
-    return ImageData(
+    return Dataset(
         task, train.images, train.labels_N, test.images, test.labels_N, source.mirror, train.files, len(problems)
     )
 
@@ -214,7 +214,7 @@ def _read(
         levels_3L = sum(map(channel_levels, pixels_NSS3), np.zeros((3, 256), dtype=np.int64)) if levels else None
         return _Read(pixels_NSS3, labels_N[rows], levels_3L)
     files = images.take(rows)
-    look = look_at(files, keep=images.size_px <= IN_MEMORY_PX, levels=levels, on_file=on_file)
+    look = check_files(files, keep=images.size_px <= IN_MEMORY_PX, levels=levels, on_file=on_file)
     readable = np.setdiff1d(np.arange(len(rows)), list(look.problems))
     usable = files.take(readable) if look.problems else files
     kept: Images = usable

@@ -35,7 +35,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Listing:
+class FileListing:
     """A data set as files.
 
     Attributes:
@@ -49,7 +49,7 @@ class Listing:
     test: Split
 
 
-def class_folders(root: Path) -> Listing:
+def class_folders(root: Path) -> FileListing:
     """``train/CLASS/*`` and ``test/CLASS/*``; classes are the sorted names of the folders.
 
     A tree with ``val/`` and no ``test/``, as torchvision's ImageFolder is often laid out, is tested on ``val/``.
@@ -63,7 +63,7 @@ def class_folders(root: Path) -> Listing:
         only = {"train": sorted(train.keys() - test.keys()), "test": sorted(test.keys() - train.keys())}
         seen = "; ".join(f"only in {split}: {', '.join(names[:5])}" for split, names in only.items() if names)
         raise DataError(f"{root}: train and test have different classes ({seen}); give both the same folders.")
-    return Listing(tuple(train), _split(list(train.values())), _split(list(test.values())))
+    return FileListing(tuple(train), _split(list(train.values())), _split(list(test.values())))
 
 
 def is_tiny_imagenet(root: Path) -> bool:
@@ -71,7 +71,7 @@ def is_tiny_imagenet(root: Path) -> bool:
     return (root / "wnids.txt").is_file() and (root / "val" / "val_annotations.txt").is_file()
 
 
-def tiny_imagenet(root: Path) -> Listing:
+def tiny_imagenet(root: Path) -> FileListing:
     """``train/WNID/images/*.JPEG`` and ``val/images/*.JPEG`` with ``val/val_annotations.txt``.
 
     Classes are the sorted wnids, as ImageFolder numbers them. The archive's own ``test/`` has no labels, so the
@@ -98,10 +98,10 @@ def tiny_imagenet(root: Path) -> Listing:
             raise DataError(f"{annotations}, line {number}: expected FILE, tab, WNID of wnids.txt, got {line[:80]!r}.")
         files.append(root / "val" / "images" / name)
         labels.append(label_of[wnid])
-    return Listing(tuple(wnids), _split(train), Split(tuple(files), np.array(labels, dtype=np.int64)))
+    return FileListing(tuple(wnids), _split(train), Split(tuple(files), np.array(labels, dtype=np.int64)))
 
 
-def index_lists(root: Path, train_list: Path, test_list: Path) -> Listing:
+def index_lists(root: Path, train_list: Path, test_list: Path) -> FileListing:
     """Two files of ``path label`` lines, the published form of ImageNet-LT; paths are below ``root``.
 
     A class is called by the folder that all its training images lie in where no other class has it, and by its label
@@ -129,7 +129,7 @@ def index_lists(root: Path, train_list: Path, test_list: Path) -> Listing:
             f"{len(absent):,} of the images in the lists do not exist below {root}: "
             f"{', '.join(str(path.relative_to(root)) for path in absent[:NAMED])}{more}; check the root."
         )
-    return Listing(checked_names(_names(root, train, num_classes), train_list), train, test)
+    return FileListing(checked_names(_names(root, train, num_classes), train_list), train, test)
 
 
 def checked_names(names: Sequence[str], where: Path) -> tuple[str, ...]:
@@ -222,7 +222,7 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """A data set whose labels are known and whose images are made or read when asked for.
 
     Attributes:
@@ -244,7 +244,7 @@ class Source:
     mean_std: Statistics | None = None
 
 
-def glyphs_source(config: DataConfig) -> Source:
+def glyphs_source(config: DataConfig) -> DatasetSource:
     """The embedded default: 47 classes of rendered characters, 24 x 24."""
     if config.input_px not in (None, glyphs.SIZE_PX):
         raise UsageError(
@@ -255,7 +255,7 @@ def glyphs_source(config: DataConfig) -> Source:
     def labels(per_class: int) -> NDArray[np.int64]:
         return np.repeat(np.arange(len(class_names)), per_class)
 
-    return Source(
+    return DatasetSource(
         class_names,
         labels(glyphs.TRAIN_PER_CLASS),
         labels(glyphs.TEST_PER_CLASS),
@@ -281,7 +281,7 @@ class _Glyphs:
         return glyphs.render_glyphs(positions_N // self.per_class, positions_N % self.per_class, self.split)
 
 
-def cifar100_source(config: DataConfig) -> Source:
+def cifar100_source(config: DataConfig) -> DatasetSource:
     """CIFAR-100 through torchvision; downloaded into ``data/`` where a network allows it."""
     from torchvision.datasets import CIFAR100  # noqa: PLC0415  # only this data set needs torchvision
 
@@ -295,7 +295,7 @@ def cifar100_source(config: DataConfig) -> Source:
             f"CIFAR-100 is not in {root} and could not be downloaded ({reason}). Put the directory "
             f"cifar-100-python there, or give --data the path of a tree with train/CLASS/ and test/CLASS/."
         ) from None
-    return Source(
+    return DatasetSource(
         tuple(train.classes),
         np.array(train.targets),
         np.array(test.targets),
@@ -306,7 +306,7 @@ def cifar100_source(config: DataConfig) -> Source:
     )
 
 
-def folder_source(config: DataConfig) -> Source:
+def folder_source(config: DataConfig) -> DatasetSource:
     """A tree with ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val/``); images are brought to one square size.
 
     The size is ``input_px``; without it the images' own where the first of every class agree on a square of at
@@ -321,13 +321,13 @@ def folder_source(config: DataConfig) -> Source:
     return _files_source(listing, config.input_px or _own_size_px(listing))
 
 
-def tiny_imagenet_source(config: DataConfig) -> Source:
+def tiny_imagenet_source(config: DataConfig) -> DatasetSource:
     """TinyImageNet as its archive unpacks: 200 classes of 500, tested on its 10,000 validation images, 64 x 64."""
     assert config.root is not None, "data_config sets the root"
     return _files_source(tiny_imagenet(config.root), config.input_px or 64)
 
 
-def lists_source(config: DataConfig) -> Source:
+def lists_source(config: DataConfig) -> DatasetSource:
     """Images that two lists of ``path label`` lines name, as ImageNet-LT is published; sizes as for a tree."""
     assert config.root and config.train_list and config.test_list, "data_config sets root and lists"
     listing = index_lists(config.root, config.train_list, config.test_list)
@@ -336,8 +336,8 @@ def lists_source(config: DataConfig) -> Source:
     return _files_source(listing, config.input_px or _own_size_px(listing))
 
 
-def _files_source(listing: Listing, size_px: int) -> Source:
-    return Source(
+def _files_source(listing: FileListing, size_px: int) -> DatasetSource:
+    return DatasetSource(
         listing.class_names,
         listing.train.labels_N,
         listing.test.labels_N,
@@ -347,7 +347,7 @@ def _files_source(listing: Listing, size_px: int) -> Source:
     )
 
 
-def _own_size_px(listing: Listing) -> int:
+def _own_size_px(listing: FileListing) -> int:
     """The size of the first image of every class where they agree; unreadable ones have no say."""
     _, first_of_class = np.unique(listing.train.labels_N, return_index=True)
     sizes = set()
@@ -361,7 +361,7 @@ def _own_size_px(listing: Listing) -> int:
     return FALLBACK_INPUT_PX
 
 
-DATASETS: dict[str, Callable[[DataConfig], Source]] = {
+DATASETS: dict[str, Callable[[DataConfig], DatasetSource]] = {
     "glyphs": glyphs_source,
     "cifar100": cifar100_source,
     "folder": folder_source,

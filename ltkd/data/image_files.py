@@ -72,7 +72,7 @@ class FileImages:
 
 
 @dataclass
-class Look:
+class FileCheck:
     """What a look at every file found.
 
     Attributes:
@@ -86,9 +86,9 @@ class Look:
     levels_3L: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
 
 
-def look_at(
+def check_files(
     files: FileImages, *, keep: bool, on_file: Callable[[int], None] = lambda num_files: None, levels: bool = True
-) -> Look:
+) -> FileCheck:
     """Decode every file once.
 
     Args:
@@ -98,7 +98,7 @@ def look_at(
         levels: Count the levels of the channels.
     """
     size_px = files.size_px
-    look = Look(np.empty((len(files), size_px, size_px, 3), dtype=np.uint8) if keep else None)
+    look = FileCheck(np.empty((len(files), size_px, size_px, 3), dtype=np.uint8) if keep else None)
 
     def decode(place: int) -> str | NDArray[np.int64] | None:
         try:
@@ -131,7 +131,7 @@ def digests(images: Images) -> Iterator[bytes]:
             yield hashlib.blake2b(pixels_SS3.data, digest_size=16).digest()
 
 
-def unreadable(problems: Sequence[str], num_files: int) -> DataError:
+def unreadable_error(problems: Sequence[str], num_files: int) -> DataError:
     """The error that names every file that cannot be read."""
     return DataError(
         f"{len(problems):,} of {num_files:,} images are unreadable; repair or remove them, or leave them out with "
@@ -163,7 +163,7 @@ def _in_threads(work: Callable[[int], Result], count: int) -> Iterator[Result]:
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelledImages:
     """Images with one purpose.
 
     Attributes:

@@ -21,11 +21,11 @@ from ltkd.data.augmentation import LEAST_SHARE, mixed
 from ltkd.data.image_files import FileImages
 from ltkd.errors import DataError, ImageError
 
-Asked = tuple[int, list[int]]
+BatchRequest = tuple[int, list[int]]
 """A batch that is asked of a worker: the epoch and the rows."""
 
 
-class Cuts(Dataset[Tensor | str]):
+class CropDataset(Dataset[Tensor | str]):
     """Random cuts of images on disk; an item is a whole batch.
 
     Args:
@@ -40,18 +40,18 @@ class Cuts(Dataset[Tensor | str]):
         self._files, self._mirror, self._seed = files, mirror, seed
         self._crop = RandomResizedCrop(files.size_px, scale=(LEAST_SHARE, 1.0), antialias=True)
 
-    def __getitem__(self, asked: Asked) -> Tensor | str:
+    def __getitem__(self, asked: BatchRequest) -> Tensor | str:
         """uint8 [B, S, S, 3], or what is wrong with a file: an exception would bring a worker's traceback along."""
         epoch, rows = asked
         pixels_BSS3 = np.empty((len(rows), self._files.size_px, self._files.size_px, 3), dtype=np.uint8)
         try:
             for place, row in enumerate(rows):
-                pixels_BSS3[place] = self.cut(epoch, row)
+                pixels_BSS3[place] = self.crop(epoch, row)
         except ImageError as error:
             return str(error)
         return torch.from_numpy(pixels_BSS3)
 
-    def cut(self, epoch: int, row: int) -> NDArray[np.uint8]:
+    def crop(self, epoch: int, row: int) -> NDArray[np.uint8]:
         """What one image shows in an epoch, uint8 [S, S, 3]; the caller's random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed(self._seed, epoch, row))
@@ -66,7 +66,7 @@ class Cuts(Dataset[Tensor | str]):
         return pixels_SS3[:, ::-1] if mirrored else pixels_SS3
 
 
-class Stream:
+class BatchLoader:
     """Worker processes that fill batches in the order they are asked for.
 
     They live from the first epoch until this object is dropped, or an epoch is left before its end.
@@ -77,7 +77,7 @@ class Stream:
         pinned: Hand the batches over in memory that a GPU copies from by itself.
     """
 
-    def __init__(self, cuts: Cuts, workers: int, *, pinned: bool) -> None:
+    def __init__(self, cuts: CropDataset, workers: int, *, pinned: bool) -> None:
         self._cuts, self._workers, self._pinned = cuts, workers, pinned
         self._queue = _Queue()
         self._loader: DataLoader[Tensor | str] | None = None
@@ -135,9 +135,9 @@ class _Queue:
     """What the loader asks of its workers, in order."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[BatchRequest] = []
 
-    def __iter__(self) -> Iterator[Asked]:
+    def __iter__(self) -> Iterator[BatchRequest]:
         return iter(self.asked)
 
     def __len__(self) -> int:

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from ltkd.config import DataConfig, Execution, MethodConfig, Parameter, Recipe
 from ltkd.contract.records import write_record
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.errors import UsageError
-from ltkd.evaluation.evaluate import TestLogits, evaluation_of, logits_on_test
-from ltkd.evaluation.plots import _draw
-from ltkd.evaluation.results import COMPARISON_FILE, TEACHER, Comparison, Row, _row
-from ltkd.methods.registry import method_config, method_of
-from ltkd.models.registry import model_of
-from ltkd.training.progress import shown_loading
+from ltkd.evaluation.evaluate import TestLogits, evaluate_run, logits_on_test
+from ltkd.evaluation.plots import draw_comparison
+from ltkd.evaluation.results import COMPARISON_FILE, TEACHER, Comparison, RunResult, run_result
+from ltkd.methods.registry import build_method, method_config
+from ltkd.models.registry import model_builder
+from ltkd.training.progress import load_with_progress
 from ltkd.training.run import run_config, train_run
 from ltkd.training.run_folder import Run
 
@@ -29,7 +29,7 @@ KEPT_LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Contestant:
+class MethodSpec:
     """A method as the comparison names it: ``ltkd`` or ``ltkd:alpha=3:beta=2``."""
 
     name: str
@@ -41,7 +41,7 @@ class Contestant:
         return self.name.replace(":", "-")
 
 
-def contestant(text: str) -> Contestant:
+def parse_method(text: str) -> MethodSpec:
     """Read ``NAME`` or ``NAME:PARAMETER=VALUE:...``.
 
     Raises:
@@ -54,7 +54,7 @@ def contestant(text: str) -> Contestant:
         if not equals:
             raise UsageError(f"'{text}' is no method: a parameter is NAME=VALUE, got '{change}'; say ltkd:alpha=3.")
         parameters[parameter] = value
-    return Contestant(text, method_config(name, parameters))
+    return MethodSpec(text, method_config(name, parameters))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Experiment:
     recipe: Recipe
     teacher_model: str
     student_model: str
-    contestants: Sequence[Contestant]
+    methods: Sequence[MethodSpec]
     seeds: Sequence[int]
     gammas: Sequence[float | None]
     execution: Execution
@@ -81,7 +81,7 @@ def compare(
     out: Path,
     console: Console,
     *,
-    load: Callable[[DataConfig, Console], ImageData] = shown_loading,
+    load: Callable[[DataConfig, Console], Dataset] = load_with_progress,
 ) -> Comparison:
     """Train a teacher and a student by every method, for every tail and seed, in folders below ``out``.
 
@@ -93,20 +93,20 @@ def compare(
         UsageError: A model, a method or a parameter does not exist, or two contestants are the same.
     """
     for model in (experiment.teacher_model, experiment.student_model):
-        model_of(model)  # before the images are loaded, which may take long
-    recipe, gammas, contestants = experiment.recipe, experiment.gammas, experiment.contestants
-    names = [each.name for each in contestants]
+        model_builder(model)  # before the images are loaded, which may take long
+    recipe, gammas, methods = experiment.recipe, experiment.gammas, experiment.methods
+    names = [each.name for each in methods]
     if len(set(names)) != len(names):
         raise UsageError(f"a method is named twice: {', '.join(names)}; name each once.")
-    rows: list[Row] = []
+    rows: list[RunResult] = []
     train_counts: list[tuple[int, ...]] = []
 
-    def note(network: str, run: Run, data: ImageData, teacher_logits: TestLogits) -> Comparison:
-        rows.append(_row(network, run, evaluation_of(run, data, teacher_logits), data, out))
+    def note(network: str, run: Run, data: Dataset, teacher_logits: TestLogits) -> Comparison:
+        rows.append(run_result(network, run, evaluate_run(run, data, teacher_logits), data, out))
         comparison = Comparison(
             data=experiment.data.model_copy(update={"gamma": gammas[0]}),
             recipe=recipe,
-            methods={each.name: each.method for each in contestants},
+            methods={each.name: each.method for each in methods},
             execution=experiment.execution,
             versions=run.config.versions,
             hardware=_hardware(run.config.execution.device),
@@ -123,7 +123,7 @@ def compare(
         tailed = experiment.data.model_copy(update={"gamma": gamma})
         data = load(tailed, console)
         train_counts.append(data.task.train_counts)
-        views = _views(recipe, data, contestants)
+        views = _views(recipe, data, methods)
         for seed in experiment.seeds:
             folder = out / f"seed{seed}" if len(gammas) == 1 else out / f"gamma{gamma:g}" / f"seed{seed}"
             title = f"seed {seed}" if len(gammas) == 1 else f"gamma {gamma:g}, seed {seed}"
@@ -138,8 +138,8 @@ def compare(
             teacher = train_run(config, data, folder / TEACHER, console, f"teacher, {title}")
             teacher_logits = functools.cache(functools.partial(logits_on_test, teacher, data))
             comparison = note(TEACHER, teacher, data, teacher_logits)
-            for each in contestants:
-                taught = method_of(each.method).needs_teacher
+            for each in methods:
+                taught = build_method(each.method).needs_teacher
                 config = run_config(
                     tailed,
                     experiment.student_model,
@@ -148,11 +148,11 @@ def compare(
                     seed=seed,
                     execution=experiment.execution,
                     teacher=teacher if taught else None,
-                    teacher_views=views if taught and not method_of(each.method).needs_features else None,
+                    teacher_views=views if taught and not build_method(each.method).needs_features else None,
                 )
                 run = train_run(config, data, folder / each.folder, console, f"{each.name}, {title}")
                 comparison = note(each.name, run, data, teacher_logits)
-            _draw(comparison, data.test_labels, out, several_tails=len(gammas) > 1)
+            draw_comparison(comparison, data.test_labels, out, several_tails=len(gammas) > 1)
     return comparison
 
 
@@ -162,9 +162,9 @@ def _hardware(device: str) -> str:
     )
 
 
-def _views(recipe: Recipe, data: ImageData, contestants: Sequence[Contestant]) -> int | None:
+def _views(recipe: Recipe, data: Dataset, methods: Sequence[MethodSpec]) -> int | None:
     """As many views as epochs, where several students can share the teacher's logits and these are not too large."""
-    num_taught = sum(method_of(each.method).needs_teacher for each in contestants)
+    num_taught = sum(build_method(each.method).needs_teacher for each in methods)
     logits_bytes = 4 * recipe.epochs * len(data.train_labels) * len(data.task.class_names)
     in_memory = isinstance(data.train_images, np.ndarray)
     return recipe.epochs if num_taught > 1 and in_memory and logits_bytes <= KEPT_LOGITS_BYTES else None

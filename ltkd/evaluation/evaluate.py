@@ -12,7 +12,7 @@ from torch import nn
 
 from ltkd.contract.metrics import class_accuracy
 from ltkd.contract.records import VersionedRecord, read_record, write_record
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.errors import RunError
 from ltkd.methods.losses import GroupIndex, group_kl, log_prior, without_prior
 from ltkd.models.registry import Normalise
@@ -44,7 +44,7 @@ class Evaluation(VersionedRecord):
 TestLogits = Callable[[], NDArray[np.floating]]
 
 
-def evaluation_of(run: Run, data: ImageData, teacher_logits: TestLogits | None = None) -> Evaluation:
+def evaluate_run(run: Run, data: Dataset, teacher_logits: TestLogits | None = None) -> Evaluation:
     """Read what was measured before, or measure and keep it.
 
     Args:
@@ -76,21 +76,21 @@ def evaluation_of(run: Run, data: ImageData, teacher_logits: TestLogits | None =
     return evaluation
 
 
-def logits_on_test(run: Run, data: ImageData) -> NDArray[np.floating]:
+def logits_on_test(run: Run, data: Dataset) -> NDArray[np.floating]:
     """Logits [N, C] of a run's network on the test images."""
     device = torch.device(run.config.execution.device)
     network = nn.Sequential(Normalise(data.task), run.load_network()).to(device).to(memory_format=torch.channels_last)
     return predict(network, data.test_images)
 
 
-def _batch_masses(logits_NC: torch.Tensor, data: ImageData) -> tuple[tuple[float, ...], ...]:
+def _batch_masses(logits_NC: torch.Tensor, data: Dataset) -> tuple[tuple[float, ...], ...]:
     mass_NK = GroupIndex(data.task.groups).sum((logits_NC / TEMPERATURE).softmax(1))
     order_N = torch.randperm(len(mass_NK), generator=torch.Generator().manual_seed(0))
     whole = [part for part in torch.split(mass_NK[order_N], MASS_BATCH) if len(part) == MASS_BATCH]
     return tuple(tuple(part.sum(0).tolist()) for part in whole)
 
 
-def _teacher_kl(student_NC: torch.Tensor, teacher: NDArray[np.floating], data: ImageData) -> dict[str, float]:
+def _teacher_kl(student_NC: torch.Tensor, teacher: NDArray[np.floating], data: Dataset) -> dict[str, float]:
     groups = data.task.groups
     split = group_kl(student_NC, torch.from_numpy(teacher), GroupIndex(groups), temperature=TEMPERATURE)
     mass_NK = split.teacher_log_mass_NK.exp()

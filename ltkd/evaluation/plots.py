@@ -19,7 +19,7 @@ from ltkd.contract.records import read_record
 from ltkd.contract.task import Task
 from ltkd.errors import RunError
 from ltkd.evaluation.evaluate import EVALUATION_FILE, MASS_BATCH, TEMPERATURE, Evaluation
-from ltkd.evaluation.results import PLOT_FILE, TEACHER, Comparison, _title
+from ltkd.evaluation.results import PLOT_FILE, TEACHER, Comparison, comparison_title
 from ltkd.methods.registry import method_config
 from ltkd.training.plots import ALL_COLOUR, group_colours, label_axes, save_figure
 from ltkd.training.run_folder import TASK_FILE
@@ -317,11 +317,11 @@ TEACHER_MASSES_FILE, TEACHER_KL_FILE = "teacher-masses.png", "teacher-kl.png"
 SENSITIVITY_FILE, CLASS_ACCURACY_FILE = "sensitivity.png", "class-accuracy.png"
 
 
-def _draw(comparison: Comparison, test_labels: NDArray[np.int64], out: Path, *, several_tails: bool) -> None:
+def draw_comparison(comparison: Comparison, test_labels: NDArray[np.int64], out: Path, *, several_tails: bool) -> None:
     """All pictures anew, with the tail in their names where there are several; one with nothing to show is left out."""
     masses, unbiased = {}, {}
     for gamma in comparison.gammas:
-        title = _title(comparison, gamma)
+        title = comparison_title(comparison, gamma)
         _draw_tail(comparison, gamma, title, out, f"-gamma{gamma:g}" if several_tails else "")
         mass_KB, unbiased_K, names = _teacher_masses(comparison, gamma, test_labels, out)
         if mass_KB.size:

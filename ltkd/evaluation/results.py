@@ -12,7 +12,7 @@ from ltkd.config import DataConfig, Execution, MethodConfig, Recipe
 from ltkd.contract.class_groups import ClassGroups, groups_by_count
 from ltkd.contract.metrics import group_means
 from ltkd.contract.records import Record, VersionedRecord, sha256_of
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.errors import DataError
 from ltkd.evaluation.evaluate import Evaluation
 from ltkd.training.run_folder import Run
@@ -21,7 +21,7 @@ COMPARISON_FILE, PLOT_FILE = "compare.json", "compare.png"
 TEACHER = "teacher"
 
 
-class Row(Record):
+class RunResult(Record):
     """One trained network.
 
     Attributes:
@@ -72,14 +72,14 @@ class Comparison(VersionedRecord):
     num_test: int
     train_counts: tuple[tuple[int, ...], ...]
     group_names: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[RunResult, ...]
 
     @property
     def gammas(self) -> list[float | None]:
         """The tails, in the order of the rows."""
         return list(dict.fromkeys(row.gamma for row in self.rows))
 
-    def rows_of(self, network: str, gamma: float | None) -> list[Row]:
+    def rows_of(self, network: str, gamma: float | None) -> list[RunResult]:
         """The rows of one network over the seeds."""
         return [row for row in self.rows if row.network == network and row.gamma == gamma]
 
@@ -103,8 +103,9 @@ class Comparison(VersionedRecord):
         return table
 
 
-def _row(network: str, run: Run, evaluation: Evaluation, data: ImageData, out: Path) -> Row:
-    return Row(
+def run_result(network: str, run: Run, evaluation: Evaluation, data: Dataset, out: Path) -> RunResult:
+    """The result of one trained network."""
+    return RunResult(
         network=network,
         model=run.config.model,
         gamma=run.config.data.gamma,
@@ -120,7 +121,7 @@ def _row(network: str, run: Run, evaluation: Evaluation, data: ImageData, out: P
     )
 
 
-def _by_count(evaluation: Evaluation, data: ImageData) -> dict[str, float]:
+def _by_count(evaluation: Evaluation, data: Dataset) -> dict[str, float]:
     """Accuracy by many / medium / few; empty where all classes are of one of them."""
     try:
         groups = groups_by_count(data.task.train_counts)
@@ -129,12 +130,13 @@ def _by_count(evaluation: Evaluation, data: ImageData) -> dict[str, float]:
     return _grouped(evaluation.class_accuracy, data, groups)
 
 
-def _grouped(class_accuracy: Sequence[float | None], data: ImageData, groups: ClassGroups) -> dict[str, float]:
+def _grouped(class_accuracy: Sequence[float | None], data: Dataset, groups: ClassGroups) -> dict[str, float]:
     images_per_class = np.bincount(data.test_labels, minlength=len(class_accuracy))
     return group_means(class_accuracy, images_per_class, groups.names, groups.group_of_class)
 
 
-def _title(comparison: Comparison, gamma: float | None) -> str:
+def comparison_title(comparison: Comparison, gamma: float | None) -> str:
+    """Data set, tail, recipe and number of seeds, for tables and plots."""
     tail = f"gamma {gamma:g}" if gamma else "as it is"
     return f"{comparison.data.name}, {tail}, recipe {comparison.recipe.name}, {_num_seeds(comparison, gamma)}"
 
@@ -151,7 +153,7 @@ def _table(comparison: Comparison, gamma: float | None) -> Table:
     spreads = comparison.deviation(gamma), comparison.deviation(gamma, "accuracy_by_count")
     count_names = [name for name in by_count[TEACHER] if name != "all"]
     table = Table(
-        title=f"Test accuracy (%), last epoch, {comparison.num_test:,} images, {_title(comparison, gamma)}",
+        title=f"Test accuracy (%), last epoch, {comparison.num_test:,} images, {comparison_title(comparison, gamma)}",
         caption="all, LA: after post-hoc logit adjustment.  * best epoch, chosen on the test set: not a result",
         box=SIMPLE_HEAD,
     )

@@ -3,6 +3,7 @@
 Shape legend: N images in the batch, C classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, ClassVar, Literal
@@ -36,7 +37,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Classes(nn.Module):
+class ClassStatistics(nn.Module):
     """What methods know of the classes, as tensors that follow a module from device to device.
 
     Attributes:
@@ -69,7 +70,7 @@ class Classes(nn.Module):
 
 
 @dataclass(frozen=True)
-class Batch:
+class LossInputs:
     """What a method sees of one step.
 
     Attributes:
@@ -85,7 +86,7 @@ class Batch:
     student_NC: Tensor
     teacher_NC: Tensor | None
     labels_N: Tensor
-    classes: Classes
+    classes: ClassStatistics
     progress: float
     student_features: Sequence[Tensor] = ()
     teacher_features: Sequence[Tensor] = ()
@@ -96,8 +97,8 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CE:
-    """Cross-entropy of the labels: how a teacher is trained, and a student without one.
+class Method(ABC):
+    """What a student minimises. The parameters here rebalance the cross-entropy that every method contains.
 
     Attributes:
         logit_adjustment: Times the log prior, added to the logits in training; 1 is the balanced softmax.
@@ -110,8 +111,12 @@ class CE:
     needs_teacher: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
 
-    def cross_entropy(self, batch: Batch) -> Tensor:
-        """Cross-entropy of the labels, rebalanced where asked; the mean over the batch."""
+    @abstractmethod
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """The loss of one step, a scalar."""
+
+    def cross_entropy(self, batch: LossInputs) -> Tensor:
+        """Cross-entropy of the labels, rebalanced where the parameters say so; the mean over the batch."""
         deferred = self.reweight_after < 1 and batch.progress >= self.reweight_after
         return adjusted_cross_entropy(
             batch.student_NC,
@@ -121,13 +126,18 @@ class CE:
             class_weight_C=batch.classes.effective_weight_C if deferred else None,
         )
 
-    def __call__(self, batch: Batch) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class CE(Method):
+    """Cross-entropy of the labels: how a teacher is trained, and a student without one."""
+
+    def __call__(self, batch: LossInputs) -> Tensor:
         return self.cross_entropy(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(CE):
-    """What methods with a teacher have in common.
+class Distillation(Method):
+    """Base of the methods that have a teacher.
 
     Attributes:
         teacher_calibration: Times the log prior, taken from the teacher's logits before anything else is done with
@@ -137,7 +147,7 @@ class Distillation(CE):
     teacher_calibration: NotNegative = 0.0
     needs_teacher: ClassVar[bool] = True
 
-    def teacher(self, batch: Batch) -> Tensor:
+    def teacher(self, batch: LossInputs) -> Tensor:
         """The teacher's logits, calibrated where asked."""
         assert batch.teacher_NC is not None, "the training loop gives teacher logits where needs_teacher is true"
         return without_prior(batch.teacher_NC, batch.classes.log_prior_C, strength=self.teacher_calibration)
@@ -151,7 +161,7 @@ class KD(Distillation):
     ce_weight: NotNegative = 0.1
     kd_weight: NotNegative = 0.9
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         distillation = kd_loss(batch.student_NC, self.teacher(batch), temperature=self.temperature)
         return self.ce_weight * self.cross_entropy(batch) + self.kd_weight * distillation
 
@@ -165,7 +175,7 @@ class DKD(Distillation):
     beta: NotNegative = 8.0
     warm_up: NotNegative = WARM_UP
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         distillation = dkd_loss(
             batch.student_NC,
             self.teacher(batch),
@@ -184,7 +194,7 @@ class BKD(Distillation):
     temperature: Positive = 2.0
     kd_weight: NotNegative = 1.0
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         weight_C = batch.classes.effective_weight_C
         distillation = bkd_loss(batch.student_NC, self.teacher(batch), weight_C, temperature=self.temperature)
         return self.cross_entropy(batch) + self.kd_weight * distillation
@@ -198,7 +208,7 @@ class ReviewKD(Distillation):
     warm_up: NotNegative = WARM_UP
     needs_features: ClassVar[bool] = True
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         review = review_loss(batch.student_features, batch.teacher_features)
         return self.cross_entropy(batch) + batch.warm_up(self.warm_up) * self.review_weight * review
 
@@ -219,7 +229,7 @@ class LTKD(Distillation):
     warm_up: NotNegative = WARM_UP
     num_groups: Annotated[int, Field(ge=0)] = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: LossInputs) -> Tensor:
         distillation = ltkd_loss(
             batch.student_NC,
             self.teacher(batch),
@@ -240,7 +250,7 @@ class LTKDPlus(LTKD):
     logit_adjustment: NotNegative = 1.0
 
 
-METHODS: dict[str, type[CE]] = {
+METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "kd": KD,
     "dkd": DKD,
@@ -251,7 +261,7 @@ METHODS: dict[str, type[CE]] = {
 }
 
 
-def method_of(config: MethodConfig) -> CE:
+def build_method(config: MethodConfig) -> Method:
     """The method that a configuration names.
 
     Raises:
@@ -274,5 +284,5 @@ def method_of(config: MethodConfig) -> CE:
 
 def method_config(name: str, changes: dict[str, Parameter] | None = None) -> MethodConfig:
     """A method's configuration with every parameter written out."""
-    method = method_of(MethodConfig(name=name, parameters=changes or {}))
+    method = build_method(MethodConfig(name=name, parameters=changes or {}))
     return MethodConfig(name=name, parameters=asdict(method))

@@ -53,7 +53,7 @@ MODELS: dict[str, Builder] = {
 }
 
 
-def model_of(name: str) -> Builder:
+def model_builder(name: str) -> Builder:
     """What builds a network of that name for a number of classes.
 
     A name of your own imports the module it names, so a run's configuration is to be trusted like code.
@@ -81,10 +81,10 @@ def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
     """A freshly initialised network; the caller's random state is left as it was.
 
     Raises:
-        UsageError: As in ``model_of``; or your own function gave something that is no network.
+        UsageError: As in ``model_builder``; or your own function gave something that is no network.
     """
     with seeded(seed):
-        return model_of(name)(num_classes)
+        return model_builder(name)(num_classes)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ltkd.contract.records import write_whole
 from ltkd.errors import RunError
-from ltkd.training.distributed import Ranks
-from ltkd.training.loop import Learner, Progress
+from ltkd.training.distributed import Distributed
+from ltkd.training.loop import Position, TrainState
 
 
 class Checkpoint:
@@ -28,11 +28,11 @@ class Checkpoint:
         ranks: The processes that share every batch; rank 0 writes, all read.
     """
 
-    def __init__(self, path: Path, learner: Learner, ranks: Ranks | None = None) -> None:
-        self._path, self._ranks = path, ranks or Ranks()
+    def __init__(self, path: Path, learner: TrainState, ranks: Distributed | None = None) -> None:
+        self._path, self._ranks = path, ranks or Distributed()
         self._student, self._optimizer, self._scaler = learner.student, learner.optimizer, learner.scaler
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Position) -> None:
         """Write the file whole, or leave the one before; every rank must call it.
 
         Weights that are no longer finite are not written: the training is about to stop, and what is on disk is good.
@@ -43,8 +43,8 @@ class Checkpoint:
         mine = {"losses": progress.losses.cpu(), "random.cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             mine["random.cuda"] = torch.cuda.get_rng_state()
-        of_ranks = self._ranks.gathered(mine)
-        if not self._ranks.leads:
+        of_ranks = self._ranks.all_gather(mine)
+        if not self._ranks.is_main:
             return
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._student.named_parameters():
@@ -64,14 +64,14 @@ class Checkpoint:
         self._path.parent.mkdir(exist_ok=True)
         write_whole(self._path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, header))
 
-    def load(self) -> Progress:
+    def load(self) -> Position:
         """Put everything where the file has it; without a file nothing changes and the training starts.
 
         Raises:
             RunError: The file is damaged or of another training.
         """
         if not self._path.is_file():
-            return Progress()
+            return Position()
         try:
             with safe_open(self._path, framework="pt") as file:
                 header = file.metadata()
@@ -86,7 +86,7 @@ class Checkpoint:
                         state = state.to(memory_format=torch.channels_last)
                     self._optimizer.state[parameter]["momentum_buffer"] = state
             self._scaler.load_state_dict(json.loads(header["scaler"]))
-            progress = Progress(int(header["epoch"]), int(header["step"]), mine["losses"])
+            progress = Position(int(header["epoch"]), int(header["step"]), mine["losses"])
             torch.set_rng_state(mine["random.cpu"])
             if "random.cuda" in mine and torch.cuda.is_available():
                 torch.cuda.set_rng_state(mine["random.cuda"])

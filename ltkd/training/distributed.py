@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """One of ``size`` processes that train one network.
 
     Attributes:
@@ -41,7 +41,7 @@ class Ranks:
     local: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
@@ -56,7 +56,7 @@ class Ranks:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return nn.parallel.DistributedDataParallel(module)
 
-    def share_of(self, loss: Tensor, num_images: int) -> Tensor:
+    def scale_loss(self, loss: Tensor, num_images: int) -> Tensor:
         """A loss whose mean over the ranks is the mean over all their images, though the last batch may be uneven."""
         if self.size == 1:
             return loss
@@ -64,14 +64,14 @@ class Ranks:
         dist.all_reduce(total)
         return loss * (num_images * self.size / total)
 
-    def mean(self, value: Tensor) -> float:
+    def all_reduce_mean(self, value: Tensor) -> float:
         """The mean of a scalar over the ranks."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return float(value) / self.size
 
-    def any(self, value: bool) -> bool:
+    def any_rank(self, value: bool) -> bool:
         """Whether it is true on any rank."""
         if self.size == 1:
             return value
@@ -79,7 +79,7 @@ class Ranks:
         dist.all_reduce(flag)
         return bool(flag)
 
-    def gathered(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The values of all ranks, in their order; tensors must be on the CPU."""
         if self.size == 1:
             return [value]
@@ -87,13 +87,13 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def raise_together(self, error: LtkdError | None) -> None:
+    def raise_on_all(self, error: LtkdError | None) -> None:
         """Raise on every rank what one of them found, so that none waits for another that has left."""
-        first = next((found for found in self.gathered(error) if found is not None), None)
+        first = next((found for found in self.all_gather(error) if found is not None), None)
         if first is not None:
             raise first
 
-    def equalise(self, network: nn.Module) -> None:
+    def broadcast_buffers(self, network: nn.Module) -> None:
         """Give every rank the running statistics of rank 0."""
         if self.size > 1:
             for buffer in network.buffers():
@@ -103,20 +103,20 @@ class Ranks:
         """The values of all ranks, rank r having had every ``size``-th one from r on."""
         if self.size == 1:
             return mine
-        parts = self.gathered(mine)
+        parts = self.all_gather(mine)
         whole = np.empty(sum(len(part) for part in parts), dtype=mine.dtype)
         for rank, part in enumerate(parts):
             whole[rank :: self.size] = part
         return whole
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def joined_ranks(device_type: str) -> Iterator[Ranks]:
+def init_distributed(device_type: str) -> Iterator[Distributed]:
     """Join the processes that torchrun started, for as long as the context lasts; one rank where it did not.
 
     Of an error that ends several ranks, the first one to have it says what it is; the others leave in silence.
@@ -129,9 +129,9 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield Distributed()
         return
-    ranks = Ranks(rank=int(os.environ["RANK"]), size=size, local=int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Distributed(rank=int(os.environ["RANK"]), size=size, local=int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local)
     store, _, _ = next(rendezvous("env://"))

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ltkd.config import Execution, Recipe
 from ltkd.contract.metrics import accuracy_by_group
 from ltkd.data.batches import Batches
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.data.image_files import Images
 from ltkd.errors import TrainingError
-from ltkd.methods.registry import CE, Batch, Classes
+from ltkd.methods.registry import ClassStatistics, LossInputs, Method
 from ltkd.methods.reviewkd import ReviewFusion
 from ltkd.models.registry import Normalise
-from ltkd.training.distributed import Ranks
+from ltkd.training.distributed import Distributed
 from ltkd.training.schedules import learning_rate
 from ltkd.training.teacher import Teacher, autocast
 
@@ -55,7 +55,7 @@ class Student(nn.Module):
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """A student and what moves it.
 
     Attributes:
@@ -70,7 +70,7 @@ class Learner:
 
 
 @dataclass
-class Progress:
+class Position:
     """Where a training stands; a checkpoint has it.
 
     Attributes:
@@ -114,17 +114,17 @@ class EpochReport:
 
 
 def train(
-    learner: Learner,
-    data: ImageData,
+    learner: TrainState,
+    data: Dataset,
     batches: Batches,
-    method: CE,
+    method: Method,
     recipe: Recipe,
     *,
     teacher: Teacher | None,
     execution: Execution,
-    ranks: Ranks | None = None,
-    start: Progress | None = None,
-    on_step: Callable[[Progress, int], None] = lambda progress, num_images: None,
+    ranks: Distributed | None = None,
+    start: Position | None = None,
+    on_step: Callable[[Position, int], None] = lambda progress, num_images: None,
 ) -> Iterator[EpochReport]:
     """Train a student in place and report after every epoch.
 
@@ -144,16 +144,16 @@ def train(
     Raises:
         TrainingError: The loss is no longer finite.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Distributed()
     device = torch.device(execution.device)
     student, optimizer, scaler = learner.student, learner.optimizer, learner.scaler
     labels_N = torch.from_numpy(data.train_labels).to(device)
-    classes = Classes(data.task).to(device)
+    classes = ClassStatistics(data.task).to(device)
     normalise = Normalise(data.task).to(device)
     parallel = ranks.parallel(student, device)
     steps_per_epoch = batches.steps_per_epoch
     num_steps = recipe.epochs * steps_per_epoch
-    start = start or Progress()
+    start = start or Position()
     loss_so_far = start.losses
 
     for epoch in range(start.epoch, recipe.epochs):
@@ -173,7 +173,7 @@ def train(
             with autocast(device, execution.precision):
                 logits_BC, features = parallel(image_B3SS)
             loss = method(
-                Batch(
+                LossInputs(
                     logits_BC,
                     taught_BC,
                     labels_N[rows_B.to(device, non_blocking=True)],
@@ -186,7 +186,7 @@ def train(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(recipe, steps_done, steps_per_epoch)
             optimizer.zero_grad()
-            loss = ranks.share_of(loss, len(rows_B))
+            loss = ranks.scale_loss(loss, len(rows_B))
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -194,10 +194,10 @@ def train(
             shown[step] = rows_B
             num_images += len(rows_B)
             if (step + 1) % LOOK_EVERY == 0:
-                ranks.raise_together(_not_finite(losses[: step + 1], epoch, shown, data, optimizer))
+                ranks.raise_on_all(_not_finite(losses[: step + 1], epoch, shown, data, optimizer))
             if step + 1 < steps_per_epoch:  # the report of an epoch is part of its last step
-                on_step(Progress(epoch, step + 1, losses[: step + 1]), ranks.size * len(rows_B))
-        ranks.raise_together(_not_finite(losses, epoch, shown, data, optimizer))
+                on_step(Position(epoch, step + 1, losses[: step + 1]), ranks.size * len(rows_B))
+        ranks.raise_on_all(_not_finite(losses, epoch, shown, data, optimizer))
         if not student.is_finite():
             raise TrainingError(
                 f"the weights are no longer finite after epoch {epoch + 1}, though its losses were: the learning rate "
@@ -209,16 +209,16 @@ def train(
         look = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs
         yield EpochReport(
             epoch=epoch + 1,
-            loss=ranks.mean(losses.mean()),
+            loss=ranks.all_reduce_mean(losses.mean()),
             learning_rate=optimizer.param_groups[0]["lr"],
             images_per_s=images_per_s,
             accuracy=evaluate(student.network, data, device, ranks) if look else None,
         )
-        on_step(Progress(epoch + 1), ranks.size * len(rows_B))
+        on_step(Position(epoch + 1), ranks.size * len(rows_B))
 
 
 def _not_finite(
-    losses: Tensor, epoch: int, shown: dict[int, Tensor], data: ImageData, optimizer: torch.optim.Optimizer
+    losses: Tensor, epoch: int, shown: dict[int, Tensor], data: Dataset, optimizer: torch.optim.Optimizer
 ) -> TrainingError | None:
     """What is most likely wrong at the first step whose loss is not finite; None where all are.
 
@@ -245,10 +245,12 @@ def _not_finite(
     )
 
 
-def evaluate(network: nn.Module, data: ImageData, device: torch.device, ranks: Ranks | None = None) -> dict[str, float]:
+def evaluate(
+    network: nn.Module, data: Dataset, device: torch.device, ranks: Distributed | None = None
+) -> dict[str, float]:
     """Accuracy on the test set by group and over all; several ranks share the images."""
-    ranks = ranks or Ranks()
-    ranks.equalise(network)
+    ranks = ranks or Distributed()
+    ranks.broadcast_buffers(network)
     whole = nn.Sequential(Normalise(data.task), network).to(device)
     rows_N = np.arange(ranks.rank, len(data.test_labels), ranks.size)
     predicted_N = ranks.interleaved(predict(whole, data.test_images, rows_N).argmax(1))

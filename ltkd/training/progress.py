@@ -10,18 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from ltkd.config import DataConfig
-from ltkd.data.datasets import ImageData, load_data
-from ltkd.training.loop import EpochReport, Progress
+from ltkd.data.datasets import Dataset, load_dataset
+from ltkd.training.loop import EpochReport, Position
 from ltkd.training.run_folder import Metrics
 
 
-def shown_loading(config: DataConfig, console: Console) -> ImageData:
+def load_with_progress(config: DataConfig, console: Console) -> Dataset:
     """Load a data set with a bar over its files, and say how many were left out."""
     columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # a bar that is not drawn, as in a file, would still leave an empty line
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        data = load_data(config, lambda done, total: bar.update(task, completed=done, total=total))
+        data = load_dataset(config, lambda done, total: bar.update(task, completed=done, total=total))
     if data.skipped:
         console.print(f"left out {data.skipped:,} unreadable images", highlight=False)
     return data
@@ -38,7 +38,7 @@ class TrainingDisplay:
         start: Where a checkpoint stands.
     """
 
-    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int, start: Progress) -> None:
+    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int, start: Position) -> None:
         self._title, self._epochs, self._steps_per_epoch = title, epochs, steps_per_epoch
         self._bar = ProgressBar(
             TextColumn("{task.description}"),
@@ -70,18 +70,18 @@ class TrainingDisplay:
     ) -> None:
         self._bar.stop()
 
-    def step(self, progress: Progress, num_images: int) -> None:
+    def step(self, position: Position, num_images: int) -> None:
         """Move the bar to where the training stands; the rate is that of the running epoch."""
         self._images += num_images
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._bar.update(
             self._task,
-            completed=self._steps(progress),
-            epoch=f"{min(progress.epoch + 1, self._epochs)}/{self._epochs}",
-            step=f"{progress.step}/{self._steps_per_epoch}",
+            completed=self._steps(position),
+            epoch=f"{min(position.epoch + 1, self._epochs)}/{self._epochs}",
+            step=f"{position.step}/{self._steps_per_epoch}",
             rate=self._images / elapsed,
         )
-        if progress.step == 0:
+        if position.step == 0:
             self._since, self._images = time.perf_counter(), 0
 
     def epoch(self, report: EpochReport) -> None:
@@ -94,11 +94,11 @@ class TrainingDisplay:
                 soft_wrap=True,
             )
 
-    def _steps(self, progress: Progress) -> int:
-        return progress.epoch * self._steps_per_epoch + progress.step
+    def _steps(self, position: Position) -> int:
+        return position.epoch * self._steps_per_epoch + position.step
 
 
-class _Board:
+class TensorBoardWriter:
     """The metrics as TensorBoard scalars, where a folder for them is given."""
 
     def __init__(self, folder: Path | None) -> None:

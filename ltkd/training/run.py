@@ -15,16 +15,16 @@ from torch import nn
 from ltkd.config import DataConfig, Execution, MethodConfig, Recipe, RunConfig
 from ltkd.contract.records import sha256_of, write_whole
 from ltkd.data.batches import Shard, batches_of
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.errors import DeviceError, RunError, StoppedError, UsageError
-from ltkd.methods.registry import CE, method_of
+from ltkd.methods.registry import Method, build_method
 from ltkd.methods.reviewkd import ReviewFusion
-from ltkd.models.registry import build_network, load_weights, model_of
+from ltkd.models.registry import build_network, load_weights, model_builder
 from ltkd.training.checkpoint import Checkpoint
-from ltkd.training.distributed import Ranks
-from ltkd.training.loop import Learner, Progress, Student, evaluate, train
+from ltkd.training.distributed import Distributed
+from ltkd.training.loop import Position, Student, TrainState, evaluate, train
 from ltkd.training.plots import plot_curves
-from ltkd.training.progress import TrainingDisplay, _Board
+from ltkd.training.progress import TensorBoardWriter, TrainingDisplay
 from ltkd.training.run_folder import (
     ACCURACY,
     CURVES_FILE,
@@ -32,10 +32,10 @@ from ltkd.training.run_folder import (
     WEIGHTS_FILE,
     Metrics,
     Run,
-    _claimed,
-    _read_metrics,
-    _writing,
+    claimed,
     open_run,
+    read_metrics,
+    writing,
 )
 from ltkd.training.signals import stop_signals
 from ltkd.training.teacher import CachedTeacher, Teacher
@@ -65,8 +65,8 @@ def run_config(
         UsageError: The model does not exist, the method needs a teacher and has none, or a network is to be taken as
             it is and has no weights.
     """
-    model_of(model)
-    if method_of(method).needs_teacher and teacher is None:
+    model_builder(model)
+    if build_method(method).needs_teacher and teacher is None:
         raise UsageError(f"method '{method.name}' needs a teacher; use: ltkd distill TEACHER --method {method.name}")
     if recipe.epochs == 0 and weights_from is None:
         raise UsageError(f"recipe '{recipe.name}' takes a network as it is; give its weights with --weights FILE.")
@@ -74,7 +74,7 @@ def run_config(
         raise UsageError(
             f"{weights_from} is no file; give the weights as .safetensors or as a state dict saved by torch."
         )
-    if teacher_views is not None and (execution.num_devices > 1 or method_of(method).needs_features):
+    if teacher_views is not None and (execution.num_devices > 1 or build_method(method).needs_features):
         raise UsageError(
             "kept teacher logits are for one process and a method that compares logits alone; leave "
             "--teacher-views out."
@@ -97,12 +97,12 @@ def run_config(
 
 def train_run(
     config: RunConfig,
-    data: ImageData,
+    data: Dataset,
     out: Path,
     console: Console,
     title: str,
     *,
-    ranks: Ranks | None = None,
+    ranks: Distributed | None = None,
     tensorboard: bool = False,
 ) -> Run:
     """Train what the configuration says, in ``out``; go on where an interrupted run stopped.
@@ -125,50 +125,50 @@ def train_run(
         TrainingError: The loss is no longer finite.
         StoppedError: A signal asked to stop; the run was saved.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Distributed()
     network = build_network(config.model, len(data.task.class_names), config.seed)
     if config.weights_from is not None:
         load_weights(network, config.weights_from)
     taught_by = None if (out / WEIGHTS_FILE).is_file() else _teacher_network(config, data)
     device = torch.device(config.execution.device)
-    with _writing(out), _claimed(out, config, data.task, ranks):
-        if ranks.any(ranks.leads and (out / WEIGHTS_FILE).is_file()):
-            if ranks.leads:
+    with writing(out), claimed(out, config, data.task, ranks):
+        if ranks.any_rank(ranks.is_main and (out / WEIGHTS_FILE).is_file()):
+            if ranks.is_main:
                 console.print(f"[dim]{title}: {out} is complete already[/dim]")
         else:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(config.seed + ranks.rank)  # of what networks draw themselves, such as dropout
                 metrics = _train(config, data, network, taught_by, out, console, title, ranks, tensorboard)
-            if ranks.leads:
+            if ranks.is_main:
                 if config.recipe.epochs:
                     plot_curves(metrics, data.task.groups.names, title, out / CURVES_FILE)
                 weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
                 write_whole(out / WEIGHTS_FILE, save(weights))
-        if ranks.leads:
+        if ranks.is_main:
             shutil.rmtree((out / CHECKPOINT_FILE).parent, ignore_errors=True)
-        ranks.wait()
+        ranks.barrier()
     return open_run(out)
 
 
 def _train(
     config: RunConfig,
-    data: ImageData,
+    data: Dataset,
     network: nn.Module,
     taught_by: nn.Module | None,
     out: Path,
     console: Console,
     title: str,
-    ranks: Ranks,
+    ranks: Distributed,
     tensorboard: bool,
 ) -> list[Metrics]:
     """Train ``network`` to its last epoch and keep the run folder up to date; the metrics of every epoch."""
-    method, device = method_of(config.method), torch.device(config.execution.device)
+    method, device = build_method(config.method), torch.device(config.execution.device)
     learner = _learner(config, network, taught_by, data.task.input_px)
     checkpoint = Checkpoint(out / CHECKPOINT_FILE, learner, ranks)
     start = checkpoint.load()
     if config.execution.compiled:
         learner.student.compile()
-    metrics = _read_metrics(out)[: start.epoch]
+    metrics = read_metrics(out)[: start.epoch]
     batches = batches_of(
         data,
         batch_size=config.recipe.batch_size,
@@ -178,19 +178,19 @@ def _train(
         views=config.teacher_views,
     )
     display = TrainingDisplay(
-        console if ranks.leads else Console(quiet=True), title, config.recipe.epochs, batches.steps_per_epoch, start
+        console if ranks.is_main else Console(quiet=True), title, config.recipe.epochs, batches.steps_per_epoch, start
     )
-    board = _Board(out / BOARD_FOLDER if tensorboard and ranks.leads else None)
+    board = TensorBoardWriter(out / BOARD_FOLDER if tensorboard and ranks.is_main else None)
     with stop_signals() as asked, display, board:
         saved_at = time.monotonic()
 
-        def after_step(progress: Progress, num_images: int) -> None:
+        def after_step(progress: Position, num_images: int) -> None:
             nonlocal saved_at
             display.step(progress, num_images)
             if ranks.size > 1 and progress.step % AGREE_EVERY:
                 return  # ranks must agree, and asking is a wait for all of them
-            stop = ranks.any(asked.signal_number is not None)
-            if stop or progress.step == 0 or ranks.any(time.monotonic() - saved_at > SAVE_EVERY_S):
+            stop = ranks.any_rank(asked.signal_number is not None)
+            if stop or progress.step == 0 or ranks.any_rank(time.monotonic() - saved_at > SAVE_EVERY_S):
                 checkpoint.save(progress)
                 saved_at = time.monotonic()
             if stop:
@@ -213,22 +213,22 @@ def _train(
             on_step=after_step,
         ):
             metrics.append(report.as_flat())
-            if ranks.leads:
+            if ranks.is_main:
                 write_whole(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics).encode())
             board.note(metrics[-1])
             display.epoch(report)
     if not config.recipe.epochs:
         accuracy = evaluate(network, data, device, ranks)
         metrics = [{"epoch": 0, **{f"{ACCURACY}{name}": value for name, value in accuracy.items()}}]
-        if ranks.leads:
+        if ranks.is_main:
             write_whole(out / METRICS_FILE, (json.dumps(metrics[0]) + "\n").encode())
     return metrics
 
 
-def _learner(config: RunConfig, network: nn.Module, taught_by: nn.Module | None, input_px: int) -> Learner:
+def _learner(config: RunConfig, network: nn.Module, taught_by: nn.Module | None, input_px: int) -> TrainState:
     """The network on its device, with what its method adds and what moves it."""
     device, fusion = torch.device(config.execution.device), None
-    if method_of(config.method).needs_features and taught_by is not None:
+    if build_method(config.method).needs_features and taught_by is not None:
         fusion = ReviewFusion.between(network, taught_by, input_px, seed=config.seed)
     student = Student(network, fusion).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -237,12 +237,12 @@ def _learner(config: RunConfig, network: nn.Module, taught_by: nn.Module | None,
         momentum=config.recipe.momentum,
         weight_decay=config.recipe.weight_decay,
     )
-    return Learner(
+    return TrainState(
         student, optimizer, torch.amp.GradScaler(device.type, enabled=config.execution.precision == "float16")
     )
 
 
-def _teacher_network(config: RunConfig, data: ImageData) -> nn.Module | None:
+def _teacher_network(config: RunConfig, data: Dataset) -> nn.Module | None:
     if config.teacher is None:
         return None
     teacher = open_run(config.teacher)
@@ -251,7 +251,7 @@ def _teacher_network(config: RunConfig, data: ImageData) -> nn.Module | None:
     return teacher.load_network()
 
 
-def _teacher(config: RunConfig, network: nn.Module | None, method: CE, num_images: int) -> Teacher | None:
+def _teacher(config: RunConfig, network: nn.Module | None, method: Method, num_images: int) -> Teacher | None:
     if network is None or config.teacher is None:
         return None
     if config.teacher_views is None:
@@ -266,7 +266,7 @@ def _teacher(config: RunConfig, network: nn.Module | None, method: CE, num_image
     )
 
 
-def device_of(asked: str) -> torch.device:
+def resolve_device(asked: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda`` stands for.
 
     Raises:

@@ -29,7 +29,7 @@ from ltkd.contract.task import Task
 from ltkd.errors import RunError
 from ltkd.methods.registry import method_config
 from ltkd.models.registry import build_network
-from ltkd.training.distributed import Ranks
+from ltkd.training.distributed import Distributed
 
 if sys.platform != "win32":
     import fcntl
@@ -91,7 +91,7 @@ def open_run(path: Path) -> Run:
         raise RunError(f"{path} is no run folder: no such directory. Make one with: ltkd train --out {path}")
     config = read_record(path / CONFIG_FILE, RunConfig, RunError)
     task = read_record(path / TASK_FILE, Task, RunError)
-    metrics = _read_metrics(path)
+    metrics = read_metrics(path)
     if not (path / WEIGHTS_FILE).is_file() or len(metrics) < config.recipe.epochs:
         raise RunError(
             f"{path} has no {WEIGHTS_FILE}: its training stopped after {len(metrics)} of {config.recipe.epochs} "
@@ -101,7 +101,7 @@ def open_run(path: Path) -> Run:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """A disk that is full or may not be written, as one clear line."""
     try:
         yield
@@ -115,19 +115,19 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(out: Path, config: RunConfig, task: Task, ranks: Ranks) -> Iterator[None]:
+def claimed(out: Path, config: RunConfig, task: Task, ranks: Distributed) -> Iterator[None]:
     """Make ``out`` the folder of this run, or find that it is already; rank 0 does it for all."""
     with ExitStack() as held:
         problem = None
-        if ranks.leads:
+        if ranks.is_main:
             try:
-                with _writing(out):
+                with writing(out):
                     if not (out / WEIGHTS_FILE).is_file():
                         held.enter_context(_alone_in(out))
                     _claim(out, config, task)
             except RunError as error:
                 problem = error
-        ranks.raise_together(problem)
+        ranks.raise_on_all(problem)
         yield
 
 
@@ -202,7 +202,8 @@ def _by_field(config: RunConfig) -> dict[str, object]:
     return fields
 
 
-def _read_metrics(path: Path) -> list[Metrics]:
+def read_metrics(path: Path) -> list[Metrics]:
+    """The epochs that a run has recorded so far."""
     file = path / METRICS_FILE
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 

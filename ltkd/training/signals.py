@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class Asked:
+class StopRequest:
     """Whether a signal came.
 
     Attributes:
@@ -22,7 +22,7 @@ class Asked:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Asked]:
+def stop_signals() -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM for as long as the context lasts.
 
     After the first signal a SIGINT acts as it would have without this: a second Ctrl-C ends at once. A second SIGTERM
@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[Asked]:
 
     Only the main thread of a process can do this; in another the signals keep their meaning.
     """
-    asked = Asked()
+    asked = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

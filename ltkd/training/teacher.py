@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ltkd.config import Execution, Precision
+from ltkd.config import ComputePrecision, Execution
 from ltkd.contract.records import write_whole
 from ltkd.errors import RunError
 
-HALF: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF: dict[ComputePrecision, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Taught = tuple[Tensor, Sequence[Tensor]]
+TeacherOutput = tuple[Tensor, Sequence[Tensor]]
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: ComputePrecision) -> torch.autocast:
     """The context of a forward pass."""
     return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
 
@@ -47,7 +47,7 @@ class Teacher:
     def end_epoch(self) -> None:
         """Told after the last step of an epoch."""
 
-    def __call__(self, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+    def __call__(self, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
         """What the teacher says of the normalised images at these rows of the training set."""
         # no_grad where compiled: inductor freezes weights only there
         with torch.no_grad(), autocast(self._device, self._precision):
@@ -113,7 +113,7 @@ class CachedTeacher(Teacher):
             problem = f"{len(logits_NC)} rows for {self._num_images} images"
         raise RunError(f"{self._file} is damaged ({problem}); remove it, and the same command asks the teacher again.")
 
-    def __call__(self, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+    def __call__(self, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
         """The kept logits where the view is known, otherwise the network's."""
         if self._known:
             return self._logits_NC[rows_B.to(self._device)], ()

@@ -12,7 +12,7 @@ from serve.api.openapi import describe
 from serve.api.operations import operations
 from serve.api.v1 import classification, facts
 from serve.api.v2 import open_inference
-from serve.http.middleware import Envelope, answer_http, answer_problem, answer_validation
+from serve.http.middleware import RequestMiddleware, answer_http, answer_problem, answer_validation
 from serve.http.service import Service
 from serve.problems import ProblemError
 
@@ -39,7 +39,7 @@ def create_app(service: Service) -> FastAPI:
             RequestValidationError: answer_validation,
         },
     )
-    app.add_middleware(Envelope, service=service)
+    app.add_middleware(RequestMiddleware, service=service)
     app.include_router(classification(service))
     app.include_router(facts(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))

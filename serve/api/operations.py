@@ -14,7 +14,7 @@ from serve.http.api_keys import Keys
 from serve.monitoring.drift import WindowReport
 from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackTaken, GroupAccuracy
 from serve.monitoring.prometheus import MEDIA_TYPE, Telemetry
-from serve.pool.repository import AnyEngineProcess, ModelReloaded, Models, Reloaded
+from serve.pool.repository import AnyEngineClient, ModelReloaded, ModelRepository, Reloaded
 from serve.problems import ProblemError, problem_of
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ class GroupsSeen(Record):
     feedback: tuple[GroupAccuracy, ...]
 
 
-def operations(models: Models[AnyEngineProcess], telemetry: Telemetry, feedback: Feedback, keys: Keys) -> APIRouter:
+def operations(
+    models: ModelRepository[AnyEngineClient], telemetry: Telemetry, feedback: Feedback, keys: Keys
+) -> APIRouter:
     """The routes, handed everything they use."""
     router = APIRouter(tags=["operate"])
     anyone_with_a_key, admin = Depends(keys.requires("classify")), Depends(keys.requires("admin"))
@@ -94,7 +96,7 @@ def operations(models: Models[AnyEngineProcess], telemetry: Telemetry, feedback:
     return router
 
 
-async def reload_all(models: Models[AnyEngineProcess], keys: Keys) -> Reloaded:
+async def reload_all(models: ModelRepository[AnyEngineClient], keys: Keys) -> Reloaded:
     """Read the keys again, then the models.
 
     Raises:
@@ -117,7 +119,7 @@ def answered(reloaded: Reloaded) -> Reloaded:
     return reloaded
 
 
-def reload_on_hangup(models: Models[AnyEngineProcess], keys: Keys) -> None:
+def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> None:
     """Reload whenever this process receives SIGHUP, where there is such a signal; called on the event loop."""
     loop = asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()

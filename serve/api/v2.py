@@ -32,10 +32,10 @@ from serve.api.v2_metadata import (
     metadata_of,
 )
 from serve.api.v2_tensors import InferRequest, build_response, parse_request
-from serve.engine.messages import Wanted
+from serve.engine.messages import OutputKind
 from serve.http.bodies import JSON, BodyLimits, read_whole
 from serve.http.middleware import problem_response, validation_problem
-from serve.pool.engine_process import Classified
+from serve.pool.engine_process import RequestResult
 from serve.problems import Content, Problem, ProblemError, problem_of
 
 JSON_LENGTH = "Inference-Header-Content-Length"
@@ -52,7 +52,7 @@ class Engine(Protocol):
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
 
-    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
+    async def ask(self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float) -> RequestResult:
         """What ``wanted`` says of images; ``deadline`` on the clock of ``time.monotonic``.
 
         Raises:
@@ -90,7 +90,7 @@ class Servable(Protocol):
 Servable_co = TypeVar("Servable_co", bound=Servable, covariant=True)
 
 
-class Catalogue(Protocol[Servable_co]):
+class RepositoryProtocol(Protocol[Servable_co]):
     """The models that are served."""
 
     def find(self, name: str | None = None, version: str | None = None) -> Servable_co:
@@ -131,11 +131,11 @@ class ProtocolRoute(APIRoute):
 
 
 def open_inference(
-    catalogue: Catalogue[Servable_co],
+    catalogue: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
     require_ready: Callable[[], None],
     require_accepting: Callable[[], None],
-    note: Callable[[Request, Servable_co, Classified], None],
+    note: Callable[[Request, Servable_co, RequestResult], None],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
     """The routes of the protocol.
@@ -187,7 +187,7 @@ def _describe(
     router: APIRouter,
     path: str,
     named: Callable[..., Awaitable[Named]],
-    catalogue: Catalogue[Servable_co],
+    catalogue: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
 ) -> None:
     unknown = problem_responses(400, 401, 404, 503, media_type=JSON)
@@ -213,10 +213,10 @@ def _infer(
     router: APIRouter,
     path: str,
     named: Callable[..., Awaitable[Named]],
-    catalogue: Catalogue[Servable_co],
+    catalogue: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
     require_accepting: Callable[[], None],
-    note: Callable[[Request, Servable_co, Classified], None],
+    note: Callable[[Request, Servable_co, RequestResult], None],
 ) -> None:
     one_at_a_time = asyncio.Lock()  # a tensor in JSON takes some thirty times its size while it is read
 
@@ -253,14 +253,14 @@ def _infer(
         return Response(written.body, headers=headers, media_type="application/octet-stream")
 
 
-async def _ask(engine: Engine, asked: InferRequest, timeout_seconds: float) -> Classified:
+async def _ask(engine: Engine, asked: InferRequest, timeout_seconds: float) -> RequestResult:
     """What became of the images of a request."""
     seconds = timeout_seconds if asked.timeout_seconds is None else min(timeout_seconds, asked.timeout_seconds)
     deadline = time.monotonic() + seconds
     if isinstance(asked.images, np.ndarray):
         pixels = [pixels_SS3.tobytes() for pixels_SS3 in asked.images]
-        return await engine.ask(pixels, Wanted.LOGITS_OF_PIXELS, 1, deadline)
-    return await engine.ask(asked.images, Wanted.LOGITS, 1, deadline)
+        return await engine.ask(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline)
+    return await engine.ask(asked.images, OutputKind.LOGITS, 1, deadline)
 
 
 def _logits(results: Sequence[bytes | Problem]) -> NDArray[np.float32]:

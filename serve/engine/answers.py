@@ -83,7 +83,7 @@ class Answer(ClassProbability):
     warnings: tuple[str, ...]
 
 
-class Refused(Record):
+class RejectedImage(Record):
     """Stands in the place of an image that could not be used."""
 
     error: Problem
@@ -102,7 +102,7 @@ class Answers(Record):
     """One result an image, in the order of the request."""
 
     model: ModelRef
-    results: tuple[Answer | Refused, ...]
+    results: tuple[Answer | RejectedImage, ...]
 
 
 def model_ref(manifest: Manifest, precision: Precision, provider: str) -> ModelRef:
@@ -116,13 +116,13 @@ def answers_json(model: bytes, results: Sequence[bytes]) -> bytes:
     return b'{"model":%b,"results":[%b]}' % (model, b",".join(results))
 
 
-def refused_json(problem: Problem) -> bytes:
+def rejected_image_json(problem: Problem) -> bytes:
     """A Refused in JSON."""
-    return Refused(error=problem).model_dump_json().encode()
+    return RejectedImage(error=problem).model_dump_json().encode()
 
 
 @dataclass(frozen=True)
-class Judged:
+class Predictions:
     """What the logits of a batch say.
 
     Attributes:
@@ -153,7 +153,7 @@ class Judged:
         return min(self.confidences[row] / mass, 1.0)  # a sum may be rounded below its largest part
 
 
-class Answerer:
+class AnswerBuilder:
     """Turns the logits of one certified model into answers; everything that does not change is prepared once."""
 
     def __init__(self, manifest: Manifest, precision: Precision) -> None:
@@ -187,7 +187,7 @@ class Answerer:
             to_json(self._coverage),
         )
 
-    def judge(self, logits_NC: NDArray[np.float32]) -> Judged:
+    def judge(self, logits_NC: NDArray[np.float32]) -> Predictions:
         """What a batch of logits, float32 [N, C], says of each image."""
         logits_NC = np.ascontiguousarray(logits_NC)  # another layout is summed in another order
         finite_N: NDArray[np.bool_] = np.asarray(np.isfinite(logits_NC).all(axis=1))
@@ -201,7 +201,7 @@ class Answerer:
         ranked_NC = probability_NC[np.arange(len(order_NC))[:, None], order_NC]
         in_set_NC = ranked_NC >= self._least_C[order_NC]
         groups, confidences = group_N.tolist(), ranked_NC[:, 0].tolist()
-        return Judged(
+        return Predictions(
             probability_NC=ranked_NC,
             order_NC=order_NC,
             mass_NK=mass_NK,
@@ -214,8 +214,8 @@ class Answerer:
         )
 
     def records(
-        self, judged: Judged, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]
-    ) -> list[Answer | Refused]:
+        self, judged: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]
+    ) -> list[Answer | RejectedImage]:
         """The answers as records; an image without finite logits is refused.
 
         Args:
@@ -226,14 +226,16 @@ class Answerer:
         return [
             self._record(judged, row, top_k[row], warnings[row])
             if finite
-            else Refused(error=problem_of(500, NOT_FINITE))
+            else RejectedImage(error=problem_of(500, NOT_FINITE))
             for row, finite in enumerate(judged.finite)
         ]
 
-    def json(self, judged: Judged, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
+    def json(self, judged: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
         """The same answers in JSON, made without the records: it is what the service does most often."""
         return [
-            self._text(judged, row, top_k[row], warnings[row]) if finite else refused_json(problem_of(500, NOT_FINITE))
+            self._text(judged, row, top_k[row], warnings[row])
+            if finite
+            else rejected_image_json(problem_of(500, NOT_FINITE))
             for row, finite in enumerate(judged.finite)
         ]
 
@@ -249,7 +251,7 @@ class Answerer:
         order_NC: NDArray[np.int64] = len(self._class_names) - 1 - (key_NC[:, ::-1] & 0xFFFFFFFF)
         return order_NC
 
-    def _text(self, judged: Judged, row: int, top_k: int, warnings: tuple[str, ...]) -> bytes:
+    def _text(self, judged: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> bytes:
         rules = self._groups[judged.groups[row]]
         indices = judged.order_NC[row, :top_k].tolist()
         listed, mass = judged.probability_NC[row, :top_k].tolist(), judged.mass_NK[row].tolist()
@@ -268,7 +270,7 @@ class Answerer:
         )
         return b"".join(parts)
 
-    def _record(self, judged: Judged, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
+    def _record(self, judged: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
         rules = self._groups[judged.groups[row]]
         ranked = [
             ClassProbability(

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Ran(Generic[Item, Result]):
+class BatchRun(Generic[Item, Result]):
     """A batch after its run.
 
     Attributes:
@@ -75,7 +75,7 @@ class Batcher(Generic[Item, Result]):
     def __init__(
         self,
         run: Callable[[Sequence[Item]], Result],
-        deliver: Callable[[Ran[Item, Result]], None],
+        deliver: Callable[[BatchRun[Item, Result]], None],
         seconds_of: Mapping[int, float],
         max_wait: float = 0.0,
     ) -> None:
@@ -151,7 +151,7 @@ class Batcher(Generic[Item, Result]):
         now = time.monotonic()
         dropped = [item for item in batch if item.cancelled or item.deadline <= now]
         if dropped:
-            self._deliver(Ran(dropped, TimeoutError(), now, 0.0))
+            self._deliver(BatchRun(dropped, TimeoutError(), now, 0.0))
             batch = [item for item in batch if item not in dropped]
         if batch:
             self._attempt(batch)
@@ -166,4 +166,4 @@ class Batcher(Generic[Item, Result]):
                     self._attempt([item])
                 return
             result = reason
-        self._deliver(Ran(batch, result, began, time.monotonic() - began))
+        self._deliver(BatchRun(batch, result, began, time.monotonic() - began))

@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 
 from ltkd.contract.image_decoding import decode_image
 from ltkd.errors import ImageError
-from serve.engine.answers import NOT_FINITE, Answerer
-from serve.engine.batching import Batcher, Ran
-from serve.engine.messages import Done, Outcome, Seen, Wanted, Work
+from serve.engine.answers import NOT_FINITE, AnswerBuilder
+from serve.engine.batching import Batcher, BatchRun
+from serve.engine.messages import EngineRequest, EngineResponse, ImageResult, OutputKind, PredictionFacts
 from serve.engine.session import Engine
 from serve.problems import image_problem
 
 _HAND_OVER_SECONDS = 0.005  # after so long decoded images go on, and whoever decodes looks for what else is new
-_LATE = Outcome(504, b"the deadline passed before the image was answered; send fewer at a time, or allow more time.")
-_BROKEN = Outcome(500, b"the service failed on this image; its log has the cause.")
-_ENDLESS = Outcome(500, NOT_FINITE.encode())
+_LATE = ImageResult(
+    504, b"the deadline passed before the image was answered; send fewer at a time, or allow more time."
+)
+_BROKEN = ImageResult(500, b"the service failed on this image; its log has the cause.")
+_ENDLESS = ImageResult(500, NOT_FINITE.encode())
 
 
 @dataclass(slots=True, eq=False)
@@ -39,21 +41,23 @@ class Request:
         cancelled: Whether nobody waits for it any more.
     """
 
-    work: Work
+    work: EngineRequest
     arrived: float
     left: int
-    outcomes: list[Outcome]
+    outcomes: list[ImageResult]
     decoded: float
     began: float
     infer_seconds: float = 0.0
     batch_size: int = 0
     cancelled: bool = False
 
-    def done(self) -> Done:
+    def done(self) -> EngineResponse:
         """What the front is told of it; nobody reads the outcomes of a request that was cancelled."""
         decode_seconds, queue_seconds = self.decoded - self.arrived, max(0.0, self.began - self.decoded)
         outcomes = [] if self.cancelled else self.outcomes
-        return Done(self.work.number, decode_seconds, queue_seconds, self.infer_seconds, self.batch_size, outcomes)
+        return EngineResponse(
+            self.work.number, decode_seconds, queue_seconds, self.infer_seconds, self.batch_size, outcomes
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -99,11 +103,11 @@ class Classifier:
         engine: Engine,
         max_pixels: int,
         max_wait: float,
-        send: Callable[[Sequence[Done]], None],
+        send: Callable[[Sequence[EngineResponse]], None],
         report: Callable[[Exception], None],
     ) -> None:
         self._engine = engine
-        self._answerer = Answerer(engine.manifest, engine.precision)
+        self._answerer = AnswerBuilder(engine.manifest, engine.precision)
         self._max_pixels = max_pixels
         self._send = send
         self._report = report
@@ -113,7 +117,7 @@ class Classifier:
             self._run, self._deliver, engine.seconds_of, max_wait
         )
 
-    def accept(self, work: Work) -> list[Job]:
+    def accept(self, work: EngineRequest) -> list[Job]:
         """Take a request in; its images are to be decoded by any thread."""
         now, num = time.monotonic(), len(work.contents)
         request = Request(work, now, num, [_LATE] * num, now, now)
@@ -155,18 +159,18 @@ class Classifier:
         self._settle([(request, place, decoded)])
         return None
 
-    def _decode(self, request: Request, place: int) -> Item | Outcome:
+    def _decode(self, request: Request, place: int) -> Item | ImageResult:
         work, size_px = request.work, self._engine.manifest.task.input_px
         if request.cancelled or work.deadline <= time.monotonic():
             return _LATE
         content = work.contents[place]
         try:
-            if work.wanted == Wanted.LOGITS_OF_PIXELS:
+            if work.wanted == OutputKind.LOGITS_OF_PIXELS:
                 return Item(request, place, np.frombuffer(content, np.uint8).reshape(size_px, size_px, 3), ())
             image = decode_image(content, size_px, self._max_pixels)
         except ImageError as error:
             problem = image_problem(error)
-            return Outcome(problem.status, problem.detail.encode(), None)
+            return ImageResult(problem.status, problem.detail.encode(), None)
         except Exception as reason:  # a defect: it must not end the thread that all others need
             self._report(reason)
             return _BROKEN
@@ -175,11 +179,11 @@ class Classifier:
     def _run(self, items: Sequence[Item]) -> NDArray[np.float32]:
         return self._engine.logits([item.pixels_SS3 for item in items])
 
-    def _deliver(self, ran: Ran[Item, NDArray[np.float32]]) -> None:
+    def _deliver(self, ran: BatchRun[Item, NDArray[np.float32]]) -> None:
         for item in ran.items:
             request = item.request
             request.began, request.infer_seconds, request.batch_size = ran.began, ran.seconds, len(ran.items)
-        outcomes: Sequence[Outcome] = [_BROKEN] * len(ran.items)
+        outcomes: Sequence[ImageResult] = [_BROKEN] * len(ran.items)
         if isinstance(ran.result, TimeoutError):
             outcomes = [_LATE] * len(ran.items)
         elif isinstance(ran.result, Exception):
@@ -191,7 +195,7 @@ class Classifier:
                 self._report(reason)
         self._settle([(item.request, item.place, outcome) for item, outcome in zip(ran.items, outcomes, strict=True)])
 
-    def _outcomes(self, items: Sequence[Item], logits_NC: NDArray[np.float32]) -> list[Outcome]:
+    def _outcomes(self, items: Sequence[Item], logits_NC: NDArray[np.float32]) -> list[ImageResult]:
         judged = self._answerer.judge(logits_NC)
         texts = self._answerer.json(
             judged, [item.request.work.top_k for item in items], [item.warnings for item in items]
@@ -199,16 +203,16 @@ class Classifier:
         facts = zip(
             judged.groups, judged.labels, judged.confidences, judged.decisions, map(len, judged.sets), strict=False
         )
-        outcomes = [Outcome(0, text, Seen(*fact)) for text, fact in zip(texts, facts, strict=True)]
+        outcomes = [ImageResult(0, text, PredictionFacts(*fact)) for text, fact in zip(texts, facts, strict=True)]
         for row, item in enumerate(items):
-            if item.request.work.wanted != Wanted.ANSWERS:
+            if item.request.work.wanted != OutputKind.ANSWERS:
                 seen = outcomes[row].seen if judged.finite[row] else None
-                outcomes[row] = Outcome(0, logits_NC[row].tobytes(), seen)
+                outcomes[row] = ImageResult(0, logits_NC[row].tobytes(), seen)
             elif not judged.finite[row]:
                 outcomes[row] = _ENDLESS
         return outcomes
 
-    def _settle(self, settled: Sequence[tuple[Request, int, Outcome]]) -> None:
+    def _settle(self, settled: Sequence[tuple[Request, int, ImageResult]]) -> None:
         """Note what became of images, and send the requests that have none left."""
         done = []
         with self._settling:

@@ -19,22 +19,22 @@ from PIL import Image
 
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import FORMATS, decode_image
-from ltkd.contract.resources import num_cores, settle
+from ltkd.contract.resources import num_cores, trim_memory
 from ltkd.errors import LtkdError
 from serve.engine.classifier import Classifier, Job
 from serve.engine.messages import (
-    Done,
+    EngineConfig,
+    EngineReady,
+    EngineResponse,
     Failed,
-    Hello,
-    Inbox,
     Kind,
-    Orders,
-    pack_done,
+    MessageReader,
+    pack_response,
     pack_text,
     read_some,
     send_all,
     unpack_cancel,
-    unpack_work,
+    unpack_request,
 )
 from serve.engine.session import CPU, Engine, open_engine
 
@@ -46,12 +46,12 @@ def prepared(descriptor: int, orders_json: str) -> Callable[[], None]:
 
     Args:
         descriptor: Of the line.
-        orders_json: An ``Orders``.
+        orders_json: An ``EngineConfig``.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a supervisor sends them to all; the front decides
     line = socket.socket(fileno=descriptor)
-    orders = Orders.model_validate_json(orders_json)
+    orders = EngineConfig.model_validate_json(orders_json)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
     num_threads = max(1, num_cores() // orders.processes)
     try:
@@ -60,7 +60,7 @@ def prepared(descriptor: int, orders_json: str) -> Callable[[], None]:
     except LtkdError as error:
         failed = Failed(error=type(error).__name__, message=str(error)).model_dump_json()
         return lambda: _send(line, [pack_text(Kind.FAILED, failed)])
-    settle()
+    trim_memory()
     default_wait = 0.0 if engine.provider == CPU else _MAX_WAIT_SECONDS_ON_A_GPU
     max_wait = default_wait if orders.max_wait_ms is None else orders.max_wait_ms / 1000
     return lambda: serve_line(line, engine, orders.max_pixels, max_wait, num_threads)
@@ -78,15 +78,15 @@ def serve_line(line: socket.socket, engine: Engine, max_pixels: int, max_wait: f
     """
     sending = threading.Lock()
 
-    def send(done: Sequence[Done]) -> None:
+    def send(done: Sequence[EngineResponse]) -> None:
         with sending:
-            _send(line, [pack_done(one) for one in done])
+            _send(line, [pack_response(one) for one in done])
 
     def report(reason: Exception) -> None:
         with sending:
             _send(line, [pack_text(Kind.LOG, "".join(traceback.format_exception(reason)))])
 
-    hello = Hello(
+    hello = EngineReady(
         manifest=engine.manifest,
         precision=engine.precision,
         provider=engine.provider,
@@ -105,7 +105,7 @@ def serve_line(line: socket.socket, engine: Engine, max_pixels: int, max_wait: f
 
 def _do_everything(line: socket.socket, classifier: Classifier) -> None:
     """Read, decode, run and answer in one thread: on one core others would only wait for each other."""
-    inbox, batcher = Inbox(), classifier.batcher
+    inbox, batcher = MessageReader(), classifier.batcher
     jobs: deque[Job] = deque()
     while (data := read_some(line, wait=not jobs and not batcher.num_waiting)) != b"":
         if data:
@@ -120,7 +120,7 @@ def _do_everything(line: socket.socket, classifier: Classifier) -> None:
 
 def _read_for_others(line: socket.socket, classifier: Classifier, num_threads: int) -> None:
     """Read in this thread, decode in some, run and answer in the batcher's own."""
-    inbox = Inbox()
+    inbox = MessageReader()
     waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def decode() -> None:
@@ -140,11 +140,11 @@ def _read_for_others(line: socket.socket, classifier: Classifier, num_threads: i
         thread.join()
 
 
-def _jobs(classifier: Classifier, inbox: Inbox, data: bytes) -> list[Job]:
+def _jobs(classifier: Classifier, inbox: MessageReader, data: bytes) -> list[Job]:
     jobs: list[Job] = []
     for kind, message in inbox.feed(data):
         if kind == Kind.WORK:
-            jobs += classifier.accept(unpack_work(message))
+            jobs += classifier.accept(unpack_request(message))
         elif kind == Kind.CANCEL:
             classifier.cancel(unpack_cancel(message))
     return jobs

@@ -27,7 +27,7 @@ from serve.engine.answers import DECISIONS, Decision
 Device = Literal["auto", "cpu", "cuda"]
 
 
-class Orders(Record):
+class EngineConfig(Record):
     """What an engine process is told when it starts.
 
     Attributes:
@@ -49,7 +49,7 @@ class Orders(Record):
     processes: int = 1
 
 
-class Hello(Record):
+class EngineReady(Record):
     """What an engine process says when it is ready.
 
     Attributes:
@@ -88,7 +88,7 @@ class Kind(IntEnum):
     LOG = 6
 
 
-class Wanted(IntEnum):
+class OutputKind(IntEnum):
     """What is to be made of the images of a request."""
 
     ANSWERS = 1  # of encoded images: answers as JSON
@@ -96,17 +96,17 @@ class Wanted(IntEnum):
     LOGITS_OF_PIXELS = 3  # of uint8 [S, S, 3]: float32 [C]
 
 
-class Work(NamedTuple):
+class EngineRequest(NamedTuple):
     """A request as the engine process takes it."""
 
     number: int
     deadline: float
-    wanted: Wanted
+    wanted: OutputKind
     top_k: int
     contents: list[bytes]
 
 
-class Seen(NamedTuple):
+class PredictionFacts(NamedTuple):
     """What telemetry needs to know of one answered image: indices, no names.
 
     Attributes:
@@ -124,7 +124,7 @@ class Seen(NamedTuple):
     set_size: int
 
 
-class Outcome(NamedTuple):
+class ImageResult(NamedTuple):
     """What became of one image.
 
     Attributes:
@@ -135,10 +135,10 @@ class Outcome(NamedTuple):
 
     status: int
     payload: bytes
-    seen: Seen | None = None
+    seen: PredictionFacts | None = None
 
 
-class Done(NamedTuple):
+class EngineResponse(NamedTuple):
     """A request's outcomes.
 
     Attributes:
@@ -155,11 +155,11 @@ class Done(NamedTuple):
     queue_seconds: float
     infer_seconds: float
     batch_size: int
-    outcomes: list[Outcome]
+    outcomes: list[ImageResult]
 
 
 _WORK_KIND, _DONE_KIND = int(Kind.WORK), int(Kind.DONE)  # an enumeration costs a lookup, a number does not
-_WANTED = {int(wanted): wanted for wanted in Wanted}
+_WANTED = {int(wanted): wanted for wanted in OutputKind}
 _HEAD = struct.Struct("<IB")
 _WORK = struct.Struct("<IBQdBIH")
 _LENGTH = struct.Struct("<I")
@@ -169,7 +169,7 @@ _OUTCOME = struct.Struct("<HHIdBII")
 _NUMBER_OF_DECISION = {decision: number for number, decision in enumerate(DECISIONS, 1)}  # 0: no facts
 
 
-def pack_work(work: Work) -> bytes:
+def pack_request(work: EngineRequest) -> bytes:
     """A request as one buffer."""
     number, deadline, wanted, top_k, contents = work
     lengths = b"".join([_LENGTH.pack(len(content)) for content in contents])
@@ -177,7 +177,7 @@ def pack_work(work: Work) -> bytes:
     return b"".join((_WORK.pack(size, _WORK_KIND, number, deadline, wanted, top_k, len(contents)), lengths, *contents))
 
 
-def unpack_work(message: memoryview) -> Work:
+def unpack_request(message: memoryview) -> EngineRequest:
     """The request in a message."""
     _, _, number, deadline, wanted, top_k, num = _WORK.unpack_from(message)
     start = _WORK.size + 4 * num
@@ -185,7 +185,7 @@ def unpack_work(message: memoryview) -> Work:
     for length in struct.unpack_from(f"<{num}I", message, _WORK.size):
         contents.append(bytes(message[start : start + length]))
         start += length
-    return Work(number, deadline, _WANTED[wanted], top_k, contents)
+    return EngineRequest(number, deadline, _WANTED[wanted], top_k, contents)
 
 
 def pack_cancel(number: int) -> bytes:
@@ -210,7 +210,7 @@ def unpack_text(message: memoryview) -> str:
     return bytes(message[_HEAD.size :]).decode()
 
 
-def pack_done(done: Done) -> bytes:
+def pack_response(done: EngineResponse) -> bytes:
     """What became of a request, as one buffer."""
     *facts_of_all, outcomes = done
     parts = [b""]
@@ -226,7 +226,7 @@ def pack_done(done: Done) -> bytes:
     return b"".join(parts)
 
 
-def unpack_done(message: memoryview) -> Done:
+def unpack_response(message: memoryview) -> EngineResponse:
     """What became of a request."""
     _, _, number, decode, queue, infer, batch_size, num = _DONE.unpack_from(message)
     start = _DONE.size
@@ -234,13 +234,13 @@ def unpack_done(message: memoryview) -> Done:
     for _ in range(num):
         status, group, label, confidence, decision, set_size, length = _OUTCOME.unpack_from(message, start)
         start += _OUTCOME.size
-        seen = Seen(group, label, confidence, DECISIONS[decision - 1], set_size) if decision else None
-        outcomes.append(Outcome(status, bytes(message[start : start + length]), seen))
+        seen = PredictionFacts(group, label, confidence, DECISIONS[decision - 1], set_size) if decision else None
+        outcomes.append(ImageResult(status, bytes(message[start : start + length]), seen))
         start += length
-    return Done(number, decode, queue, infer, batch_size, outcomes)
+    return EngineResponse(number, decode, queue, infer, batch_size, outcomes)
 
 
-class Inbox:
+class MessageReader:
     """Messages out of a stream of bytes, many of them from one read where there is a backlog."""
 
     def __init__(self) -> None:

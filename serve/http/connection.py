@@ -16,11 +16,11 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from serve.http.service import Asked, Service
+from serve.http.service import RequestContext, Service
 from serve.problems import MEDIA_TYPE, problem_of
 
 _LINGER_SECONDS = 2.0  # a client that is refused while it sends needs time to read why
-_NOBODY = Asked("", None, 0.0)  # a request that was refused before its headers were read
+_NOBODY = RequestContext("", None, 0.0)  # a request that was refused before its headers were read
 
 
 class Flow(FlowControl):

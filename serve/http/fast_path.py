@@ -12,13 +12,13 @@ from functools import lru_cache
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from serve.engine.messages import Wanted
+from serve.engine.messages import OutputKind
 from serve.http.bodies import ANY_BYTES
 from serve.http.connection import BoundedConnection
-from serve.http.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Asked, Head, Service, server_timing
+from serve.http.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Head, RequestContext, Service, server_timing
 from serve.monitoring.logs import requests_log
-from serve.pool.dispatcher import Worker
-from serve.pool.engine_process import Call, Classified
+from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import PendingRequest, RequestResult
 from serve.problems import MEDIA_TYPE, ProblemError, problem_of
 
 _JSON = "application/json"
@@ -45,7 +45,7 @@ class Exchange:
         "response_complete", "worker",
     )  # fmt: skip
 
-    def __init__(self, this: Asked, head: Head, deadline: float, worker: Worker) -> None:
+    def __init__(self, this: RequestContext, head: Head, deadline: float, worker: EnginePool) -> None:
         self.asked = this
         self.head = head
         self.deadline = deadline
@@ -53,7 +53,7 @@ class Exchange:
         self.keep_alive = head.keep_alive
         self.parts: list[bytes] = []
         self.held_bytes = 0
-        self.call: Call | None = None
+        self.call: PendingRequest | None = None
         self.disconnected = False
         self.response_complete = False
         self.message_event = _NO_EVENT
@@ -206,7 +206,7 @@ class Connection(BoundedConnection):
         assert self.service
         service, head = self.service, exchange.head
 
-        def answered(told: Classified | ProblemError) -> None:
+        def answered(told: RequestResult | ProblemError) -> None:
             if isinstance(told, ProblemError):
                 self._answer_problem(exchange, told)
                 return
@@ -222,7 +222,7 @@ class Connection(BoundedConnection):
             exchange.worker = served.worker
             top_k = min(head.top_k, len(served.worker.manifest.task.class_names))
             content = exchange.parts[0] if len(exchange.parts) == 1 else b"".join(exchange.parts)
-            exchange.call = served.worker.submit([content], Wanted.ANSWERS, top_k, exchange.deadline, answered)
+            exchange.call = served.worker.submit([content], OutputKind.ANSWERS, top_k, exchange.deadline, answered)
         except ProblemError as error:
             self._answer_problem(exchange, error)
 

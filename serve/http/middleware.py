@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.service import CLIENT_LEFT, Asked, Service
+from serve.http.service import CLIENT_LEFT, RequestContext, Service
 from serve.problems import MEDIA_TYPE, Problem, ProblemError, problem_of
 
 _log = logging.getLogger(__name__)
 
 
-class Envelope:
+class RequestMiddleware:
     """Middleware around every route: headers, counts, bytes in hand, and 500 without a stack trace."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -35,7 +35,7 @@ class Envelope:
         headers = Headers(scope=scope)
         this = self._service.asked(headers.get("x-request-id", ""), headers.get("traceparent", ""))
         scope.setdefault("state", {})["asked"] = this
-        letter = _Letter(this, self._service, receive, send)
+        letter = RequestScope(this, self._service, receive, send)
         try:
             await self._app(scope, letter.receive, letter.send)
         except ClientDisconnect:
@@ -54,14 +54,14 @@ class Envelope:
             self._service.count(this, getattr(scope.get("route"), "path", "none"), letter.status)
 
 
-class _Letter:
+class RequestScope:
     """One request on its way through the framework.
 
     Attributes:
         status: Of the answer, once it has begun; CLIENT_LEFT if nobody reads it.
     """
 
-    def __init__(self, this: Asked, service: Service, receive: Receive, send: Send) -> None:
+    def __init__(self, this: RequestContext, service: Service, receive: Receive, send: Send) -> None:
         self.status = 0
         self._asked = this
         self._service = service

@@ -11,14 +11,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from serve.engine.answers import answers_json, refused_json
+from serve.engine.answers import answers_json, rejected_image_json
 from serve.http.api_keys import Keys
 from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
-from serve.pool.dispatcher import Worker
-from serve.pool.engine_process import Classified
-from serve.pool.repository import Models, Served, StartWorker
+from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import RequestResult
+from serve.pool.repository import ModelRepository, ServedModel, StartWorker
 from serve.problems import Problem, ProblemError, problem_of
 from serve.settings import Settings
 
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Asked:
+class RequestContext:
     """A request as its headers tell it.
 
     Attributes:
@@ -104,15 +104,15 @@ class Service:
         known_heads: Heads of usual requests, without the length of the body, and what they were judged to be.
     """
 
-    def __init__(self, root: Path, settings: Settings, start_worker: StartWorker[Worker] | None = None) -> None:
-        async def start(path: Path) -> Worker:
-            return await Worker.start(path, settings)
+    def __init__(self, root: Path, settings: Settings, start_worker: StartWorker[EnginePool] | None = None) -> None:
+        async def start(path: Path) -> EnginePool:
+            return await EnginePool.start(path, settings)
 
         self.settings = settings
         self.telemetry = Telemetry()
         self.keys = Keys(settings.key_file)
         self.feedback = Feedback(settings.feedback_images)
-        self.models = Models(root, start_worker or start, self.telemetry, settings)
+        self.models = ModelRepository(root, start_worker or start, self.telemetry, settings)
         self.accepting = False
         self.leaving = False
         self.connections: set[Checked] = set()
@@ -122,10 +122,10 @@ class Service:
         self._num_asked = 0
         self._checking: asyncio.Task[None] | None = None
 
-    def asked(self, request_id: str, traceparent: str) -> Asked:
+    def asked(self, request_id: str, traceparent: str) -> RequestContext:
         """A request with these headers, empty where it has none."""
         request_id = request_id_of(request_id) if request_id else self.new_request_id()
-        return Asked(request_id, trace_of(traceparent) if traceparent else None, time.monotonic())
+        return RequestContext(request_id, trace_of(traceparent) if traceparent else None, time.monotonic())
 
     def new_request_id(self) -> str:
         """Random once and counted from there: randomness for each costs as much as an answer's JSON."""
@@ -192,7 +192,7 @@ class Service:
             )
             raise ProblemError(problem_of(429, detail), {"Retry-After": "1", "Connection": "close"})
 
-    def deadline(self, asked: Asked, wanted: str) -> float:
+    def deadline(self, asked: RequestContext, wanted: str) -> float:
         """When a request must be answered, on the clock of ``time.monotonic``.
 
         Args:
@@ -209,7 +209,7 @@ class Service:
             raise ProblemError(problem_of(400, f"{TIMEOUT_HEADER} is {wanted[:40]!r}, expected seconds such as 0.5."))
         return asked.began + min(longest, float(wanted))
 
-    def answer(self, served: Served[Worker], classified: Classified, asked: Asked) -> bytes:
+    def answer(self, served: ServedModel[EnginePool], classified: RequestResult, asked: RequestContext) -> bytes:
         """The body of an answer, which is noted.
 
         Raises:
@@ -219,16 +219,16 @@ class Service:
         if len(problems) == len(classified.results):
             raise _none_usable(problems, asked)
         self.note(served, classified, asked)
-        results = [refused_json(one) if isinstance(one, Problem) else one for one in classified.results]
+        results = [rejected_image_json(one) if isinstance(one, Problem) else one for one in classified.results]
         return answers_json(served.worker.ref_json, results)
 
-    def note(self, served: Served[Worker], classified: Classified, asked: Asked) -> None:
+    def note(self, served: ServedModel[EnginePool], classified: RequestResult, asked: RequestContext) -> None:
         """Note what there is to log of an answer, and to remember until its true label is told."""
         if requests_log.isEnabledFor(logging.INFO):
             asked.facts = _facts(served, classified)
         self.feedback.remember(asked.request_id, served.ledger, classified.seen)
 
-    def count(self, asked: Asked, route: str, status: int) -> None:
+    def count(self, asked: RequestContext, route: str, status: int) -> None:
         """Note an answered request."""
         self.telemetry.count_request(route, status, _REASONS.get(status))
         if requests_log.isEnabledFor(logging.INFO):
@@ -244,14 +244,14 @@ class Service:
                 connection.check(now)
 
 
-def _facts(served: Served[Worker], classified: Classified) -> dict[str, LogValue]:
+def _facts(served: ServedModel[EnginePool], classified: RequestResult) -> dict[str, LogValue]:
     """What the log says of an answer."""
     names = served.worker.manifest.task.groups.names
     groups: list[str] = [names[seen.group] for seen in classified.seen if seen]
     return {"model": served.key.name, "version": served.key.version, "groups": groups}
 
 
-def _none_usable(problems: Sequence[Problem], asked: Asked) -> ProblemError:
+def _none_usable(problems: Sequence[Problem], asked: RequestContext) -> ProblemError:
     """The first problem speaks for all."""
     first = problems[0]
     if first.status == HTTPStatus.INTERNAL_SERVER_ERROR:

@@ -14,9 +14,9 @@ from pydantic import Field, StrictInt, StrictStr
 from ltkd.contract.calibration import Calibration, Proportion, expected_accuracy
 from ltkd.contract.records import Record
 from ltkd.contract.task import Task
-from serve.engine.messages import Seen
+from serve.engine.messages import PredictionFacts
 from serve.monitoring.binomial import proportion
-from serve.monitoring.prometheus import Meter
+from serve.monitoring.prometheus import ModelMetrics
 from serve.problems import ProblemError, problem_of
 
 
@@ -87,7 +87,7 @@ class _Told:
     expected: float | None
 
 
-class Ledger:
+class FeedbackWindow:
     """The answers of one served model whose true label was told, the most recent ones.
 
     Args:
@@ -97,13 +97,13 @@ class Ledger:
         max_images: Answers it holds.
     """
 
-    def __init__(self, task: Task, calibration: Calibration, meter: Meter, max_images: int) -> None:
+    def __init__(self, task: Task, calibration: Calibration, meter: ModelMetrics, max_images: int) -> None:
         self.task = task
         self.meter = meter
         self._calibration = calibration
         self._told: deque[_Told] = deque(maxlen=max_images)
 
-    def tell(self, seen: Seen, label: int) -> bool:
+    def tell(self, seen: PredictionFacts, label: int) -> bool:
         """Take in the true label of an answer, and say whether the answer was right."""
         right = seen.label == label
         true_group = self.task.groups.group_of_class[label]
@@ -132,8 +132,8 @@ class Ledger:
 class _Answered:
     """One answered request."""
 
-    ledger: Ledger
-    images: Sequence[Seen | None]
+    ledger: FeedbackWindow
+    images: Sequence[PredictionFacts | None]
     told: set[int] = field(default_factory=set)
 
 
@@ -149,7 +149,7 @@ class Feedback:
         self._num_images = 0
         self._answered: OrderedDict[str, _Answered] = OrderedDict()
 
-    def remember(self, request_id: str, ledger: Ledger, images: Sequence[Seen | None]) -> None:
+    def remember(self, request_id: str, ledger: FeedbackWindow, images: Sequence[PredictionFacts | None]) -> None:
         """Remember an answered request; where an id comes twice, the later answer is meant.
 
         Args:
@@ -219,7 +219,7 @@ def label_of(task: Task, label: int | str) -> int:
     return label
 
 
-def _image_of(images: Sequence[Seen | None], body: FeedbackBody) -> Seen:
+def _image_of(images: Sequence[PredictionFacts | None], body: FeedbackBody) -> PredictionFacts:
     if body.image >= len(images):
         detail = f"image is {body.image}, but request {body.request_id} had {len(images)}; the first is 0."
         raise ProblemError(problem_of(404, detail))

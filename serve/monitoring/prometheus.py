@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from serve.engine.answers import DECISIONS
-from serve.engine.messages import Seen
+from serve.engine.messages import PredictionFacts
 from serve.monitoring.drift import GroupSeen, Window
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -48,7 +48,7 @@ class ModelLabels(NamedTuple):
         return self[:3]
 
 
-class Tally:
+class Histogram:
     """A histogram: how many values fell at or below each bound, and their sum."""
 
     __slots__ = ("bounds", "counts", "total")
@@ -78,8 +78,8 @@ class GroupCounts:
     __slots__ = ("confidence", "decisions", "feedback", "set_size")
 
     def __init__(self) -> None:
-        self.confidence = Tally(_CONFIDENCE)
-        self.set_size = Tally(_CLASSES)
+        self.confidence = Histogram(_CONFIDENCE)
+        self.set_size = Histogram(_CLASSES)
         self.decisions: dict[str, int] = dict.fromkeys(DECISIONS, 0)
         self.feedback = [0, 0]  # of the true group's images: wrong, right
 
@@ -89,12 +89,12 @@ class ModelCounts:
 
     def __init__(self, groups: Sequence[str]) -> None:
         self.groups = {group: GroupCounts() for group in groups}  # one that is never predicted shows as zero
-        self.stages: dict[str, Tally] = {stage: Tally(_SECONDS) for stage in get_args(Stage)}
-        self.batches = Tally(_IMAGES)
+        self.stages: dict[str, Histogram] = {stage: Histogram(_SECONDS) for stage in get_args(Stage)}
+        self.batches = Histogram(_IMAGES)
         self.restarts = 0
 
 
-class Meter:
+class ModelMetrics:
     """Watches one served model: what it answers, how long that takes, and how often its process died.
 
     Attributes:
@@ -112,7 +112,9 @@ class Meter:
         self.counts = counts
         self._groups = list(counts.groups.values())
 
-    def watch(self, images: Sequence[Seen | None], stage_seconds: Mapping[str, float], batch_size: int) -> None:
+    def watch(
+        self, images: Sequence[PredictionFacts | None], stage_seconds: Mapping[str, float], batch_size: int
+    ) -> None:
         """Take in one answered request.
 
         Args:
@@ -152,18 +154,18 @@ class Telemetry:
         self._rejections: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self._counts: dict[tuple[str, ...], ModelCounts] = {}
-        self._meters: dict[tuple[str, ...], Meter] = {}
+        self._meters: dict[tuple[str, ...], ModelMetrics] = {}
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(_Reader(self._families))
 
-    def meter(self, labels: ModelLabels, groups: Sequence[str], window: Window) -> Meter:
+    def meter(self, labels: ModelLabels, groups: Sequence[str], window: Window) -> ModelMetrics:
         """Begin to show a model; one that replaces another of the same name and version goes on with its counts."""
         counts = self._counts.setdefault((*labels.series, *groups), ModelCounts(groups))
-        self._meters[labels.series] = meter = Meter(labels, counts, window)
+        self._meters[labels.series] = meter = ModelMetrics(labels, counts, window)
         return meter
 
-    def retire(self, meter: Meter) -> None:
+    def retire(self, meter: ModelMetrics) -> None:
         """Show a model no longer, unless another has taken its place."""
         if self._meters.get(meter.labels.series) is meter:
             del self._meters[meter.labels.series]
@@ -216,7 +218,7 @@ def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Cou
     return family
 
 
-def _of_models(meters: Sequence[Meter]) -> Iterator[Metric]:
+def _of_models(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
     info = GaugeMetricFamily("ltkd_model_info", "The models that answer", labels=ModelLabels._fields)
     depth = GaugeMetricFamily("ltkd_queue_images", "Images that wait for the model", labels=_MODEL)
     alive = GaugeMetricFamily("ltkd_worker_alive", "1 while the engine's process is there", labels=_MODEL)
@@ -237,14 +239,16 @@ def _of_models(meters: Sequence[Meter]) -> Iterator[Metric]:
     yield from (info, depth, alive, restarts, batches, stages)
 
 
-def _of_groups(meters: Sequence[Meter]) -> Iterator[Metric]:
+def _of_groups(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
     by_group = [*_MODEL, "group"]
     predictions = CounterMetricFamily("ltkd_predictions", "Images by the group of the predicted class", labels=by_group)
     decisions = CounterMetricFamily(
         "ltkd_decisions", "Images by what the group's threshold made of them", labels=[*by_group, "decision"]
     )
     confidence = HistogramMetricFamily("ltkd_confidence", "Probability of the predicted class", labels=by_group)
-    set_size = HistogramMetricFamily("ltkd_prediction_set_classes", "Classes in the prediction set", labels=by_group)
+    set_size = HistogramMetricFamily(
+        "ltkd_prediction_set_classes", "ClassStatistics in the prediction set", labels=by_group
+    )
     feedback = CounterMetricFamily(
         "ltkd_feedback", "Answers whose true label was told, by its group", labels=[*by_group, "outcome"]
     )
@@ -277,7 +281,7 @@ _WINDOW_GAUGES: dict[str, tuple[str, Callable[[GroupSeen], float | None]]] = {
 }
 
 
-def _of_windows(meters: Sequence[Meter]) -> Iterator[Metric]:
+def _of_windows(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
     reports = [(meter.labels.series, meter.window.report()) for meter in meters]
     for name, (text, value_of) in _WINDOW_GAUGES.items():
         family = GaugeMetricFamily(name, text, labels=[*_MODEL, "group"])

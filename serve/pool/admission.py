@@ -91,12 +91,12 @@ class Admission:
         let_in = math.inf if self._max_seconds is None else self._max_seconds / self.seconds_each
         return 2 * batch_size >= min(self._full_batch, let_in / 2)
 
-    def ease(self) -> None:
+    def pause_admission(self) -> None:
         """Until ``resume``, let everybody wait, up to the bound on the number: it is not the load that slows it."""
         self._num_eased += 1
 
     def resume(self, now: float) -> None:
-        """End what ``ease`` began; what gathered meanwhile may take its time."""
+        """End what ``pause_admission`` began; what gathered meanwhile may take its time."""
         self._num_eased -= 1
         self._busy_since = self._resumed = now
         self._left_behind = self.num_images

@@ -20,9 +20,19 @@ from typing import Self
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.errors import BundleError, LtkdError
 from serve.engine.answers import model_ref
-from serve.engine.messages import Done, Orders, Wanted, Work, pack_cancel, pack_work
+from serve.engine.messages import EngineConfig, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
 from serve.pool.admission import Admission
-from serve.pool.engine_process import Answered, Call, Classified, Launched, Line, Parked, Watch, classified_of, launch
+from serve.pool.engine_process import (
+    AnswerCallback,
+    ChildProcess,
+    EngineProcess,
+    PendingQueue,
+    PendingRequest,
+    RequestResult,
+    ResultCallback,
+    launch,
+    request_result,
+)
 from serve.problems import Content, Problem, ProblemError, problem_of
 from serve.settings import Settings
 
@@ -33,7 +43,7 @@ _WATCH_SECONDS = 0.25
 _log = logging.getLogger(__name__)
 
 
-class Worker:
+class EnginePool:
     """A model version in engine processes of its own, watched and replaced.
 
     Attributes:
@@ -49,17 +59,17 @@ class Worker:
     precision: Precision
     provider: str
 
-    def __init__(self, start_process: Callable[[], Launched], settings: Settings) -> None:
+    def __init__(self, start_process: Callable[[], ChildProcess], settings: Settings) -> None:
         self.alive = False
         self.on_change: Callable[[], None] | None = None
-        self.on_answer: Watch | None = None
+        self.on_answer: AnswerCallback | None = None
         self._start_process = start_process
         self._stall_seconds = settings.stall_seconds
         self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
-        self._lines: list[Line] = []
-        self._parked: Parked | None = None
+        self._lines: list[EngineProcess] = []
+        self._parked: PendingQueue | None = None
         self._away = contextlib.ExitStack()
-        self._deadlines: list[tuple[float, int, Call]] = []
+        self._deadlines: list[tuple[float, int, PendingRequest]] = []
         self._next_number = 0
         self._closing = False
         self._emptied = asyncio.Event()
@@ -82,10 +92,10 @@ class Worker:
         return await cls.start_with(lambda: launch(orders(bundle, settings)), settings)
 
     @classmethod
-    async def start_with(cls, start_process: Callable[[], Launched], settings: Settings) -> Self:
+    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
         """The same with engine processes of another make."""
         worker = cls(start_process, settings)
-        with worker.eased():
+        with worker.admission_paused():
             starts = [worker._connect() for _ in range(settings.processes)]
             started = await asyncio.gather(*starts, return_exceptions=True)
         for one in started:
@@ -109,8 +119,8 @@ class Worker:
         return self._admission.refusal(1, time.monotonic(), math.inf)
 
     def submit(
-        self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float, answered: Answered
-    ) -> Call | None:
+        self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float, answered: ResultCallback
+    ) -> PendingRequest | None:
         """Ask for something, and be told what becomes of it.
 
         Args:
@@ -131,7 +141,7 @@ class Worker:
         if len(images) < len(contents):
             problems = {place: content for place, content in enumerate(contents) if isinstance(content, Problem)}
             if not images:
-                answered(Classified(list(problems.values()), [None] * len(problems), {}, 0))
+                answered(RequestResult(list(problems.values()), [None] * len(problems), {}, 0))
                 return None
         line = self._best_line()
         now = time.monotonic()
@@ -139,28 +149,28 @@ class Worker:
             raise ProblemError(problem_of(504, "the deadline passed before the images had arrived; allow more time."))
         self._admission.admit(len(images), now, deadline)
         self._next_number = number = self._next_number + 1
-        call = line.calls[number] = Call(number, line, problems, len(images), now, answered)
-        line.write(pack_work(Work(number, deadline, wanted, top_k, images)))
+        call = line.calls[number] = PendingRequest(number, line, problems, len(images), now, answered)
+        line.write(pack_request(EngineRequest(number, deadline, wanted, top_k, images)))
         heapq.heappush(self._deadlines, (deadline, number, call))
         if deadline < self._watch_at:
             self._watch_again(min(deadline, now + _WATCH_SECONDS))
         return call
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: PendingRequest) -> None:
         """Drop what nobody waits for any more."""
         call.answered = None
         if call.number in call.line.calls:
             call.line.write(pack_cancel(call.number))
 
-    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
+    async def ask(self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float) -> RequestResult:
         """The same as a coroutine; cancelled, the work is dropped.
 
         Raises:
             ProblemError: 429 full, 503 the engine process died, 504 the deadline passed.
         """
-        future: asyncio.Future[Classified | ProblemError] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
 
-        def answered(told: Classified | ProblemError) -> None:
+        def answered(told: RequestResult | ProblemError) -> None:
             if not future.done():
                 future.set_result(told)
 
@@ -175,18 +185,18 @@ class Worker:
             raise told
         return told
 
-    async def classify(self, contents: Sequence[Content], top_k: int, deadline: float) -> Classified:
+    async def classify(self, contents: Sequence[Content], top_k: int, deadline: float) -> RequestResult:
         """Answer encoded images.
 
         Raises:
             ProblemError: As ``ask``.
         """
-        return await self.ask(contents, Wanted.ANSWERS, top_k, deadline)
+        return await self.ask(contents, OutputKind.ANSWERS, top_k, deadline)
 
     @contextlib.contextmanager
-    def eased(self) -> Iterator[None]:
+    def admission_paused(self) -> Iterator[None]:
         """Refuse nobody for the time that the queue takes while a process starts, here or beside this one."""
-        self._admission.ease()
+        self._admission.pause_admission()
         try:
             yield
         finally:
@@ -208,7 +218,7 @@ class Worker:
         if self._watching:
             self._watching.cancel()
 
-    def _best_line(self) -> Line | Parked:
+    def _best_line(self) -> EngineProcess | PendingQueue:
         if self.alive and not self._closing:
             return self._lines[0] if len(self._lines) == 1 else min(self._lines, key=lambda line: len(line.calls))
         if self._parked and not self._closing:
@@ -216,26 +226,26 @@ class Worker:
         detail = "the service is stopping" if self._closing else "the model's engine process is being replaced"
         raise ProblemError(problem_of(503, f"{detail}; try again."), self._retry_after())
 
-    def _on_done(self, done: Done) -> None:
+    def _on_done(self, done: EngineResponse) -> None:
         """Take in what became of a request."""
         for line in self._lines:
             if call := line.calls.pop(done.number, None):
                 self._forget(call, time.monotonic(), done.batch_size)
                 if answered := call.answered:
                     call.answered = None
-                    classified = classified_of(done, call.problems)
+                    classified = request_result(done, call.problems)
                     if self.on_answer:
                         self.on_answer(classified.seen, classified.stage_seconds, classified.batch_size)
                     answered(classified)
                 return
 
-    def _on_lost(self, line: "Line") -> None:
+    def _on_lost(self, line: "EngineProcess") -> None:
         """An engine process died, or was killed: answer what it had, and start another."""
         self._lines.remove(line)
         num_lost = len(line.calls)
         if not self._lines and not self._closing:
-            self._parked = Parked()
-            self._away.enter_context(self.eased())
+            self._parked = PendingQueue()
+            self._away.enter_context(self.admission_paused())
         self._note_change()
         self._fail(line, "the engine process that had the request died and is being replaced; try again.")
         if self._closing:
@@ -245,7 +255,7 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _fail(self, line: Line | Parked, detail: str) -> None:
+    def _fail(self, line: EngineProcess | PendingQueue, detail: str) -> None:
         """Answer 503 to everything on a line."""
         lost = list(line.calls.values())
         line.calls.clear()
@@ -263,7 +273,7 @@ class Worker:
         if parked:
             self._fail(parked, "the engine process died and could not be replaced; try again.")
 
-    def _forget(self, call: Call, answered_at: float | None = None, batch_size: int = 0) -> None:
+    def _forget(self, call: PendingRequest, answered_at: float | None = None, batch_size: int = 0) -> None:
         self._admission.release(call.num_images, answered_at, batch_size)
         if not self.num_waiting:
             self._emptied.set()
@@ -274,7 +284,7 @@ class Worker:
     async def _connect(self) -> None:
         """Start an engine process and wait until it is ready."""
         began = time.monotonic()
-        line: Line = Line(self._start_process(), self._on_done, self._on_lost)
+        line: EngineProcess = EngineProcess(self._start_process(), self._on_done, self._on_lost)
         hello = await line.open()
         if hello.manifest != getattr(self, "manifest", hello.manifest):
             await line.end()
@@ -290,14 +300,14 @@ class Worker:
             parked.move_to(line)
         self._note_change()
 
-    async def _replace(self, lost: "Line") -> None:
+    async def _replace(self, lost: "EngineProcess") -> None:
         """Start engine processes until one is ready, with pauses that grow."""
         attempt = 0 if time.monotonic() - lost.since > _SETTLED_SECONDS else 1
         while True:
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
             attempt += 1
             try:
-                with self.eased():
+                with self.admission_paused():
                     await self._connect()
                 return
             except (LtkdError, OSError) as reason:
@@ -338,9 +348,9 @@ class Worker:
         self._watching = asyncio.get_running_loop().call_later(at - time.monotonic(), self._watch)
 
 
-def orders(bundle: Path, settings: Settings) -> Orders:
+def orders(bundle: Path, settings: Settings) -> EngineConfig:
     """What the engine processes of a bundle are told."""
-    return Orders(
+    return EngineConfig(
         bundle=bundle.resolve(),
         device=settings.device,
         precision=settings.precision,

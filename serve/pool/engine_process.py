@@ -15,7 +15,17 @@ from typing import NamedTuple, cast
 
 import ltkd.errors
 from ltkd.errors import DeviceError, LtkdError, UsageError
-from serve.engine.messages import Done, Failed, Hello, Inbox, Kind, Orders, Seen, unpack_done, unpack_text
+from serve.engine.messages import (
+    EngineConfig,
+    EngineReady,
+    EngineResponse,
+    Failed,
+    Kind,
+    MessageReader,
+    PredictionFacts,
+    unpack_response,
+    unpack_text,
+)
 from serve.problems import Problem, ProblemError, problem_of
 
 _START_SECONDS = 300.0
@@ -24,7 +34,7 @@ _LINE_BYTES = 2**20  # so that neither side waits for the other to read while it
 _log = logging.getLogger(__name__)
 
 
-class Classified(NamedTuple):
+class RequestResult(NamedTuple):
     """What came back for one request.
 
     Attributes:
@@ -36,19 +46,19 @@ class Classified(NamedTuple):
     """
 
     results: list[bytes | Problem]
-    seen: list[Seen | None]
+    seen: list[PredictionFacts | None]
     stage_seconds: dict[str, float]
     batch_size: int
 
 
-Answered = Callable[[Classified | ProblemError], None]
+ResultCallback = Callable[[RequestResult | ProblemError], None]
 """Told what became of one request."""
-Watch = Callable[[Sequence[Seen | None], Mapping[str, float], int], None]
+AnswerCallback = Callable[[Sequence[PredictionFacts | None], Mapping[str, float], int], None]
 """Told of every answer: its ``seen``, ``stage_seconds`` and ``batch_size``."""
 
 
 @dataclass(frozen=True)
-class Launched:
+class ChildProcess:
     """An engine process that was started.
 
     Attributes:
@@ -62,7 +72,7 @@ class Launched:
     pid: int
 
 
-def launch(orders: Orders) -> Launched:
+def launch(orders: EngineConfig) -> ChildProcess:
     """Start an engine process.
 
     Raises:
@@ -79,7 +89,7 @@ def launch(orders: Orders) -> Launched:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
     threading.Thread(target=process.wait, name=f"wait-{process.pid}", daemon=True).start()  # leaves no zombie
-    return Launched(ours, process.kill, process.pid)
+    return ChildProcess(ours, process.kill, process.pid)
 
 
 def connected_lines() -> tuple[socket.socket, socket.socket]:
@@ -91,7 +101,7 @@ def connected_lines() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-class Line(asyncio.Protocol):
+class EngineProcess(asyncio.Protocol):
     """The connection with one engine process.
 
     Args:
@@ -108,19 +118,24 @@ class Line(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, launched: Launched, on_done: Callable[[Done], None], on_lost: Callable[["Line"], None]) -> None:
-        self.calls: dict[int, Call] = {}
+    def __init__(
+        self,
+        launched: ChildProcess,
+        on_done: Callable[[EngineResponse], None],
+        on_lost: Callable[["EngineProcess"], None],
+    ) -> None:
+        self.calls: dict[int, PendingRequest] = {}
         self.ready = False
         self.since = self.heard = time.monotonic()
         self._launched = launched
         self._on_done = on_done
         self._on_lost = on_lost
-        self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
+        self._hello: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
-        self._inbox = Inbox()
+        self._inbox = MessageReader()
         self._outbox: list[bytes] = []
 
-    async def open(self) -> Hello:
+    async def open(self) -> EngineReady:
         """Connect, and wait until the process is ready.
 
         Raises:
@@ -177,11 +192,11 @@ class Line(asyncio.Protocol):
         self.heard = time.monotonic()
         for kind, message in self._inbox.feed(data):
             if kind == Kind.DONE:
-                self._on_done(unpack_done(message))
+                self._on_done(unpack_response(message))
             elif kind == Kind.LOG:
                 _log.error("in the engine process: %s", unpack_text(message).rstrip())
             elif kind == Kind.HELLO:
-                self._hello.set_result(Hello.model_validate_json(unpack_text(message)))
+                self._hello.set_result(EngineReady.model_validate_json(unpack_text(message)))
             elif kind == Kind.FAILED:
                 self._hello.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
 
@@ -203,7 +218,7 @@ def _error(failed: Failed) -> LtkdError:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class PendingRequest:
     """A request in the hands of an engine process.
 
     Attributes:
@@ -216,14 +231,14 @@ class Call:
     """
 
     number: int
-    line: "Line | Parked"
+    line: "EngineProcess | PendingQueue"
     problems: dict[int, Problem]
     num_images: int
     sent: float
-    answered: Answered | None
+    answered: ResultCallback | None
 
 
-class Parked:
+class PendingQueue:
     """Requests that wait while no engine process is there: to who writes on it a line, whose other end comes later.
 
     Attributes:
@@ -231,14 +246,14 @@ class Parked:
     """
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, PendingRequest] = {}
         self._written: list[bytes] = []
 
     def write(self, message: bytes) -> None:
         """Keep something that a process is to be told."""
         self._written.append(message)
 
-    def move_to(self, line: Line) -> None:
+    def move_to(self, line: EngineProcess) -> None:
         """Send everything to a process."""
         for call in self.calls.values():
             call.line = line
@@ -246,11 +261,11 @@ class Parked:
         line.write(b"".join(self._written))
 
 
-def classified_of(done: Done, problems: Mapping[int, Problem]) -> Classified:
+def request_result(done: EngineResponse, problems: Mapping[int, Problem]) -> RequestResult:
     """What came back, with the problems of images that were not sent in their places."""
     _, decode_seconds, queue_seconds, infer_seconds, batch_size, outcomes = done
     results: list[bytes | Problem] = []
-    facts: list[Seen | None] = []
+    facts: list[PredictionFacts | None] = []
     for status, payload, seen in outcomes:
         results.append(problem_of(status, payload.decode()) if status else payload)
         facts.append(seen)
@@ -261,4 +276,4 @@ def classified_of(done: Done, problems: Mapping[int, Problem]) -> Classified:
     if batch_size:
         stage_seconds["queue"] = queue_seconds
         stage_seconds["infer"] = infer_seconds
-    return Classified(results, facts, stage_seconds, batch_size)
+    return RequestResult(results, facts, stage_seconds, batch_size)

@@ -23,9 +23,9 @@ from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.contract.records import Record, read_record, sha256_of
 from ltkd.errors import BundleError, LtkdError, UsageError
 from serve.monitoring.drift import Window
-from serve.monitoring.feedback import Ledger
-from serve.monitoring.prometheus import Meter, ModelLabels, Outcome, Telemetry
-from serve.pool.engine_process import Watch
+from serve.monitoring.feedback import FeedbackWindow
+from serve.monitoring.prometheus import ModelLabels, ModelMetrics, Outcome, Telemetry
+from serve.pool.engine_process import AnswerCallback
 from serve.problems import ProblemError, problem_of
 from serve.settings import Settings
 
@@ -33,7 +33,7 @@ ONLY_VERSION = "1"
 _log = logging.getLogger(__name__)
 
 
-class EngineProcess(Protocol):
+class EngineClient(Protocol):
     """What is asked of an engine process here; the routes ask more of it."""
 
     manifest: Manifest
@@ -41,20 +41,20 @@ class EngineProcess(Protocol):
     provider: str
     alive: bool
     on_change: Callable[[], None] | None
-    on_answer: Watch | None
+    on_answer: AnswerCallback | None
 
     @property
     def num_waiting(self) -> int:
         """Images that were accepted and are not answered."""
 
-    def eased(self) -> AbstractContextManager[None]:
+    def admission_paused(self) -> AbstractContextManager[None]:
         """Refuse nobody for the time that the queue takes: a process is being started beside this one."""
 
     async def close(self, drain_seconds: float) -> None:
         """Answer what was accepted, then end."""
 
 
-AnyEngineProcess = TypeVar("AnyEngineProcess", bound=EngineProcess)
+AnyEngineClient = TypeVar("AnyEngineClient", bound=EngineClient)
 
 
 class ModelKey(NamedTuple):
@@ -65,7 +65,7 @@ class ModelKey(NamedTuple):
 
 
 @dataclass(eq=False)
-class Served(Generic[AnyEngineProcess]):
+class ServedModel(Generic[AnyEngineClient]):
     """A model version that answers.
 
     Attributes:
@@ -78,9 +78,9 @@ class Served(Generic[AnyEngineProcess]):
 
     key: ModelKey
     fingerprint: str
-    worker: AnyEngineProcess
-    meter: Meter
-    ledger: Ledger
+    worker: AnyEngineClient
+    meter: ModelMetrics
+    ledger: FeedbackWindow
     _holders: int = 0
     _let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -128,11 +128,11 @@ class Reloaded(Record):
     models: tuple[ModelReloaded, ...]
 
 
-StartWorker = Callable[[Path], Awaitable[AnyEngineProcess]]
+StartWorker = Callable[[Path], Awaitable[AnyEngineClient]]
 """Starts the engine process of a bundle: verified, golden samples replayed, warm; raises LtkdError if it cannot."""
 
 
-class Models(Generic[AnyEngineProcess]):
+class ModelRepository(Generic[AnyEngineClient]):
     """The model versions that answer, and their reload. It belongs to the event loop's thread.
 
     Args:
@@ -143,14 +143,14 @@ class Models(Generic[AnyEngineProcess]):
     """
 
     def __init__(
-        self, root: Path, start_worker: StartWorker[AnyEngineProcess], telemetry: Telemetry, settings: Settings
+        self, root: Path, start_worker: StartWorker[AnyEngineClient], telemetry: Telemetry, settings: Settings
     ) -> None:
         self._root = root
         self._start_worker = start_worker
         self._telemetry = telemetry
         self._settings = settings
-        self._served: dict[ModelKey, Served[AnyEngineProcess]] = {}
-        self._current: dict[str | None, Served[AnyEngineProcess]] = {}  # by name, and by None where none is needed
+        self._served: dict[ModelKey, ServedModel[AnyEngineClient]] = {}
+        self._current: dict[str | None, ServedModel[AnyEngineClient]] = {}  # by name, and by None where none is needed
         self._one_at_a_time = asyncio.Lock()
         self._reloads: set[asyncio.Task[Reloaded]] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -168,7 +168,7 @@ class Models(Generic[AnyEngineProcess]):
             await self.close()
             raise
 
-    def find(self, name: str | None = None, version: str | None = None) -> Served[AnyEngineProcess]:
+    def find(self, name: str | None = None, version: str | None = None) -> ServedModel[AnyEngineClient]:
         """The model version that answers; without a version the highest, without a name the default.
 
         Raises:
@@ -185,7 +185,7 @@ class Models(Generic[AnyEngineProcess]):
         wanted = f"model {name or 'by default'}" + (f" version {version}" if version else "")
         raise ProblemError(problem_of(404, f"there is no {wanted}; there is: {have or 'none'}."))
 
-    def all(self) -> list[Served[AnyEngineProcess]]:
+    def all(self) -> list[ServedModel[AnyEngineClient]]:
         """Every model version that answers, in the order of names and versions."""
         return [self._served[key] for key in sorted(self._served, key=_by_name_and_number)]
 
@@ -248,9 +248,9 @@ class Models(Generic[AnyEngineProcess]):
     async def _begin(self, key: ModelKey, path: Path) -> None:
         """Start the engine process of a bundle, and let it answer."""
         fingerprint = fingerprint_of(path)
-        with contextlib.ExitStack() as eased:
+        with contextlib.ExitStack() as admission_paused:
             for served in self._served.values():
-                eased.enter_context(served.worker.eased())
+                admission_paused.enter_context(served.worker.admission_paused())
             worker = await self._start_worker(path)
         task, certified = worker.manifest.task, worker.manifest.precisions[worker.precision]
         window = Window(certified.calibration, self._settings.window_images)
@@ -259,11 +259,11 @@ class Models(Generic[AnyEngineProcess]):
         meter.queue_depth, meter.alive = lambda: worker.num_waiting, lambda: worker.alive
         worker.on_answer = meter.watch
         worker.on_change = lambda: meter.count_restart() if worker.alive else None
-        ledger = Ledger(task, certified.calibration, meter, self._settings.feedback_images)
-        self._served[key] = Served(key, fingerprint, worker, meter, ledger)
+        ledger = FeedbackWindow(task, certified.calibration, meter, self._settings.feedback_images)
+        self._served[key] = ServedModel(key, fingerprint, worker, meter, ledger)
         self._settle()
 
-    def _end(self, served: Served[AnyEngineProcess]) -> None:
+    def _end(self, served: ServedModel[AnyEngineClient]) -> None:
         """Let a model version answer what it has accepted, in the background, and go."""
         self._telemetry.retire(served.meter)
         served.worker.on_change = None
@@ -273,7 +273,7 @@ class Models(Generic[AnyEngineProcess]):
 
     def _settle(self) -> None:
         """Work out which version answers for each name, and for none."""
-        highest: dict[str | None, Served[AnyEngineProcess]] = {served.key.name: served for served in self.all()}
+        highest: dict[str | None, ServedModel[AnyEngineClient]] = {served.key.name: served for served in self.all()}
         default = self._settings.default_model or (next(iter(highest)) if len(highest) == 1 else None)
         if default in highest:
             highest[None] = highest[default]

@@ -10,16 +10,16 @@ import pytest
 from export_toys import TAIL_CLASSES, TASK, damaged, edited, toy
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from export.parity import Side, hold, open_side, precision_of
-from ltkd.data.datasets import ImageData
+from export.parity import ComparedModel, compare_models, open_model, precision_of
+from ltkd.data.datasets import Dataset
 from ltkd.errors import BundleError, UsageError
 
 MEAN, STD = np.array(TASK.mean, np.float32), np.array(TASK.std, np.float32)
 
 
-def data() -> ImageData:
+def data() -> Dataset:
     images, labels = toy().images, toy().labels
-    return ImageData(TASK, images[:0], labels[:0], images, labels, mirror=False)
+    return Dataset(TASK, images[:0], labels[:0], images, labels, mirror=False)
 
 
 def file_of(folder: Path, content: bytes, name: str = "model.onnx") -> Path:
@@ -54,13 +54,13 @@ def foreign(batch: int | str, names: tuple[str, str] = ("x", "scores"), side: in
     return bytes(model.SerializeToString())
 
 
-def side(folder: Path, content: bytes, name: str = "model.onnx") -> Side:
-    return open_side(file_of(folder, content, name), TASK)
+def side(folder: Path, content: bytes, name: str = "model.onnx") -> ComparedModel:
+    return open_model(file_of(folder, content, name), TASK)
 
 
 def test_a_model_held_against_itself_passes_in_every_group(tmp_path: Path) -> None:
     model = side(tmp_path, toy().candidate)
-    report = hold(model, model, data(), {})
+    report = compare_models(model, model, data(), {})
     (candidate,) = report.candidates
     assert report.verdict == "PASS"
     assert [row.group for row in candidate.groups] == ["head", "medium", "tail", "all"]
@@ -69,7 +69,9 @@ def test_a_model_held_against_itself_passes_in_every_group(tmp_path: Path) -> No
 
 
 def test_a_damaged_tail_fails_though_the_average_passes_and_the_layer_is_named(tmp_path: Path) -> None:
-    report = hold(side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"all": 0.2})
+    report = compare_models(
+        side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"all": 0.2}
+    )
     (candidate,) = report.candidates
     verdicts = {row.group: row.verdict for row in candidate.groups}
     assert (report.verdict, verdicts["tail"], verdicts["all"]) == ("FAIL", "FAIL", "PASS")
@@ -79,12 +81,12 @@ def test_a_damaged_tail_fails_though_the_average_passes_and_the_layer_is_named(t
 
 
 def test_a_margin_of_ones_own_decides(tmp_path: Path) -> None:
-    report = hold(
+    report = compare_models(
         side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"tail": 0.999, "all": 0.2}
     )
     assert report.verdict == "PASS"
     with pytest.raises(UsageError, match="tial"):
-        hold(side(tmp_path, toy().candidate), side(tmp_path, toy().candidate), data(), {"tial": 0.1})
+        compare_models(side(tmp_path, toy().candidate), side(tmp_path, toy().candidate), data(), {"tial": 0.1})
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 7])
@@ -129,14 +131,14 @@ def test_a_file_that_cannot_be_asked_is_refused_in_one_line(
 
 def test_a_file_with_another_number_of_classes_is_refused_when_asked(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"class_names": TASK.class_names[:5]})
-    model = open_side(file_of(tmp_path, foreign("N")), task)
+    model = open_model(file_of(tmp_path, foreign("N")), task)
     with pytest.raises(BundleError, match=r"gives \[4, 6\] for 4 images, expected logits \[4, 5\]"):
         model.logits(toy().images[:4])
 
 
 def test_nothing_at_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a run, a bundle nor an ONNX file"):
-        open_side(tmp_path / "nothing", TASK)
+        open_model(tmp_path / "nothing", TASK)
 
 
 def test_the_precision_is_seen_in_the_file() -> None:

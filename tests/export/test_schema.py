@@ -1,6 +1,6 @@
 """The published JSON schemas, which people write readers against.
 
-python tests/test_export_schema.py      writes them anew
+PYTHONPATH=tests python tests/export/test_schema.py      writes them anew
 """
 
 import json
@@ -20,7 +20,7 @@ PUBLISHED: dict[str, type[VersionedRecord]] = {"parity.schema.json": ParityRepor
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_schema_is_that_of_the_records(name: str) -> None:
-    assert (DOCS / name).read_text() == json_schema(PUBLISHED[name]), "run: python tests/test_export_schema.py"
+    assert (DOCS / name).read_text() == json_schema(PUBLISHED[name]), "run: PYTHONPATH=tests python tests/export/test_schema.py"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

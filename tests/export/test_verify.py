@@ -82,7 +82,7 @@ def test_a_sound_bundle_says_what_was_checked_of_every_precision(made: Path) -> 
     assert [check.precision for check in seen.checks] == ["fp32", "fp16"]
     assert seen.manifest.task == TASK
     assert seen.report == read_record(made / "parity.json", ParityReport, BundleError)
-    assert seen.strangers == ()
+    assert seen.unlisted_files == ()
     assert "golden images are up to 0 off" in findings(seen)["fp32"]
 
 
@@ -177,7 +177,7 @@ def test_a_report_that_did_not_pass_this_very_file_is_noticed(
 
 def test_a_model_that_nobody_certified_may_not_lie_in_a_bundle_and_other_files_are_named(bundle: Path) -> None:
     (bundle / "notes.txt").write_text("mine")
-    assert verify_bundle(bundle).strangers == ("notes.txt",)
+    assert verify_bundle(bundle).unlisted_files == ("notes.txt",)
     (bundle / "model.int8.onnx").write_bytes(contents()["fp32"])
     with pytest.raises(BundleError, match=r"model\.int8\.onnx lies in the bundle and nobody certified it"):
         verify_bundle(bundle)

@@ -1,22 +1,22 @@
 import pytest
 
-from ltkd.config import RECIPES, recipe_of
+from ltkd.config import RECIPES, find_recipe
 from ltkd.errors import UsageError
 
 
 def test_every_recipe_is_named_by_its_key_and_lowers_its_rate_before_it_ends() -> None:
     for name in RECIPES:
-        recipe = recipe_of(name)
+        recipe = find_recipe(name)
         assert recipe.name == name
         assert recipe.schedule == "one-cycle" or 0 < max(recipe.milestones) < recipe.epochs
 
 
 def test_the_recipe_of_the_benchmark_is_the_published_one() -> None:
-    recipe = recipe_of("paper")
+    recipe = find_recipe("paper")
     assert (recipe.epochs, recipe.batch_size, recipe.peak_learning_rate) == (240, 64, 0.05)
     assert (recipe.momentum, recipe.weight_decay, recipe.milestones) == (0.9, 5e-4, (150, 180, 210))
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"unknown recipe 'long'; known: demo, short, paper, adopt\."):
-        recipe_of("long")
+        find_recipe("long")

@@ -19,7 +19,7 @@ from serve_toys import Served, bomb_png, encoded, served, toy_pixels, write_toy_
 
 from ltkd.errors import UsageError
 from serve.classify_files import classify_files
-from serve.engine.answers import Answer, Refused
+from serve.engine.answers import Answer, RejectedImage
 from serve.main import serve
 from serve.settings import Settings
 
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_image_is_refused_in_its_own_place(bundle_path: Path, 
     (tmp_path / "a.png").write_bytes(encoded(toy_pixels(3)))
     (tmp_path / "b.png").write_bytes(b"text")
     results = classify_files(bundle_path, [tmp_path / "b.png", tmp_path / "a.png"] * 40, 1)
-    assert [isinstance(result, Refused) for result in results] == [True, False] * 40
+    assert [isinstance(result, RejectedImage) for result in results] == [True, False] * 40
 
 
 def test_a_file_that_does_not_exist_is_one_line(bundle_path: Path, tmp_path: Path) -> None:

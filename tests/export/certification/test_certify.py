@@ -12,19 +12,19 @@ from safetensors.torch import save_file
 from export import bundling as bundling_module
 from export.bundling import Export, export_run
 from export.certification import certify as certify_module
-from export.certification.candidate import judge
+from export.certification.candidate import assess_candidate
 from export.certification.certify import Certification, Policy, certify
 from export.certification.margins import margins_for
 from export.certification.reference import reference_of, spread_over_groups
-from export.certification.splits import Splits, divide
+from export.certification.splits import Splits, split_test_images
 from export.conversion.fp32 import to_onnx
 from export.schema import EXIT_CODES, ParityReport
 from export.verify import verify_bundle
 from ltkd.config import DataConfig, Execution, MethodConfig, Recipe, RunConfig
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.records import read_record, sha256_of, write_record
-from ltkd.data.datasets import ImageData
-from ltkd.data.image_files import Part
+from ltkd.data.datasets import Dataset
+from ltkd.data.image_files import LabelledImages
 from ltkd.errors import BundleError, DataError, DeviceError, RunError, UsageError
 from ltkd.models.registry import build_network
 
@@ -55,14 +55,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def data_of(images_per_class: int) -> ImageData:
+def data_of(images_per_class: int) -> Dataset:
     images, labels = coloured_images([images_per_class] * 6, seed=2)
-    return ImageData(TASK, images[:0], labels[:0], images, labels, mirror=False)
+    return Dataset(TASK, images[:0], labels[:0], images, labels, mirror=False)
 
 
 def toy_splits(num_images: int = 10_000) -> Splits:
     images, labels = toy().images[:num_images], toy().labels[:num_images]
-    return divide(ImageData(TASK, images[:0], labels[:0], images, labels, mirror=False), FP32)
+    return split_test_images(Dataset(TASK, images[:0], labels[:0], images, labels, mirror=False), FP32)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_what_a_part_chose_it_does_not_certify(all_precisions: Certification) ->
 def test_a_candidate_that_fails_the_structure_is_asked_nothing_more() -> None:
     splits = toy_splits(600)
     reference = reference_of(toy().network, TASK, splits, None)
-    report = judge(b"no model", "model.onnx", "fp32", reference, FP32).report
+    report = assess_candidate(b"no model", "model.onnx", "fp32", reference, FP32).report
     assert (report.verdict, len(report.gates), report.groups) == ("FAIL", 1, ())
 
 
@@ -142,7 +142,9 @@ def test_a_failing_candidate_is_told_where_the_difference_arises() -> None:
         return bias_C
 
     bad = damaged(toy().candidate, "network.classifier.bias", damage)
-    report = judge(bad, "model.onnx", "fp32", reference, margins_for("fp32", {"all": 0.2}, TASK.groups)).report
+    report = assess_candidate(
+        bad, "model.onnx", "fp32", reference, margins_for("fp32", {"all": 0.2}, TASK.groups)
+    ).report
     assert report.verdict == "FAIL"
     assert {row.group: row.verdict for row in report.groups} == {
         "head": "PASS", "medium": "PASS", "tail": "FAIL", "all": "PASS",
@@ -192,8 +194,10 @@ def test_exporting_twice_gives_the_same_bytes_but_for_measured_times(
 def test_too_few_images_leave_no_bundle_but_the_candidate_and_its_report(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = divide(data_of(80), margins_for("fp32", LOOSE.margins, TASK.groups))  # enough for loose margins only
-    monkeypatch.setattr(bundling_module, "divide", lambda data, margins: few)
+    few = split_test_images(
+        data_of(80), margins_for("fp32", LOOSE.margins, TASK.groups)
+    )  # enough for loose margins only
+    monkeypatch.setattr(bundling_module, "split_test_images", lambda data, margins: few)
     export = export_run(run_dir, tmp_path / "tiny", data=data_of(80))
     assert export.report.verdict == "INCONCLUSIVE"
     assert (export.bundle, export.rejected) == (None, tmp_path / "rejected" / "tiny")
@@ -256,7 +260,7 @@ def test_what_cannot_be_certified_here_is_refused_before_anything_else(
 def test_a_data_set_that_changed_since_training_is_refused(run_dir: Path, tmp_path: Path) -> None:
     other = data_of(1)
     other_task = TASK.model_copy(update={"train_counts": (1, 2, 3, 4, 5, 6)})
-    changed = ImageData(other_task, other.train_images, other.train_labels, other.test_images, other.test_labels, False)
+    changed = Dataset(other_task, other.train_images, other.train_labels, other.test_images, other.test_labels, False)
     with pytest.raises(RunError, match="trained on other images"):
         export_run(run_dir, tmp_path / "tiny", LOOSE, changed)
 
@@ -273,7 +277,7 @@ def test_a_data_set_that_changed_since_training_is_refused(run_dir: Path, tmp_pa
 def test_images_that_do_not_fit_the_task_are_refused(
     images: NDArray[np.uint8], labels: NDArray[np.int64], message: str
 ) -> None:
-    part = Part(images, labels)
+    part = LabelledImages(images, labels)
     with pytest.raises(DataError, match=message):
         certify(toy().network, TASK, Splits(part, part, part, part, 0, 0), "toy", "toys")
 

@@ -20,7 +20,7 @@ from export.certification.comparison import compare, compare_classes, compare_co
 from export.certification.gates import ROUNDING_SHARE, confidence, decisions, host, numeric, structure, task_accuracy
 from export.certification.margins import MARGINS, margins_for
 from export.certification.reference import torch_logits
-from export.certification.splits import copied, divide
+from export.certification.splits import find_duplicates, split_test_images
 from export.conversion.fp16 import to_fp16
 from export.conversion.fp32 import to_onnx
 from export.conversion.session import model_metadata, open_session, run
@@ -413,11 +413,11 @@ def test_one_failing_group_outweighs_an_inconclusive_one() -> None:
 
 
 def test_images_that_also_chose_fail_the_task_whatever_the_figures_say() -> None:
-    splits = divide(toy_data(num_test=40), LOOSE)
+    splits = split_test_images(toy_data(num_test=40), LOOSE)
     stolen = splits.certify.images[:3]
     taught = np.concatenate([splits.selection.images[:], stolen])
     others = {"quantisation": splits.quantisation.images, "selection": taught}
-    found = copied(splits.certify.images, splits.num_views, others)
+    found = find_duplicates(splits.certify.images, splits.num_views, others)
     assert found == ("3 images that certify are also among those for selection, so they chose.",)
     good = compare(logits_for([0] * 3000), logits_for([0] * 3000), np.zeros(3000, np.int64), TASK.groups, LOOSE)[:1]
     assert (task_accuracy(good).verdict, task_accuracy(good, copies=found).verdict) == ("PASS", "FAIL")
@@ -427,8 +427,8 @@ def test_images_that_also_chose_fail_the_task_whatever_the_figures_say() -> None
 def test_an_image_that_certifies_twice_fails_the_task_but_a_view_may_be_equal() -> None:
     images = np.asarray(toy_data(num_test=5).test_images)
     twice = np.concatenate([images, images[2:4]])
-    assert copied(twice, 2, {}) == ()
-    assert copied(twice, 0, {}) == ("2 images that certify are there twice, so they count as if independent.",)
+    assert find_duplicates(twice, 2, {}) == ()
+    assert find_duplicates(twice, 0, {}) == ("2 images that certify are there twice, so they count as if independent.",)
 
 
 def test_a_loss_that_chance_hardly_explains_is_an_alarm_and_no_verdict() -> None:

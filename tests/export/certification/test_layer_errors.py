@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from quantise_toys import part, small_net, small_onnx
 
-from export.certification.layer_errors import first_above_rounding, locate
+from export.certification.layer_errors import find_layer_errors, first_above_rounding
 from export.conversion.fp16 import to_fp16
 from export.conversion.fp32 import to_onnx
 from export.conversion.graph import layers_of
-from export.conversion.int8 import Form, seen_by
+from export.conversion.int8 import Int8Config, collect_ranges
 from export.schema import LayerError
 
 IMAGES = part(30, seed=7).images[:]
@@ -24,8 +24,8 @@ IMAGES = part(30, seed=7).images[:]
 def in_precision(precision: str, fp32: bytes) -> bytes:
     """A file in another precision; the ranges of int8 are those of the sound network, as if it broke afterwards."""
     if precision == "int8":
-        source = seen_by(small_onnx(), part(120, seed=2).images[:])
-        return type(source)(fp32, source.ranges, source.calibration).written(Form("minmax", per_channel=True))
+        source = collect_ranges(small_onnx(), part(120, seed=2).images[:])
+        return type(source)(fp32, source.ranges, source.calibration).written(Int8Config("minmax", per_channel=True))
     return to_fp16(fp32) if precision == "fp16" else fp32
 
 
@@ -49,7 +49,7 @@ PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 
 @PRECISIONS
 def test_a_sound_candidate_has_no_layer_above_rounding(precision: str) -> None:
-    errors = locate(small_onnx(), in_precision(precision, small_onnx()), IMAGES)
+    errors = find_layer_errors(small_onnx(), in_precision(precision, small_onnx()), IMAGES)
     assert damaged_name(errors) is None
     assert len(errors) >= 8
     # seven-bit weights are the coarsest rounding that there is
@@ -59,9 +59,11 @@ def test_a_sound_candidate_has_no_layer_above_rounding(precision: str) -> None:
 @PRECISIONS
 def test_a_damaged_weight_in_a_middle_layer_is_found_alone(precision: str) -> None:
     broken = damaged(small_onnx(), "network.second.0.weight", silenced)
-    errors = locate(small_onnx(), in_precision(precision, broken), IMAGES)
+    errors = find_layer_errors(small_onnx(), in_precision(precision, broken), IMAGES)
     assert damaged_name(errors) == node_of("network.second.0.weight")
-    rounding = max(layer.error for layer in locate(small_onnx(), in_precision(precision, small_onnx()), IMAGES))
+    rounding = max(
+        layer.error for layer in find_layer_errors(small_onnx(), in_precision(precision, small_onnx()), IMAGES)
+    )
     assert [layer.layer for layer in errors if layer.error > 2 * rounding + 1e-6] == [
         node_of("network.second.0.weight")
     ]
@@ -74,24 +76,24 @@ def test_damaged_rows_of_the_classifier_are_found(precision: str) -> None:
         return weight
 
     broken = damaged(small_onnx(), "network.classifier.weight", without_tail)
-    errors = locate(small_onnx(), in_precision(precision, broken), IMAGES)
+    errors = find_layer_errors(small_onnx(), in_precision(precision, broken), IMAGES)
     assert damaged_name(errors) == errors[-1].layer == node_of("network.classifier.weight")
 
 
 def test_a_double_normalisation_is_found_in_front_of_all_weights() -> None:
     broken = damaged(small_onnx(), "scale", lambda scale: scale / 255)
-    assert damaged_name(locate(small_onnx(), broken, IMAGES)) == "node_mul"
+    assert damaged_name(find_layer_errors(small_onnx(), broken, IMAGES)) == "node_mul"
 
 
 def test_values_that_are_not_finite_are_an_error_that_can_be_written() -> None:
     broken = damaged(small_onnx(), "network.first.0.weight", lambda weight: weight * np.nan)
-    errors = locate(small_onnx(), broken, IMAGES)
+    errors = find_layer_errors(small_onnx(), broken, IMAGES)
     assert damaged_name(errors) == node_of("network.first.0.weight")
     assert all(np.isfinite(layer.error) for layer in errors)
 
 
 def test_layers_are_in_the_order_of_the_graph_and_named_by_what_computes() -> None:
-    errors = locate(small_onnx(), small_onnx(), IMAGES)
+    errors = find_layer_errors(small_onnx(), small_onnx(), IMAGES)
     assert [layer.operator for layer in errors] == [
         "Cast", "Mul", "Add", "Conv", "MaxPool", "Conv", "Conv", "Add", "Conv", "Conv", "ReduceMean", "Gemm",
     ]  # fmt: skip
@@ -105,7 +107,7 @@ def test_an_activation_belongs_to_the_layer_that_alone_feeds_it() -> None:
 
 
 def test_an_unrelated_file_has_no_layer_that_can_be_paired() -> None:
-    assert locate(small_onnx(), toy().candidate, IMAGES) == ()
+    assert find_layer_errors(small_onnx(), toy().candidate, IMAGES) == ()
     assert first_above_rounding(()) is None
 
 
@@ -120,7 +122,7 @@ def test_a_file_of_the_same_names_and_other_shapes_cannot_be_paired() -> None:
             return self.classifier(torch.relu(self.conv(image)).mean((2, 3)))  # type: ignore[no-any-return]
 
     images = toy().images[:20]
-    assert locate(toy().candidate, to_onnx(Wider(), TASK), images) == ()
+    assert find_layer_errors(toy().candidate, to_onnx(Wider(), TASK), images) == ()
 
 
 def test_renamed_layers_cannot_be_paired() -> None:
@@ -130,7 +132,7 @@ def test_renamed_layers_cannot_be_paired() -> None:
             node.output[:] = [name.replace("getitem", "other") for name in node.output]
         model.graph.ClearField("value_info")
 
-    assert locate(small_onnx(), edited(small_onnx(), rename), IMAGES) == ()
+    assert find_layer_errors(small_onnx(), edited(small_onnx(), rename), IMAGES) == ()
 
 
 def test_other_weights_throughout_are_damage_from_the_first_layer_on() -> None:
@@ -139,5 +141,5 @@ def test_other_weights_throughout_are_damage_from_the_first_layer_on() -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.copy_(torch.randn_like(weight))
-    errors = locate(small_onnx(), to_onnx(network, TASK), IMAGES)
+    errors = find_layer_errors(small_onnx(), to_onnx(network, TASK), IMAGES)
     assert damaged_name(errors) == node_of("network.stem.0.weight")

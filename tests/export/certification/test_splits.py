@@ -11,25 +11,25 @@ from training_toys import toy_data, write_tree
 
 import ltkd.data.datasets
 from export.certification.margins import MARGINS
-from export.certification.splits import Chosen, copied, divide
+from export.certification.splits import Subset, find_duplicates, split_test_images
 from export.schema import Margins
-from ltkd.data.datasets import ImageData, data_config, load_data
-from ltkd.data.image_files import FileImages, Part, digests
+from ltkd.data.datasets import Dataset, data_config, load_dataset
+from ltkd.data.image_files import FileImages, LabelledImages, digests
 from ltkd.errors import DataError
 
 LOOSE = Margins(overall=0.2, group=0.5)  # 15 images certify the one, 5 the other
 
 
-def counts(data: ImageData) -> dict[str, list[int]]:
-    parts = divide(data, LOOSE).parts
+def counts(data: Dataset) -> dict[str, list[int]]:
+    parts = split_test_images(data, LOOSE).parts
     return {name: np.bincount(part.label_N, minlength=3).tolist() for name, part in parts.items()}
 
 
-def hashes(part: Part) -> list[bytes]:
+def hashes(part: LabelledImages) -> list[bytes]:
     return list(digests(part.images))
 
 
-def with_test(data: ImageData, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> ImageData:
+def with_test(data: Dataset, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Dataset:
     return dataclasses.replace(data, test_images=images, test_labels=labels)
 
 
@@ -41,7 +41,7 @@ def test_each_class_is_divided_ten_twenty_twenty_fifty() -> None:
 
 def test_the_parts_share_no_image_and_hold_all_of_them() -> None:
     data = toy_data(num_test=37)
-    splits = divide(data, LOOSE)
+    splits = split_test_images(data, LOOSE)
     dealt = [digest for part in splits.parts.values() for digest in hashes(part)]
     assert sorted(dealt) == sorted(digests(data.test_images))
     assert (splits.num_views, splits.num_duplicates) == (0, 0)
@@ -50,8 +50,8 @@ def test_the_parts_share_no_image_and_hold_all_of_them() -> None:
 def test_the_division_does_not_depend_on_the_order_of_the_images() -> None:
     data = toy_data(num_test=20)
     order = np.random.default_rng(0).permutation(60)
-    shuffled = divide(with_test(data, np.asarray(data.test_images)[order], data.test_labels[order]), LOOSE)
-    for name, part in divide(data, LOOSE).parts.items():
+    shuffled = split_test_images(with_test(data, np.asarray(data.test_images)[order], data.test_labels[order]), LOOSE)
+    for name, part in split_test_images(data, LOOSE).parts.items():
         assert set(hashes(part)) == set(hashes(shuffled.parts[name]))
 
 
@@ -64,7 +64,7 @@ def test_twelve_images_of_three_classes_give_every_part_one_and_certify_every_cl
 
 
 def test_a_tiny_set_is_topped_up_with_views_of_its_certify_images_alone() -> None:
-    splits = divide(toy_data(num_test=4), MARGINS["fp32"])
+    splits = split_test_images(toy_data(num_test=4), MARGINS["fp32"])
     certify, num_real = splits.certify, len(splits.certify.label_N) - splits.num_views
     assert num_real == 6
     assert np.bincount(certify.label_N).tolist() == [601, 601, 601]
@@ -76,7 +76,7 @@ def test_fewer_images_than_purposes_are_refused() -> None:
     data = toy_data(num_test=2)
     assert counts(data)["quantisation"] != [0, 0, 0]  # six will do
     with pytest.raises(DataError, match=r"^5 test images are 5 different ones .* at least 6 are needed"):
-        divide(with_test(data, np.asarray(data.test_images)[:5], data.test_labels[:5]), LOOSE)
+        split_test_images(with_test(data, np.asarray(data.test_images)[:5], data.test_labels[:5]), LOOSE)
 
 
 def test_a_group_with_one_image_certifies_with_it() -> None:
@@ -84,14 +84,14 @@ def test_a_group_with_one_image_certifies_with_it() -> None:
     for only in range(24, 36):  # whichever of the tail it is
         keep = np.append(np.arange(24), only)
         alone = with_test(data, np.asarray(data.test_images)[keep], data.test_labels[keep])
-        assert divide(alone, LOOSE).certify.label_N.max() == 2
+        assert split_test_images(alone, LOOSE).certify.label_N.max() == 2
 
 
 def test_copies_of_test_images_are_left_out_and_counted() -> None:
     data = toy_data(num_test=20)
     images, labels = np.asarray(data.test_images), data.test_labels
     twice = with_test(data, np.concatenate([images, images[::4]]), np.concatenate([labels, (labels[::4] + 1) % 3]))
-    splits = divide(twice, LOOSE)
+    splits = split_test_images(twice, LOOSE)
     assert splits.num_duplicates == 15
     dealt = [digest for part in splits.parts.values() for digest in hashes(part)]
     assert len(dealt) == len(set(dealt)) == 60
@@ -101,7 +101,7 @@ def test_training_images_among_the_test_images_are_left_out_and_counted() -> Non
     data = toy_data(num_test=20)
     images, labels = np.asarray(data.test_images).copy(), data.test_labels
     images[5:9] = np.asarray(data.train_images)[:4]
-    splits = divide(with_test(data, images, labels), LOOSE)
+    splits = split_test_images(with_test(data, images, labels), LOOSE)
     assert splits.num_duplicates == 4
     known = set(digests(data.train_images))
     assert not any(known.intersection(hashes(part)) for part in splits.parts.values())
@@ -110,14 +110,14 @@ def test_training_images_among_the_test_images_are_left_out_and_counted() -> Non
 def test_a_test_set_that_is_the_training_set_is_refused() -> None:
     data = toy_data()
     with pytest.raises(DataError, match=r"^37 test images are 0 different ones that are not training images too"):
-        divide(with_test(data, np.asarray(data.train_images), data.train_labels), LOOSE)
+        split_test_images(with_test(data, np.asarray(data.train_images), data.train_labels), LOOSE)
 
 
 def test_files_are_divided_without_ever_being_in_memory_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ltkd.data.datasets, "IN_MEMORY_PX", 0)
-    data = load_data(data_config(str(write_tree(tmp_path / "tree", num_test=200)), None, "share", 8))
+    data = load_dataset(data_config(str(write_tree(tmp_path / "tree", num_test=200)), None, "share", 8))
     assert isinstance(data.test_images, FileImages)
     asked: list[int] = []
     read = FileImages.__getitem__
@@ -128,17 +128,17 @@ def test_files_are_divided_without_ever_being_in_memory_together(
         return found
 
     monkeypatch.setattr(FileImages, "__getitem__", counted)
-    splits = divide(data, LOOSE)
+    splits = split_test_images(data, LOOSE)
     record = splits.record("some files", data.task.groups)
     assert max(asked) == 256  # of 600
     assert sum(asked) == 1200  # once to divide, once to describe
     in_memory = dataclasses.replace(data, test_images=read(data.test_images, slice(None)))
-    assert divide(in_memory, LOOSE).record("some files", data.task.groups) == record
+    assert split_test_images(in_memory, LOOSE).record("some files", data.task.groups) == record
 
 
 def test_the_record_says_what_anybody_can_check() -> None:
     data = toy_data(num_test=4)
-    splits = divide(data, MARGINS["fp32"])
+    splits = split_test_images(data, MARGINS["fp32"])
     record = splits.record("twelve images", data.task.groups)
     assert [split.name for split in record.splits] == ["quantisation", "selection", "confidence", "certify"]
     assert (record.description, record.num_views, record.num_duplicates) == ("twelve images", 1797, 0)
@@ -149,30 +149,30 @@ def test_the_record_says_what_anybody_can_check() -> None:
 
 def test_images_of_another_size_or_class_are_refused() -> None:
     data = toy_data(num_test=4)
-    splits = divide(data, LOOSE)
+    splits = split_test_images(data, LOOSE)
     splits.check(data.task)
     with pytest.raises(DataError, match=r"images for quantisation are uint8 \[1, 8, 8, 3\], expected uint8 \[1, 9, 9"):
         splits.check(data.task.model_copy(update={"input_px": 9}))
     with pytest.raises(DataError, match="labels for selection run from 0 to 2, the task has classes 0 to 1"):
         fewer = data.task.model_copy(update={"class_names": ("red", "green")})
-        dataclasses.replace(splits, quantisation=Part(splits.selection.images, splits.selection.label_N * 0)).check(
-            fewer
-        )
-    nothing = Part(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int64))
+        dataclasses.replace(
+            splits, quantisation=LabelledImages(splits.selection.images, splits.selection.label_N * 0)
+        ).check(fewer)
+    nothing = LabelledImages(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int64))
     with pytest.raises(DataError, match=r"images for confidence .* at least one"):
         dataclasses.replace(splits, confidence=nothing).check(data.task)
 
 
 def test_chosen_images_are_asked_for_by_slice_and_by_position() -> None:
     images = np.asarray(toy_data(num_test=4).test_images)
-    chosen = Chosen(images, np.array([7, 2, 5]))
+    chosen = Subset(images, np.array([7, 2, 5]))
     assert len(chosen) == 3
     assert np.array_equal(chosen[1:], images[[2, 5]])
     assert np.array_equal(chosen[np.array([2, 0])], images[[5, 7]])
 
 
 def test_an_honest_division_has_no_copies_and_its_views_are_none() -> None:
-    splits = divide(toy_data(num_test=4), MARGINS["fp32"])
+    splits = split_test_images(toy_data(num_test=4), MARGINS["fp32"])
     others = {name: part.images for name, part in splits.parts.items() if name != "certify"}
-    assert copied(splits.certify.images, splits.num_views, others) == ()
-    assert copied(splits.certify.images, 0, {}) != ()  # so small an image has equal crops, which views may be
+    assert find_duplicates(splits.certify.images, splits.num_views, others) == ()
+    assert find_duplicates(splits.certify.images, 0, {}) != ()  # so small an image has equal crops, which views may be

@@ -6,14 +6,14 @@ from training_toys import toy_data
 from export.certification.margins import MARGINS
 from export.certification.views import WithViews, topped_up
 from export.schema import Margins
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.data.image_files import Images
 
 LOOSE = Margins(overall=0.1, group=0.1)
 FP32 = MARGINS["fp32"]
 
 
-def topped_up_test(data: ImageData, margins: Margins) -> tuple[Images, NDArray[np.int64], int]:
+def topped_up_test(data: Dataset, margins: Margins) -> tuple[Images, NDArray[np.int64], int]:
     return topped_up(data.test_images, data.test_labels, data.task.groups, margins, mirror=data.mirror)
 
 

@@ -16,25 +16,33 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from quantise_toys import SmallNet, part, small_net, small_onnx
 from torch import nn
 
-from export.certification.layer_errors import locate
+from export.certification.layer_errors import find_layer_errors
 from export.conversion.fp32 import to_onnx
-from export.conversion.int8 import Form, Source, balanced, search_int8, seen_by
+from export.conversion.int8 import CalibratedModel, Int8Config, balanced, collect_ranges, search_int8
 from export.conversion.int8_graph import WEIGHT_LIMIT, plan_of, quantise
-from export.conversion.int8_ranges import RULES, Spread, least_squares, percentile, scale_of, spreads, whole
+from export.conversion.int8_ranges import (
+    RULES,
+    ActivationHistogram,
+    activation_histograms,
+    least_squares,
+    percentile,
+    scale_of,
+    whole,
+)
 from export.conversion.session import INPUT, OUTPUT, open_session, read_model, run
 from export.schema import QuantisationTrial
 
-MINMAX = Form("minmax", per_channel=True)
+MINMAX = Int8Config("minmax", per_channel=True)
 
 
 @functools.cache
-def source() -> Source:
-    return seen_by(small_onnx(), part(120, seed=2).images[:])
+def source() -> CalibratedModel:
+    return collect_ranges(small_onnx(), part(120, seed=2).images[:])
 
 
-def int8_of(network: nn.Module, form: Form = MINMAX) -> tuple[bytes, bytes]:
+def int8_of(network: nn.Module, form: Int8Config = MINMAX) -> tuple[bytes, bytes]:
     fp32 = to_onnx(network, TASK)
-    return fp32, seen_by(fp32, part(120, seed=2).images[:]).written(form)
+    return fp32, collect_ranges(fp32, part(120, seed=2).images[:]).written(form)
 
 
 def tensors(model: ModelProto) -> dict[str, NDArray[np.generic]]:
@@ -64,7 +72,7 @@ def emulated(content: bytes, images: NDArray[np.uint8]) -> NDArray[np.float32]:
 def test_a_spread_holds_every_value_in_bins_as_fine_as_half_a_percent() -> None:
     images = part(30, seed=2).images[:]
     name = next(iter(plan_of(onnx.load_model_from_string(small_onnx()).graph).always))
-    spread = spreads(small_onnx(), [name], images)[name]
+    spread = activation_histograms(small_onnx(), [name], images)[name]
     assert spread.lowest < spread.highest
     assert spread.count_B.sum() % len(images) == 0
     assert (np.diff(spread.value_B) > 0).all()
@@ -74,7 +82,9 @@ def test_a_spread_holds_every_value_in_bins_as_fine_as_half_a_percent() -> None:
 
 
 def test_one_wild_value_stretches_the_whole_but_not_the_percentile() -> None:
-    calm = Spread(-1.0, 1000.0, np.array([-1.0, 0.0, 1.0, 1000.0]), np.array([500_000, 1_000_000, 500_000, 1]))
+    calm = ActivationHistogram(
+        -1.0, 1000.0, np.array([-1.0, 0.0, 1.0, 1000.0]), np.array([500_000, 1_000_000, 500_000, 1])
+    )
     assert whole(calm) == (-1.0, 1000.0)
     assert percentile(calm) == (-1.0, 1.0)
 
@@ -82,10 +92,10 @@ def test_one_wild_value_stretches_the_whole_but_not_the_percentile() -> None:
 def test_least_squares_cuts_off_what_is_rare_and_keeps_what_is_not() -> None:
     values = np.linspace(0, 10, 2001)
     counts = (1e6 * np.exp(-3 * values)).astype(np.int64) + 1
-    low, high = least_squares(Spread(0.0, 10.0, values, counts))
+    low, high = least_squares(ActivationHistogram(0.0, 10.0, values, counts))
     assert low == 0
     assert high < 8
-    even = Spread(0.0, 10.0, values, np.full(2001, 100))
+    even = ActivationHistogram(0.0, 10.0, values, np.full(2001, 100))
     assert least_squares(even)[1] == pytest.approx(10)
 
 
@@ -107,7 +117,7 @@ def test_int8_is_close_to_fp32_whatever_the_form() -> None:
     fp32 = run(open_session(small_onnx()), images.images)
     for rule in RULES:
         for per_channel in (True, False):
-            int8 = run(open_session(source().written(Form(rule, per_channel))), images.images)
+            int8 = run(open_session(source().written(Int8Config(rule, per_channel))), images.images)
             assert int8.dtype == np.float32
             # seven-bit weights and eight-bit maps through six layers: some percent
             assert np.sqrt(np.mean((int8 - fp32) ** 2)) < 0.1 * fp32.std()
@@ -149,7 +159,7 @@ def test_no_sum_of_products_is_cut_short_even_by_the_widest_weights() -> None:
     images = np.full((4, 8, 8, 3), 255, np.uint8)
     images[1:] = part(6, seed=5).images[:3]
     fp32 = to_onnx(network, TASK)
-    content = seen_by(fp32, images).written(MINMAX)
+    content = collect_ranges(fp32, images).written(MINMAX)
     logits, exact = run(open_session(content), images), emulated(content, images)
     # a map may be rounded the other way where it lies between two steps; a sum that is cut short is off by a half
     assert np.abs(logits - exact).max() < 0.02 * np.abs(exact).max()
@@ -162,7 +172,7 @@ def test_a_depthwise_convolution_of_uneven_channels_keeps_them_all() -> None:
         norm.running_var[::2] *= 1e-6
         norm.weight[::2] *= 1e-3
     fp32, int8 = int8_of(network)
-    errors = {layer.layer: layer.error for layer in locate(fp32, int8, part(30, seed=5).images[:])}
+    errors = {layer.layer: layer.error for layer in find_layer_errors(fp32, int8, part(30, seed=5).images[:])}
     assert max(errors.values()) < 0.1
 
 
@@ -195,7 +205,7 @@ def test_layers_that_are_told_to_stay_float_do() -> None:
 
 
 def test_a_network_without_inner_layers_has_nothing_to_turn_into_integers() -> None:
-    content = seen_by(toy().candidate, toy().images[:20]).written(MINMAX)
+    content = collect_ranges(toy().candidate, toy().images[:20]).written(MINMAX)
     np.testing.assert_allclose(
         run(open_session(content), toy().images[:50]), run(open_session(toy().candidate), toy().images[:50]), atol=0.02
     )
@@ -312,5 +322,5 @@ def test_the_file_that_was_given_is_read_only() -> None:
     assert TensorProto.INT8 not in kinds
 
 
-def _spreads_of(fp32: bytes) -> dict[str, Spread]:
-    return spreads(fp32, plan_of(onnx.load_model_from_string(fp32).graph).stored, part(30, seed=2).images)
+def _spreads_of(fp32: bytes) -> dict[str, ActivationHistogram]:
+    return activation_histograms(fp32, plan_of(onnx.load_model_from_string(fp32).graph).stored, part(30, seed=2).images)

@@ -5,7 +5,7 @@ from export_toys import toy
 from quantise_toys import part, small_onnx
 
 from export.conversion.fp16 import to_fp16
-from export.conversion.int8 import Form, seen_by
+from export.conversion.int8 import Int8Config, collect_ranges
 from export.conversion.session import CUDA, cuda_works, isa, open_session, read_model
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
@@ -19,7 +19,7 @@ def test_a_session_has_as_many_threads_as_there_are_cores_to_use() -> None:
 
 
 def test_every_precision_uses_standard_operators_and_passes_the_checker() -> None:
-    int8 = seen_by(small_onnx(), part(30, seed=2).images[:]).written(Form("minmax", per_channel=True))
+    int8 = collect_ranges(small_onnx(), part(30, seed=2).images[:]).written(Int8Config("minmax", per_channel=True))
     for content in (small_onnx(), to_fp16(small_onnx()), int8):
         assert {opset.domain for opset in read_model(content).opset_import} == {""}
 

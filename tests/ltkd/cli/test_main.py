@@ -11,7 +11,7 @@ from training_toys import write_tree
 
 from export import bundling
 from export.certification.margins import margins_for
-from export.certification.splits import divide
+from export.certification.splits import split_test_images
 from ltkd.cli import main as cli
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.models.registry import build_network
@@ -155,7 +155,9 @@ def test_an_inconclusive_export_ends_with_code_3_and_without_a_bundle(
     ltkd: Ltkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loose = margins_for("fp32", {"all": 0.3, "head": 0.3, "medium": 0.3, "tail": 0.3}, groups_by_share([3, 2, 1]))
-    monkeypatch.setattr(bundling, "divide", lambda data, margins: divide(data, loose))  # too few views for the default
+    monkeypatch.setattr(
+        bundling, "split_test_images", lambda data, margins: split_test_images(data, loose)
+    )  # too few views for the default
     tree, run = write_tree(tmp_path / "tree"), tmp_path / "run"
     assert ltkd("train", "--data", tree, "--recipe", "demo", "--model", "resnet8", "--out", run)[0] == 0
     code, out, _ = ltkd("export", run, "--out", tmp_path / "bundles" / "b")
@@ -186,7 +188,7 @@ def test_a_full_disk_is_one_line_wherever_it_happens(
     def full(config: object, on_file: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "compare.json")
 
-    monkeypatch.setattr(display, "load_data", full)
+    monkeypatch.setattr(display, "load_dataset", full)
     words = ("train", "--data", write_tree(tmp_path / "tree"), "--out", tmp_path / "run")
     one_line(ltkd(*words), "compare.json: No space left on device; make room and give the same command again")
 

@@ -14,7 +14,7 @@ from ltkd.contract.bundle import (
     FileRecord,
     Golden,
     Manifest,
-    Source,
+    Provenance,
     check_file,
     check_replaceable,
     open_bundle,
@@ -57,7 +57,7 @@ def write_bundle(out: Path, model: bytes = b"model", golden: bytes | None = None
             card=record_of(stage / "README.md"),
             golden=record_of(stage / "golden.npz"),
             certified_on="three images",
-            source=Source(run="r", config_sha256="0", weights_sha256="0", model="m", method="ce", versions={}),
+            source=Provenance(run="r", config_sha256="0", weights_sha256="0", model="m", method="ce", versions={}),
         )
         write_record(stage / "manifest.json", manifest)
     return out
@@ -348,7 +348,7 @@ def test_a_reader_that_meets_a_replacement_opens_the_new_bundle(
 
 def test_files_that_the_manifest_does_not_vouch_for_are_named(tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "toy")
-    assert open_bundle(out).strangers() == []
+    assert open_bundle(out).unlisted_files() == []
     (out / "model.int8.onnx").write_bytes(b"quick")
     (out / ".DS_Store").write_bytes(b"")
-    assert open_bundle(out).strangers() == [".DS_Store", "model.int8.onnx"]
+    assert open_bundle(out).unlisted_files() == [".DS_Store", "model.int8.onnx"]

@@ -356,8 +356,8 @@ def test_an_orientation_that_does_not_exist_is_upright(kind: str, name: str) -> 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_exif_data_that_cannot_be_read_is_said_and_the_image_taken(kind: str) -> None:
-    unreadable = tiff_with_orientation(SHORT, 1, b"\6\0").replace(b"II", b"XX")
-    decoded = decode_image(encoded(PIXELS, kind, exif=unreadable), 16)
+    unreadable_error = tiff_with_orientation(SHORT, 1, b"\6\0").replace(b"II", b"XX")
+    decoded = decode_image(encoded(PIXELS, kind, exif=unreadable_error), 16)
     assert np.array_equal(decoded.pixels_SS3, decode_image(encoded(PIXELS, kind), 16).pixels_SS3)
     # of a JPEG Pillow passes over it in silence, when it looks there for the resolution
     said = () if kind == "JPEG" else ("its EXIF data cannot be read: it was taken as upright",)

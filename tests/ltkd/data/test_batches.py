@@ -18,7 +18,7 @@ from training_toys import toy_data
 from ltkd.data import batches as batches_module
 from ltkd.data.augmentation import augment, mixed
 from ltkd.data.batches import Batches, Shard, batches_of, default_workers
-from ltkd.data.datasets import ImageData, data_config, load_data
+from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.data.image_files import FileImages
 from ltkd.errors import DataError, UsageError
 
@@ -26,7 +26,7 @@ CPU, ALONE = torch.device("cpu"), Shard()
 
 
 def in_memory(
-    data: ImageData | None = None,
+    data: Dataset | None = None,
     *,
     batch_size: int = 8,
     seed: int = 3,
@@ -58,14 +58,14 @@ def plainly_augmented(pixels: Tensor, mirror: bool, random: torch.Generator) -> 
     top, left = torch.randint(0, 2 * border + 1, (2, batch), generator=random)
     mirrored = torch.rand((batch, 1), generator=random) < 0.5 if mirror else torch.zeros((batch, 1), dtype=torch.bool)
     padded = torch.nn.functional.pad(pixels, (0, 0, border, border, border, border))
-    cut = [padded[n, top[n] : top[n] + size_px, left[n] : left[n] + size_px] for n in range(batch)]
-    return torch.stack([image.flip(1) if mirrored[n] else image for n, image in enumerate(cut)])
+    crop = [padded[n, top[n] : top[n] + size_px, left[n] : left[n] + size_px] for n in range(batch)]
+    return torch.stack([image.flip(1) if mirrored[n] else image for n, image in enumerate(crop)])
 
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_the_batches_of_one_process_are_those_of_the_plain_loop_to_the_bit(mirror: bool) -> None:
     data = toy_data()
-    data = ImageData(data.task, data.train_images, data.train_labels, data.test_images, data.test_labels, mirror)
+    data = Dataset(data.task, data.train_images, data.train_labels, data.test_images, data.test_labels, mirror)
     images = torch.from_numpy(data.train_images)
     batches = in_memory(data)
     for epoch in (0, 5):
@@ -136,7 +136,7 @@ def test_batches_are_drawn_without_touching_the_random_state_of_the_caller() -> 
 def test_an_image_that_can_be_cut_in_one_way_only_comes_as_it_is() -> None:
     data = toy_data()
     tiny = np.ascontiguousarray(data.train_images[:][:, :7, :7])  # a border of 7 // 8 pixels
-    batches = in_memory(ImageData(data.task, tiny, data.train_labels, data.test_images, data.test_labels, mirror=False))
+    batches = in_memory(Dataset(data.task, tiny, data.train_labels, data.test_images, data.test_labels, mirror=False))
     assert by_row(batches, 0) == {row: image.tobytes() for row, image in enumerate(tiny)}
 
 
@@ -188,16 +188,16 @@ def photographs(root: Path, counts: tuple[int, int, int] = (9, 5, 2), size_px: t
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     root = photographs(tmp_path_factory.mktemp("photographs"))
-    return load_data(data_config(str(root), None, "share", PX))
+    return load_dataset(data_config(str(root), None, "share", PX))
 
 
-def on_disk(data: ImageData, *, workers: int = 0, batch_size: int = 4, shard: Shard = ALONE, seed: int = 3) -> Batches:
+def on_disk(data: Dataset, *, workers: int = 0, batch_size: int = 4, shard: Shard = ALONE, seed: int = 3) -> Batches:
     return batches_of(data, batch_size=batch_size, seed=seed, device=CPU, shard=shard, workers=workers)
 
 
-def test_large_images_are_not_held_in_memory_and_come_once_an_epoch(streamed: ImageData) -> None:
+def test_large_images_are_not_held_in_memory_and_come_once_an_epoch(streamed: Dataset) -> None:
     assert isinstance(streamed.train_images, FileImages)
     batches = on_disk(streamed)
     seen = list(batches.epoch(0))
@@ -211,7 +211,7 @@ def test_large_images_are_not_held_in_memory_and_come_once_an_epoch(streamed: Im
     assert by_row(on_disk(streamed, seed=4), 0) != first
 
 
-def test_large_images_are_the_same_whatever_the_workers_the_rank_and_the_first_step(streamed: ImageData) -> None:
+def test_large_images_are_the_same_whatever_the_workers_the_rank_and_the_first_step(streamed: Dataset) -> None:
     alone = list(on_disk(streamed).epoch(1))
     apart = on_disk(streamed, workers=2)
     assert same(list(apart.epoch(1)), alone)
@@ -222,7 +222,7 @@ def test_large_images_are_the_same_whatever_the_workers_the_rank_and_the_first_s
         assert same(part, [(pixels[rank::3], rows[rank::3]) for pixels, rows in alone])
 
 
-def test_a_large_image_is_cut_as_torchvision_would(streamed: ImageData) -> None:
+def test_a_large_image_is_cut_as_torchvision_would(streamed: Dataset) -> None:
     from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, RandomResizedCrop
 
     assert streamed.train_files
@@ -236,7 +236,7 @@ def test_a_large_image_is_cut_as_torchvision_would(streamed: ImageData) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_large_images_are_drawn_without_touching_the_random_state_of_the_caller(
-    streamed: ImageData, workers: int
+    streamed: Dataset, workers: int
 ) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -247,7 +247,7 @@ def test_large_images_are_drawn_without_touching_the_random_state_of_the_caller(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: ImageData) -> None:
+def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: Dataset) -> None:
     others = {process.pid for process in multiprocessing.active_children()}
 
     def workers() -> set[int | None]:
@@ -328,7 +328,7 @@ def test_workers_end_with_a_training_that_is_killed(signalled: tuple[subprocess.
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")
-def test_an_epoch_whose_worker_is_killed_ends_with_the_same_images_and_a_warning(streamed: ImageData) -> None:
+def test_an_epoch_whose_worker_is_killed_ends_with_the_same_images_and_a_warning(streamed: Dataset) -> None:
     others = {process.pid for process in multiprocessing.active_children()}
     whole = list(on_disk(streamed, batch_size=1).epoch(0))
     batches = on_disk(streamed, batch_size=1, workers=1)
@@ -344,14 +344,14 @@ def test_an_epoch_whose_worker_is_killed_ends_with_the_same_images_and_a_warning
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_vanished_since_it_was_checked_is_one_line_that_names_it(tmp_path: Path, workers: int) -> None:
-    data = load_data(data_config(str(photographs(tmp_path)), None, "share", PX))
+    data = load_dataset(data_config(str(photographs(tmp_path)), None, "share", PX))
     (tmp_path / "train" / "b" / "003.png").unlink()
     with pytest.raises(DataError, match=r"train/b/003\.png: cannot be read") as error:
         list(on_disk(data, workers=workers).epoch(0))
     assert "\n" not in str(error.value)
 
 
-def test_views_of_large_images_are_refused(streamed: ImageData) -> None:
+def test_views_of_large_images_are_refused(streamed: Dataset) -> None:
     with pytest.raises(UsageError, match="those of 128 px are read from disk; train without them"):
         batches_of(streamed, batch_size=4, seed=0, device=CPU, views=2)
 
@@ -365,7 +365,7 @@ def test_memory_stays_flat_over_many_large_images(tmp_path: Path) -> None:
             root / "train" / "a" / f"n{number}{suffix}",
         )
     tracemalloc.start()
-    data = load_data(data_config(str(root), None, "share", PX))
+    data = load_dataset(data_config(str(root), None, "share", PX))
     assert len(data.train_labels) == 300
     for _ in on_disk(data, batch_size=8).epoch(0):
         pass

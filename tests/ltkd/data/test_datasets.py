@@ -14,7 +14,7 @@ from ltkd.config import DataConfig
 from ltkd.contract.image_decoding import load_image
 from ltkd.data import glyphs
 from ltkd.data.batches import batches_of
-from ltkd.data.datasets import ImageData, data_config, load_data
+from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.data.formats import DATASETS, cifar100_source, glyphs_source
 from ltkd.data.image_files import FileImages
 from ltkd.data.long_tail import long_tailed_counts, long_tailed_indices
@@ -39,11 +39,11 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path / "photos", COUNTS)
 
 
-def load(data: Path | str, gamma: float | None = None, groups: str = "share", input_px: int | None = None) -> ImageData:
-    return load_data(data_config(str(data), gamma, groups, input_px))
+def load(data: Path | str, gamma: float | None = None, groups: str = "share", input_px: int | None = None) -> Dataset:
+    return load_dataset(data_config(str(data), gamma, groups, input_px))
 
 
-def levels(data: ImageData) -> list[int]:
+def levels(data: Dataset) -> list[int]:
     return sorted(data.train_images[:][:, 0, 0, 0].tolist())
 
 
@@ -111,7 +111,7 @@ def test_unreadable_images_are_left_out_when_asked(tree: Path, input_px: int) ->
     whole = load(tree, input_px=input_px)
     for name in ("train/ant/001.png", "train/ant/005.png", "train/cat/000.png"):
         (tree / name).write_bytes(b"text")
-    data = load_data(data_config(str(tree), None, "share", input_px, skip_unreadable=True))
+    data = load_dataset(data_config(str(tree), None, "share", input_px, skip_unreadable=True))
     assert (whole.skipped, data.skipped) == (0, 3)
     assert data.task.train_counts == (4, 2, 3)
     assert data.train_labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
@@ -131,7 +131,7 @@ def test_a_class_that_has_no_readable_image_is_refused_though_others_are_left_ou
     for path in (tree / split / "bee").iterdir():
         path.write_bytes(b"text")
     with pytest.raises(DataError, match=rf"no {split} image of 1 class\(es\) can be read: bee"):
-        load_data(data_config(str(tree), None, "share", None, skip_unreadable=True))
+        load_dataset(data_config(str(tree), None, "share", None, skip_unreadable=True))
 
 
 def test_images_that_the_tail_leaves_out_are_not_opened(tree: Path) -> None:
@@ -162,7 +162,7 @@ def test_small_images_are_held_in_memory_and_larger_ones_stay_on_disk_with_the_s
 
 def test_somebody_who_waits_is_told_how_many_files_are_done(tree: Path) -> None:
     told: list[tuple[int, int]] = []
-    load_data(data_config(str(tree), None, "share", None), lambda done, total: told.append((done, total)))
+    load_dataset(data_config(str(tree), None, "share", None), lambda done, total: told.append((done, total)))
     assert told == [(done, 15) for done in range(1, 16)]
 
 
@@ -214,7 +214,7 @@ def test_tiny_imagenet_is_recognised_by_its_layout(tmp_path: Path) -> None:
     (root / "val" / "val_annotations.txt").write_text("".join(annotations))
     config = data_config(str(root), None, "share", None)
     assert (config.name, config.gamma, config.root) == ("tinyimagenet", 100, root)
-    data = load_data(config)
+    data = load_dataset(config)
     assert data.task.class_names == ("n01", "n02", "n03")
     assert (data.task.input_px, data.task.train_counts) == (64, (5, 1, 1))
     assert data.test_labels.tolist() == [2, 0, 1]
@@ -233,11 +233,11 @@ def test_lists_name_the_images_below_the_root_and_are_found_again_from_elsewhere
     monkeypatch.chdir(tree.parent)
     assert (config.name, config.gamma) == ("lists", None)  # such lists are long-tailed already
     assert DataConfig.model_validate_json(config.model_dump_json()) == config
-    data = load_data(config)
+    data = load_dataset(config)
     assert (data.task.class_names, data.task.train_counts) == (("bee", "cat", "ant"), (1, 1, 5))
     assert levels(data) == [0, 1, 2, 3, 4, 40, 81]
     assert data.test_labels.tolist() == [2, 0, 1]
-    held = load_data(config.model_copy(update={"holdout": 0.4}))
+    held = load_dataset(config.model_copy(update={"holdout": 0.4}))
     assert (held.task.train_counts, held.test_labels.tolist()) == ((1, 1, 3), [2, 2])
 
 
@@ -251,7 +251,7 @@ def test_one_list_without_the_other_and_lists_below_no_directory_are_refused(tre
     (tree / "one.txt").write_text("train/ant/000.png 0\n")
     one = data_config(str(tree), None, "share", None, train_list=tree / "one.txt", test_list=tree / "one.txt")
     with pytest.raises(DataError, match=r"one\.txt has one class"):
-        load_data(one)
+        load_dataset(one)
 
 
 def test_a_path_that_is_no_utf_8_is_refused_in_a_line_that_can_be_printed() -> None:
@@ -266,7 +266,7 @@ def test_a_small_tree_of_ones_own_with_a_class_of_two_works_with_and_without_a_h
     tmp_path: Path, holdout: float, input_px: int | None
 ) -> None:
     root = write_tree(tmp_path, train_counts=(26, 12, 2), num_test=3)
-    data = load_data(data_config(str(root), None, "share", input_px, holdout))
+    data = load_dataset(data_config(str(root), None, "share", input_px, holdout))
     assert min(data.task.train_counts) >= 1
     assert min(np.bincount(data.test_labels, minlength=3)) >= 1
     assert data.task.groups.names == ("head", "medium", "tail")
@@ -293,7 +293,7 @@ def test_an_unknown_data_set_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'imagenet' is no data set \(glyphs, cifar100\) and no directory"):
         data_config("imagenet", None, "share", None)
     with pytest.raises(UsageError, match="unknown data set 'imagenet'; known: glyphs, cifar100"):
-        load_data(DataConfig(name="imagenet"))
+        load_dataset(DataConfig(name="imagenet"))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_mapping_of_groups_is_found_again_from_another_directory(
     monkeypatch.chdir(tmp_path)
     config = data_config("photos", None, "groups.json", None)
     monkeypatch.chdir(tree)
-    groups = load_data(config).task.groups
+    groups = load_dataset(config).task.groups
     assert (groups.names, groups.group_of_class) == (("wings", "tür"), (0, 0, 1))
 
 
@@ -424,8 +424,8 @@ def test_photographs_are_loaded_at_their_own_size_and_with_the_published_tail(ph
 
 def test_a_holdout_stands_in_for_the_test_set_and_no_image_is_in_both(tmp_path: Path) -> None:
     root = write_tree(tmp_path, train_counts=(20, 10, 2))
-    whole = load_data(data_config(str(root), None, "share", None))
-    held = load_data(data_config(str(root), None, "share", None, holdout=0.2))
+    whole = load_dataset(data_config(str(root), None, "share", None))
+    held = load_dataset(data_config(str(root), None, "share", None, holdout=0.2))
     assert held.task.train_counts == (1, 8, 16)  # blue, green, red
     assert np.bincount(held.test_labels).tolist() == [1, 2, 4]
     train, test = ({image.tobytes() for image in images} for images in (held.train_images[:], held.test_images[:]))

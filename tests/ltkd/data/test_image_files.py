@@ -6,7 +6,7 @@ from PIL import Image
 
 from ltkd.contract.image_decoding import load_image
 from ltkd.data import image_files as files_module
-from ltkd.data.image_files import FileImages, channel_levels, look_at, unreadable
+from ltkd.data.image_files import FileImages, channel_levels, check_files, unreadable_error
 from ltkd.errors import ImageError
 
 
@@ -46,7 +46,7 @@ def test_a_look_finds_every_unreadable_file_and_counts_the_levels_of_the_others(
     whole = photographs.paths[4].read_bytes()
     photographs.paths[4].write_bytes(whole[: len(whole) // 2])
     done: list[int] = []
-    look = look_at(photographs, keep=keep, on_file=done.append)
+    look = check_files(photographs, keep=keep, on_file=done.append)
     assert done == list(range(1, 8))
     assert list(look.problems) == [0, 4]
     assert "0.png: not a JPEG" in look.problems[0]
@@ -67,9 +67,9 @@ def test_more_files_than_are_under_way_at_once_are_all_read(
     monkeypatch.setattr(files_module, "_TASK", 2)
     monkeypatch.setattr(files_module, "_TASKS", 2)
     expected = np.stack([load_image(path, 16) for path in photographs.paths])
-    np.testing.assert_array_equal(look_at(photographs, keep=True).images_NSS3, expected)
+    np.testing.assert_array_equal(check_files(photographs, keep=True).images_NSS3, expected)
     photographs.paths[5].write_bytes(b"")
-    assert list(look_at(photographs, keep=True).problems) == [5]
+    assert list(check_files(photographs, keep=True).problems) == [5]
     photographs = photographs.take(np.array([0, 1, 2, 3, 4, 6]))
     np.testing.assert_array_equal(photographs[:], expected[[0, 1, 2, 3, 4, 6]])
 
@@ -82,6 +82,8 @@ def test_the_levels_of_a_channel_are_counted() -> None:
 
 def test_every_unreadable_file_is_named_three_of_them_in_one_line_and_more_in_one_each() -> None:
     problems = [f"{number}.png: damaged" for number in range(14)]
-    assert "\n" not in str(unreadable(problems[:3], 50))
-    assert str(unreadable(problems[:1], 1234)).startswith("1 of 1,234 images are unreadable; repair or remove them")
-    assert str(unreadable(problems, 50)).splitlines()[1:] == [f"  {problem}" for problem in problems]
+    assert "\n" not in str(unreadable_error(problems[:3], 50))
+    assert str(unreadable_error(problems[:1], 1234)).startswith(
+        "1 of 1,234 images are unreadable; repair or remove them"
+    )
+    assert str(unreadable_error(problems, 50)).splitlines()[1:] == [f"  {problem}" for problem in problems]

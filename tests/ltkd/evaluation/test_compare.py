@@ -9,12 +9,12 @@ from training_toys import CPU, RECIPE, toy_data
 from ltkd.config import DataConfig
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.records import read_record
-from ltkd.data.datasets import ImageData
+from ltkd.data.datasets import Dataset
 from ltkd.errors import RunError, UsageError
-from ltkd.evaluation.compare import Contestant, Experiment, compare, contestant
+from ltkd.evaluation.compare import Experiment, MethodSpec, compare, parse_method
 from ltkd.evaluation.evaluate import MASS_BATCH
 from ltkd.evaluation.plots import CLASS_ACCURACY_FILE, SENSITIVITY_FILE, TEACHER_KL_FILE, TEACHER_MASSES_FILE
-from ltkd.evaluation.results import COMPARISON_FILE, PLOT_FILE, Comparison, Row, comparison_tables
+from ltkd.evaluation.results import COMPARISON_FILE, PLOT_FILE, Comparison, RunResult, comparison_tables
 from ltkd.methods.registry import method_config
 
 DATA = DataConfig(name="glyphs")
@@ -23,7 +23,7 @@ EVERY_PICTURE = {PLOT_FILE, TEACHER_KL_FILE, TEACHER_MASSES_FILE, CLASS_ACCURACY
 NUM_TEST = 30  # of each of three classes: enough for a batch of group masses
 
 
-def toys(config: DataConfig, console: Console) -> ImageData:
+def toys(config: DataConfig, console: Console) -> Dataset:
     """The colours, with a longer tail where one is asked for."""
     return toy_data((24, 10, 3) if config.gamma is None else (20, 8, int(20 / config.gamma)), NUM_TEST)
 
@@ -39,7 +39,7 @@ def run_compare(
         recipe=SHORT,
         teacher_model="resnet8",
         student_model="resnet8",
-        contestants=[contestant(text) for text in methods],
+        methods=[parse_method(text) for text in methods],
         seeds=seeds,
         gammas=gammas,
         execution=CPU,
@@ -112,7 +112,7 @@ def test_only_students_with_a_teacher_have_a_divergence(finished: tuple[Path, Co
 
 
 def test_the_accuracy_of_classes_and_groups_agree(finished: tuple[Path, Comparison]) -> None:
-    def close(row: Row) -> bool:  # every class has as many test images
+    def close(row: RunResult) -> bool:  # every class has as many test images
         return row.accuracy["all"] == pytest.approx(statistics.fmean(each or 0.0 for each in row.class_accuracy))
 
     assert all(close(row) for row in finished[1].rows)
@@ -167,10 +167,10 @@ def printed(comparison: Comparison) -> str:
 
 
 def test_a_contestant_is_a_method_with_what_is_changed() -> None:
-    changed = contestant("ltkd:alpha=3:beta=2")
+    changed = parse_method("ltkd:alpha=3:beta=2")
     assert (changed.name, changed.folder, changed.method.name) == ("ltkd:alpha=3:beta=2", "ltkd-alpha=3-beta=2", "ltkd")
     assert (changed.method.parameters["alpha"], changed.method.parameters["beta"]) == (3.0, 2.0)
-    assert contestant("ce") == Contestant("ce", method_config("ce"))
+    assert parse_method("ce") == MethodSpec("ce", method_config("ce"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_contestant_is_a_method_with_what_is_changed() -> None:
 )
 def test_a_contestant_that_is_none_is_refused(text: str, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        contestant(text)
+        parse_method(text)
 
 
 def test_a_method_named_twice_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

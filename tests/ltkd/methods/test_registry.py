@@ -14,12 +14,12 @@ from ltkd.methods.registry import (
     KD,
     LTKD,
     METHODS,
-    Batch,
-    Classes,
+    ClassStatistics,
+    LossInputs,
     LTKDPlus,
     ReviewKD,
+    build_method,
     method_config,
-    method_of,
 )
 from ltkd.methods.reviewkd import review_loss
 
@@ -31,13 +31,13 @@ TASK = Task(
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
 )
-CLASSES = Classes(TASK)
+CLASSES = ClassStatistics(TASK)
 STUDENT, TEACHER = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
-def batch(progress: float) -> Batch:
-    return Batch(STUDENT, TEACHER, LABELS, CLASSES, progress)
+def batch(progress: float) -> LossInputs:
+    return LossInputs(STUDENT, TEACHER, LABELS, CLASSES, progress)
 
 
 def cross_entropy(strength: float = 0.0) -> torch.Tensor:
@@ -47,8 +47,8 @@ def cross_entropy(strength: float = 0.0) -> torch.Tensor:
 def test_a_configuration_writes_out_every_parameter_and_gives_the_same_method_back() -> None:
     for name in METHODS:
         config = method_config(name)
-        assert method_of(config) == METHODS[name]()
-        assert method_of(MethodConfig.model_validate_json(config.model_dump_json())) == METHODS[name]()
+        assert build_method(config) == METHODS[name]()
+        assert build_method(MethodConfig.model_validate_json(config.model_dump_json())) == METHODS[name]()
 
 
 def test_texts_from_the_command_line_become_numbers() -> None:
@@ -124,7 +124,7 @@ def test_classes_are_weighted_after_the_share_of_the_training_that_was_asked_for
 @pytest.mark.parametrize("name", ["kd", "dkd", "bkd", "ltkd"])
 def test_the_teacher_loses_the_prior_before_anything_else_where_asked(name: str) -> None:
     calibrated = replace(batch(1.0), teacher_NC=without_prior(TEACHER, CLASSES.log_prior_C, strength=0.7))
-    found = method_of(method_config(name, {"teacher_calibration": 0.7}))(batch(1.0))
+    found = build_method(method_config(name, {"teacher_calibration": 0.7}))(batch(1.0))
     torch.testing.assert_close(found, METHODS[name]()(calibrated), rtol=0, atol=0)
 
 
@@ -137,5 +137,5 @@ def test_ltkd_cuts_the_classes_into_as_many_groups_as_asked() -> None:
 
 def test_ltkd_plus_is_ltkd_with_other_defaults() -> None:
     parameters = method_config("ltkd_plus").parameters
-    assert method_of(method_config("ltkd", parameters))(batch(1.0)) == LTKDPlus()(batch(1.0))
+    assert build_method(method_config("ltkd", parameters))(batch(1.0)) == LTKDPlus()(batch(1.0))
     assert parameters != method_config("ltkd").parameters

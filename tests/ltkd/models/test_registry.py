@@ -13,7 +13,7 @@ from torch import nn
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.task import Task
 from ltkd.errors import UsageError
-from ltkd.models.registry import MODELS, Normalise, build_network, load_weights, model_of
+from ltkd.models.registry import MODELS, Normalise, build_network, load_weights, model_builder
 
 OWN_MODULE = """
 from torch import nn
@@ -70,7 +70,7 @@ def test_an_unknown_network_is_told_the_close_ones_and_the_four_forms() -> None:
 @pytest.mark.parametrize("name", ["", "zzz", "torchvision/", "timm/", ":", "module:", ":function", "keras/resnet50"])
 def test_half_a_name_is_an_unknown_name(name: str) -> None:
     with pytest.raises(UsageError, match=f"^unknown model '{name}'.*; known: "):
-        model_of(name)
+        model_builder(name)
 
 
 def test_the_seed_decides_the_weights_and_the_random_state_of_the_caller_is_left_alone() -> None:
@@ -103,7 +103,7 @@ def test_a_network_of_a_library_is_built_for_the_classes_of_the_task(name: str) 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_a_network_with_helper_classifiers_gives_logits_alone_in_training(name: str) -> None:
     with torch.device("meta"):
-        network = model_of(f"torchvision/{name}")(7).train()
+        network = model_builder(f"torchvision/{name}")(7).train()
         assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 7)
 
 
@@ -124,7 +124,7 @@ def test_a_network_with_helper_classifiers_gives_logits_alone_in_training(name: 
 def test_what_a_library_does_not_have_is_said_with_what_is_close(name: str, message: str) -> None:
     pytest.importorskip(name.partition("/")[0])
     with pytest.raises(UsageError, match=f"^{message}"):
-        model_of(name)
+        model_builder(name)
 
 
 @pytest.mark.parametrize(("library", "extra"), [("timm", "timm"), ("torchvision", "train")])
@@ -135,7 +135,7 @@ def test_a_library_that_is_not_installed_is_asked_for(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf"need {library}, which is not installed: pip install 'ltkd\[{extra}\]'$"):
-        model_of(f"{library}/resnet18")
+        model_builder(f"{library}/resnet18")
 
 
 def test_no_library_is_imported_before_a_name_asks_for_it() -> None:
@@ -164,7 +164,7 @@ def test_a_network_of_ones_own_is_imported_from_the_current_directory() -> None:
 )
 def test_a_name_of_ones_own_that_leads_nowhere_says_where_it_ends(name: str, message: str, own_folder: Path) -> None:
     with pytest.raises(UsageError, match=re.escape(f"model '{name}': {message.format(folder=own_folder)}")):
-        model_of(name)
+        model_builder(name)
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -9,7 +9,7 @@ from training_toys import toy_learner
 
 from ltkd.errors import RunError
 from ltkd.training.checkpoint import Checkpoint
-from ltkd.training.loop import Learner, Progress
+from ltkd.training.loop import Position, TrainState
 
 
 class Masked(nn.Module):
@@ -23,11 +23,11 @@ class Masked(nn.Module):
         self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
 
 
-def learned(seed: int, network: nn.Module | None = None, scaler_enabled: bool = False) -> Learner:
+def learned(seed: int, network: nn.Module | None = None, scaler_enabled: bool = False) -> TrainState:
     """A learner that has made a step."""
     torch.manual_seed(seed)
     learner = toy_learner(network)
-    learner = Learner(
+    learner = TrainState(
         learner.student, learner.optimizer, torch.amp.GradScaler("cpu", init_scale=128.0, enabled=scaler_enabled)
     )
     for parameter in learner.student.parameters():
@@ -36,7 +36,7 @@ def learned(seed: int, network: nn.Module | None = None, scaler_enabled: bool = 
     return learner
 
 
-def stands(progress: Progress) -> tuple[int, int, list[float]]:
+def stands(progress: Position) -> tuple[int, int, list[float]]:
     return progress.epoch, progress.step, progress.losses.tolist()
 
 
@@ -58,7 +58,7 @@ def test_everything_comes_back_to_the_bit(path: Path) -> None:
     saved = learned(0, scaler_enabled=True)
     saved.scaler.scale(torch.tensor(1.0))
     saved.scaler.update(96.5)
-    Checkpoint(path, saved).save(Progress(2, 3, torch.tensor([1.5, 0.5, 0.25])))
+    Checkpoint(path, saved).save(Position(2, 3, torch.tensor([1.5, 0.5, 0.25])))
     drawn = torch.rand(3)
 
     found = learned(1, scaler_enabled=True)
@@ -75,7 +75,7 @@ def test_everything_comes_back_to_the_bit(path: Path) -> None:
 
 def test_a_training_without_momentum_has_a_checkpoint_too(path: Path) -> None:
     learner = toy_learner()
-    Checkpoint(path, learner).save(Progress(1))
+    Checkpoint(path, learner).save(Position(1))
     assert stands(Checkpoint(path, toy_learner()).load()) == (1, 0, [])
 
 
@@ -84,7 +84,7 @@ def test_a_training_without_momentum_has_a_checkpoint_too(path: Path) -> None:
 def test_what_is_not_finite_is_never_written(path: Path, where: str, value: float) -> None:
     learner = learned(0)
     checkpoint = Checkpoint(path, learner)
-    checkpoint.save(Progress(1))
+    checkpoint.save(Position(1))
     before = path.read_bytes()
     losses = torch.zeros(2)
     network = learner.student.network
@@ -97,19 +97,19 @@ def test_what_is_not_finite_is_never_written(path: Path, where: str, value: floa
             next(iter(learner.optimizer.state.values()))["momentum_buffer"][0] = value
         else:
             losses[1] = value
-    checkpoint.save(Progress(1, 2, losses))
+    checkpoint.save(Position(1, 2, losses))
     assert path.read_bytes() == before
 
 
 def test_a_constant_that_is_infinite_is_written(path: Path) -> None:
-    Checkpoint(path, learned(0, Masked())).save(Progress(1))
+    Checkpoint(path, learned(0, Masked())).save(Position(1))
     assert load_file(path)["network.mask"].tolist() == [0.0, -torch.inf]
     assert Checkpoint(path, learned(1, Masked())).load().epoch == 1
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_one_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(path, learned(0))
-    checkpoint.save(Progress(1))
+    checkpoint.save(Position(1))
     before = path.read_bytes()
 
     def full_disk(descriptor: int) -> None:
@@ -117,13 +117,13 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_one_before(path: Path, m
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(Progress(2))
+        checkpoint.save(Position(2))
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_every_kind_of_damage_is_one_clear_error(path: Path) -> None:
-    Checkpoint(path, learned(0)).save(Progress(1, 1, torch.zeros(1)))
+    Checkpoint(path, learned(0)).save(Position(1, 1, torch.zeros(1)))
     whole = path.read_bytes()
     with safe_open(path, framework="pt") as file:
         header = file.metadata()

@@ -21,10 +21,10 @@ from ltkd.contract.records import sha256_of
 from ltkd.data.batches import Shard, batches_of
 from ltkd.errors import TrainingError
 from ltkd.methods.losses import GroupIndex, LTKDLoss, ltkd_loss
-from ltkd.methods.registry import method_config, method_of
+from ltkd.methods.registry import build_method, method_config
 from ltkd.models.registry import seeded
-from ltkd.training.distributed import Ranks, joined_ranks
-from ltkd.training.loop import Learner, Student, evaluate, train
+from ltkd.training.distributed import Distributed, init_distributed
+from ltkd.training.loop import Student, TrainState, evaluate, train
 from ltkd.training.teacher import Teacher
 
 GROUPS = groups_by_share((50, 20, 10, 5, 2, 1))
@@ -46,7 +46,7 @@ def random_logits() -> tuple[Tensor, Tensor]:
     return student_NC, teacher_NC
 
 
-def gradients(ranks: Ranks, momentum: float, together: bool = True) -> Tensor:
+def gradients(ranks: Distributed, momentum: float, together: bool = True) -> Tensor:
     """Those of this rank's images, at the third step."""
     if not together:
         pytest.MonkeyPatch().setattr(torch.distributed, "is_initialized", lambda: False)
@@ -66,7 +66,7 @@ def of_one_process(of_ranks: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_two_ranks_with_32_images_give_the_gradients_of_one_with_64(momentum: float) -> None:
-    whole = gradients(Ranks(), momentum)
+    whole = gradients(Distributed(), momentum)
     # float64 sums of 64 terms: rounding is near 1e-16, the gradients near 1e-2; the running average is float32
     atol = 1e-7 if momentum else 1e-13
     torch.testing.assert_close(of_one_process(on_ranks(gradients, momentum)), whole, atol=atol, rtol=1e-10)
@@ -74,7 +74,7 @@ def test_two_ranks_with_32_images_give_the_gradients_of_one_with_64(momentum: fl
     assert (apart - whole).abs().max() > 1e-3  # without the sum over the ranks each would balance its own half
 
 
-def trained(ranks: Ranks, batch_size: int) -> dict[str, tuple[dict[str, Tensor], float]]:
+def trained(ranks: Distributed, batch_size: int) -> dict[str, tuple[dict[str, Tensor], float]]:
     """For every method, the weights after two epochs of 37 images and the loss of the last one."""
     data, found = toy_data(), {}
     with seeded(1):
@@ -83,7 +83,7 @@ def trained(ranks: Ranks, batch_size: int) -> dict[str, tuple[dict[str, Tensor],
     for name, parameters in ALL_METHODS:
         with seeded(0):
             student = Student(plain_net(3))
-        learner = Learner(
+        learner = TrainState(
             student,
             torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9),
             torch.amp.GradScaler("cpu", enabled=False),
@@ -99,7 +99,7 @@ def trained(ranks: Ranks, batch_size: int) -> dict[str, tuple[dict[str, Tensor],
                     device=torch.device("cpu"),
                     shard=Shard(ranks.rank, ranks.size),
                 ),
-                method_of(method_config(name, parameters)),
+                build_method(method_config(name, parameters)),
                 recipe,
                 teacher=Teacher(teacher, CPU),
                 execution=CPU,
@@ -113,7 +113,7 @@ def trained(ranks: Ranks, batch_size: int) -> dict[str, tuple[dict[str, Tensor],
 # batches of 8 leave one of 5 images, 3 for one rank and 2 for the other; of 7, every one is uneven
 @pytest.mark.parametrize("batch_size", [8, 7])
 def test_two_ranks_train_the_weights_of_one_process_by_every_method(batch_size: int) -> None:
-    whole, of_ranks = trained(Ranks(), batch_size), on_ranks(trained, batch_size)
+    whole, of_ranks = trained(Distributed(), batch_size), on_ranks(trained, batch_size)
     for name, (weights, loss) in whole.items():
         for found, found_loss in (each[name] for each in of_ranks):
             # float32, ten to twelve steps: sums in another order differ by some 1e-7 of weights near 1
@@ -123,7 +123,7 @@ def test_two_ranks_train_the_weights_of_one_process_by_every_method(batch_size: 
         assert all(torch.equal(first[key], second[key]) for key in first), "the ranks drift apart"
 
 
-def evaluated(ranks: Ranks) -> dict[str, float]:
+def evaluated(ranks: Distributed) -> dict[str, float]:
     """Accuracy on 15 images of a network whose running statistics differ between the ranks."""
     with seeded(3):
         network = ToyNet()
@@ -133,17 +133,17 @@ def evaluated(ranks: Ranks) -> dict[str, float]:
 
 
 def test_two_ranks_measure_an_odd_number_of_images_exactly_as_one() -> None:
-    whole = evaluated(Ranks())
+    whole = evaluated(Distributed())
     assert on_ranks(evaluated) == [whole, whole]
     assert 0 < whole["all"] < 1
 
 
-def shared(ranks: Ranks) -> tuple[list[int], bool, bool, float]:
+def shared(ranks: Distributed) -> tuple[list[int], bool, bool, float]:
     return (
-        ranks.gathered(10 * ranks.rank),
-        ranks.any(ranks.rank == 1),
-        ranks.any(False),
-        ranks.mean(torch.tensor(float(ranks.rank))),
+        ranks.all_gather(10 * ranks.rank),
+        ranks.any_rank(ranks.rank == 1),
+        ranks.any_rank(False),
+        ranks.all_reduce_mean(torch.tensor(float(ranks.rank))),
     )
 
 
@@ -153,8 +153,8 @@ def test_ranks_share_values() -> None:
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined_ranks("cpu") as ranks:
-        assert ranks == Ranks()
+    with init_distributed("cpu") as ranks:
+        assert ranks == Distributed()
         assert shared(ranks) == ([0], False, False, 0.0)
 
 
@@ -265,13 +265,13 @@ def test_an_error_that_rank_0_finds_ends_both_ranks_and_is_said_once(
     assert said.count("\n") == 1 and said.startswith("error: undisturbed holds a run of another configuration")
 
 
-def exploding(ranks: Ranks) -> str:
+def exploding(ranks: Distributed) -> str:
     """What each rank says of a loss that is not finite on rank 1 alone."""
     data = toy_data()
     student = Student(plain_net(3))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    learner = Learner(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    method = method_of(method_config("ce"))
+    learner = TrainState(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    method = build_method(method_config("ce"))
     batches = batches_of(data, batch_size=40, seed=0, device=torch.device("cpu"), shard=Shard(ranks.rank, ranks.size))
 
     class Poisoned(type(method)):  # type: ignore[misc]

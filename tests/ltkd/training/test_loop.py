@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_learner, toy_training
 
-from ltkd.config import RECIPES, Execution, Precision, Recipe
+from ltkd.config import RECIPES, ComputePrecision, Execution, Recipe
 from ltkd.errors import DeviceError, TrainingError
-from ltkd.methods.registry import BKD, CE, KD, LTKD, Batch, LTKDPlus
+from ltkd.methods.registry import BKD, CE, KD, LTKD, LossInputs, LTKDPlus, Method
 from ltkd.models.registry import Normalise
 from ltkd.training.loop import EpochReport, predict
-from ltkd.training.run import device_of
+from ltkd.training.run import resolve_device
 from ltkd.training.schedules import learning_rate
 
 
 def trained(
-    method: CE, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None, execution: Execution = CPU
+    method: Method, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None, execution: Execution = CPU
 ) -> tuple[nn.Module, list[EpochReport]]:
     torch.manual_seed(1)
     learner = toy_learner()
@@ -41,7 +41,7 @@ def test_the_test_set_is_looked_at_as_often_as_the_recipe_says_and_after_the_las
 
 
 @pytest.mark.parametrize("method", [CE(), KD(), BKD(), LTKDPlus()])
-def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(method: CE) -> None:
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_seed_others(method: Method) -> None:
     first, again, other = (trained(method, seed=seed)[0].state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -87,7 +87,7 @@ def test_a_loss_that_is_suddenly_not_finite_points_at_the_images() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_learns_colours_and_keeps_float32_weights(precision: Precision) -> None:
+def test_half_precision_learns_colours_and_keeps_float32_weights(precision: ComputePrecision) -> None:
     recipe = RECIPE.model_copy(update={"epochs": 12})
     execution = Execution(device="cpu", precision=precision)
     network, reports = trained(LTKDPlus(), recipe, execution=execution)
@@ -99,7 +99,7 @@ def test_deferred_weights_and_warm_ups_follow_the_share_of_the_training_done() -
     seen = []
 
     class Spy(CE):
-        def __call__(self, batch: Batch) -> Tensor:
+        def __call__(self, batch: LossInputs) -> Tensor:
             seen.append(batch.progress)
             return super().__call__(batch)
 
@@ -141,5 +141,5 @@ def test_a_smaller_batch_than_the_recipes_trains_too() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none_is_refused() -> None:
     with pytest.raises(DeviceError, match="asked for cuda, but torch sees no CUDA device; give --device cpu"):
-        device_of("cuda")
-    assert device_of("auto") == torch.device("cpu")
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")

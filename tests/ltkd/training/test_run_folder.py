@@ -16,7 +16,7 @@ from ltkd.errors import RunError, TrainingError, UsageError
 from ltkd.methods.registry import method_config
 from ltkd.training import run as run_module
 from ltkd.training.checkpoint import Checkpoint
-from ltkd.training.loop import Progress, evaluate
+from ltkd.training.loop import Position, evaluate
 from ltkd.training.run import CHECKPOINT_FILE, train_run
 from ltkd.training.run_folder import METRICS_FILE, WEIGHTS_FILE, Run, open_run
 
@@ -36,7 +36,7 @@ def interrupt_after(epochs: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Train, and stop right after the checkpoint of an epoch."""
     save = Checkpoint.save
 
-    def save_then_stop(self: Checkpoint, progress: Progress) -> None:
+    def save_then_stop(self: Checkpoint, progress: Position) -> None:
         save(self, progress)
         if progress.epoch == epochs:
             raise StoppedError

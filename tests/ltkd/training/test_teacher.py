@@ -16,7 +16,7 @@ from ltkd.training import run as run_module
 from ltkd.training import teacher
 from ltkd.training.run import LOGITS_FOLDER, train_run
 from ltkd.training.run_folder import Run
-from ltkd.training.teacher import CachedTeacher, Taught, Teacher
+from ltkd.training.teacher import CachedTeacher, Teacher, TeacherOutput
 
 QUIET = Console(quiet=True)
 NUM_IMAGES = len(toy_data().train_labels)
@@ -43,7 +43,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     ask = Teacher.__call__
 
-    def counted(self: Teacher, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+    def counted(self: Teacher, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
         counts.append(len(rows_B))
         return ask(self, image_B3SS, rows_B)
 
@@ -60,7 +60,7 @@ def test_kept_logits_are_those_of_a_fresh_pass_to_the_bit_over_a_whole_run(
     first = train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")  # asks the teacher
     answer, same = CachedTeacher.__call__, []
 
-    def compared(self: CachedTeacher, image_B3SS: Tensor, rows_B: Tensor) -> Taught:
+    def compared(self: CachedTeacher, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
         kept_BC, _ = answer(self, image_B3SS, rows_B)
         fresh_BC, _ = Teacher.__call__(self, image_B3SS, rows_B)
         same.append(torch.equal(kept_BC, fresh_BC) and kept_BC.dtype == fresh_BC.dtype)

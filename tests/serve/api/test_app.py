@@ -199,7 +199,7 @@ def test_the_api_describes_its_bodies_and_problems(client: httpx.Client) -> None
         if status != "200":
             example = response["content"]["application/problem+json"]["example"]
             assert example["status"] == int(status)
-    assert {"Problem", "Answer", "Refused"} <= set(described["components"]["schemas"])
+    assert {"Problem", "Answer", "RejectedImage"} <= set(described["components"]["schemas"])
     assert "HTTPValidationError" not in described["components"]["schemas"]
 
 

@@ -45,7 +45,7 @@ WRITTEN = json.dumps(DESCRIBED, indent=1, ensure_ascii=False, sort_keys=True) + 
 
 
 def test_the_description_is_the_frozen_one() -> None:
-    told = "the API has changed: say so in CHANGELOG.md, and write it with: python tests/test_serve_openapi.py"
+    told = "the API has changed: say so in CHANGELOG.md, and write it with: PYTHONPATH=tests python tests/serve/api/test_openapi.py"
     assert FROZEN.read_text(encoding="utf-8") == WRITTEN, told
 
 

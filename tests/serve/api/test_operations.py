@@ -15,12 +15,12 @@ from fastapi.exceptions import RequestValidationError
 from serve_toys import encoded, running, served, toy_pixels, write_toy_bundle
 
 from serve.api.operations import operations, reload_on_hangup
-from serve.engine.messages import Seen
+from serve.engine.messages import PredictionFacts
 from serve.http.api_keys import Keys, make_key
 from serve.http.middleware import answer_problem, answer_validation
 from serve.monitoring.feedback import Feedback
 from serve.monitoring.prometheus import Telemetry
-from serve.pool.repository import Models
+from serve.pool.repository import ModelRepository
 from serve.problems import ProblemError
 from serve.settings import Settings
 from tests.serve.http.test_bodies import problem
@@ -34,7 +34,7 @@ from tests.serve.pool.test_repository import (
 
 USER, USER_LINE = make_key("user", "classify")
 OWNER, OWNER_LINE = make_key("owner", "admin")
-FOX = Seen(group=2, label=5, confidence=0.75, decision="accept", set_size=1)
+FOX = PredictionFacts(group=2, label=5, confidence=0.75, decision="accept", set_size=1)
 
 
 class Operated:
@@ -44,7 +44,7 @@ class Operated:
         telemetry = Telemetry()
         self.feedback = Feedback(10)
         self.keys = Keys(key_file)
-        self.models: ToyModels = Models(root, start_worker, telemetry, Settings())
+        self.models: ToyModels = ModelRepository(root, start_worker, telemetry, Settings())
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -183,7 +183,7 @@ def test_sighup_reloads(bundle: Path) -> None:
             started.set()
             return await start_worker(path)
 
-        models = Models(bundle, noticed, Telemetry(), Settings())  # type: ignore[arg-type, var-annotated]
+        models = ModelRepository(bundle, noticed, Telemetry(), Settings())  # type: ignore[arg-type, var-annotated]
         await models.start()
         started.clear()
         reload_on_hangup(models, Keys(None))

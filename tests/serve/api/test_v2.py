@@ -28,9 +28,9 @@ from serve.api.openapi import describe
 from serve.api.v2 import JSON_LENGTH, open_inference
 from serve.api.v2_metadata import ModelConfig, ModelMetadata
 from serve.api.v2_tensors import MAX_JSON_BYTES, InferReply, InferRequest, build_response, pack_bytes, parse_request
-from serve.engine.messages import Wanted
+from serve.engine.messages import OutputKind
 from serve.http.middleware import answer_http
-from serve.pool.engine_process import Classified
+from serve.pool.engine_process import RequestResult
 from serve.problems import Content, Problem, ProblemError, image_problem, problem_of
 from serve.settings import Settings
 
@@ -226,9 +226,9 @@ class ToyWorker:
     manifest: Manifest = field(default_factory=lambda: toy_engine().manifest)
     seconds_left: list[float] = field(default_factory=list)
 
-    async def ask(self, contents: Sequence[Content], wanted: Wanted, top_k: int, deadline: float) -> Classified:
+    async def ask(self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float) -> RequestResult:
         self.seconds_left.append(deadline - time.monotonic())
-        if wanted == Wanted.LOGITS_OF_PIXELS:
+        if wanted == OutputKind.LOGITS_OF_PIXELS:
             images_NSS3 = np.frombuffer(b"".join(map(_bytes, contents)), np.uint8).reshape(-1, SIZE_PX, SIZE_PX, 3)
             return _classified([row_C.tobytes() for row_C in expected_logits(images_NSS3)])
         return _classified([_logits_of_file(_bytes(content)) for content in contents])
@@ -246,8 +246,8 @@ def _logits_of_file(file: bytes) -> bytes | Problem:
         return image_problem(error)
 
 
-def _classified(results: list[bytes | Problem]) -> Classified:
-    return Classified(results, [None] * len(results), {}, len(results))
+def _classified(results: list[bytes | Problem]) -> RequestResult:
+    return RequestResult(results, [None] * len(results), {}, len(results))
 
 
 @dataclass
@@ -290,7 +290,7 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
 
     made = FastAPI(docs_url=None, redoc_url=None, exception_handlers={404: answer_http})
 
-    def note(request: Request, served: ToyServed, classified: Classified) -> None:
+    def note(request: Request, served: ToyServed, classified: RequestResult) -> None:
         """What is noted of an answer is tried in test_serve_app.py."""
 
     made.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, note, guards))

@@ -14,7 +14,15 @@ from ltkd.contract.bundle import Manifest
 from ltkd.contract.calibration import Calibration, Proportion, calibrated, expected_accuracy
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
-from serve.engine.answers import Answer, Answerer, Answers, Refused, answers_json, model_ref, refused_json
+from serve.engine.answers import (
+    Answer,
+    AnswerBuilder,
+    Answers,
+    RejectedImage,
+    answers_json,
+    model_ref,
+    rejected_image_json,
+)
 from serve.problems import problem_of
 
 LOGITS_NC = np.array([[0.0, 1.0, 2.0, 0.5, 3.0, -1.0], [9.0, 8.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
@@ -33,10 +41,10 @@ def manifest(calibration: Calibration | None = None, task: Task = TASK) -> Manif
     return toy.model_copy(update={"task": task, "precisions": {"fp32": model}})
 
 
-ANSWERER = Answerer(manifest(), "fp32")
+ANSWERER = AnswerBuilder(manifest(), "fp32")
 
 
-def answered(logits_NC: NDArray[np.float32], top_k: int = 6, answerer: Answerer = ANSWERER) -> list[Answer]:
+def answered(logits_NC: NDArray[np.float32], top_k: int = 6, answerer: AnswerBuilder = ANSWERER) -> list[Answer]:
     results = answerer.records(answerer.judge(logits_NC), [top_k] * len(logits_NC), [()] * len(logits_NC))
     assert all(isinstance(result, Answer) for result in results)
     return [result for result in results if isinstance(result, Answer)]
@@ -101,14 +109,14 @@ def with_confidence(confidence: float) -> NDArray[np.float32]:
 def test_decision_and_expected_accuracy_go_by_the_predicted_group(
     confidence: float, decision: str, accuracy: float
 ) -> None:
-    answerer = Answerer(manifest(toy_calibration()), "fp32")
+    answerer = AnswerBuilder(manifest(toy_calibration()), "fp32")
     (answer,) = answered(with_confidence(confidence), answerer=answerer)
     assert (answer.group, answer.decision, answer.threshold, answer.target_precision) == ("head", decision, 0.4, 0.7)
     assert answer.expected_accuracy == Proportion(value=accuracy, low=accuracy - 0.1, high=accuracy + 0.1, n=40)
 
 
 def test_expected_accuracy_is_what_the_calibration_says_on_every_edge() -> None:
-    answerer, (head, *_) = Answerer(manifest(toy_calibration()), "fp32"), toy_calibration()
+    answerer, (head, *_) = AnswerBuilder(manifest(toy_calibration()), "fp32"), toy_calibration()
     rules = answerer._groups[0]
     for confidence in (0.0, 0.5, float(np.nextafter(0.5, 1)), 1.0):
         assert rules.expected(confidence) == expected_accuracy(head, confidence)
@@ -125,7 +133,7 @@ def test_what_was_not_certified_is_null_and_never_a_promise() -> None:
         )
         for group in toy_calibration()
     )
-    (answer,) = answered(with_confidence(0.99), answerer=Answerer(manifest(unknown), "fp32"))
+    (answer,) = answered(with_confidence(0.99), answerer=AnswerBuilder(manifest(unknown), "fp32"))
     assert (answer.expected_accuracy, answer.decision, answer.threshold) == (None, "no_guarantee", None)
     assert answer.prediction_set.coverage == {"head": None, "medium": None, "tail": None}
 
@@ -139,7 +147,7 @@ def test_a_prediction_set_takes_each_class_by_the_threshold_of_its_own_group() -
         for group in toy_calibration()
     )
     logits_NC = np.log(np.array([[0.4, 0.3, 0.01, 0.14, 0.1, 0.05]])).astype(np.float32)
-    (answer,) = answered(logits_NC, answerer=Answerer(manifest(calibration), "fp32"))
+    (answer,) = answered(logits_NC, answerer=AnswerBuilder(manifest(calibration), "fp32"))
     # head: ant alone reaches 0.35; medium: all of its classes; tail: both reach 0.04
     assert answer.prediction_set.labels == ("ant", "dog", "elk", "fox", "cat")
     assert answer.prediction_set.target_coverage == 0.9
@@ -158,7 +166,7 @@ def test_logits_that_are_not_finite_are_refused_and_the_others_answered(poison: 
     judged = ANSWERER.judge(poisoned_NC)
     first, refused, second = ANSWERER.records(judged, [5] * 3, [()] * 3)
     assert [first, second] == ANSWERER.records(ANSWERER.judge(LOGITS_NC), [5] * 2, [()] * 2)
-    assert isinstance(refused, Refused) and refused.error.status == 500
+    assert isinstance(refused, RejectedImage) and refused.error.status == 500
     texts = ANSWERER.json(judged, [5] * 3, [()] * 3)
     assert json.loads(texts[1]) == json.loads(refused.model_dump_json())
 
@@ -194,7 +202,7 @@ def test_an_answer_is_the_same_to_the_last_bit_with_many_classes_too(num_classes
     dice = np.random.default_rng(3)
     shuffled = tuple(dice.permutation(counts).tolist())
     task = task_of(shuffled)
-    answerer = Answerer(manifest(task=task), "fp32")
+    answerer = AnswerBuilder(manifest(task=task), "fp32")
     logits_NC = dice.normal(0, 4, (33, num_classes)).astype(np.float32)
     whole = answerer.json(answerer.judge(logits_NC), [5] * 33, [()] * 33)
     for first, past in ((0, 1), (7, 15), (20, 33)):
@@ -214,7 +222,7 @@ def task_of(counts: tuple[int, ...]) -> Task:
 
 def test_names_that_json_must_escape_are_escaped() -> None:
     names = ('a "quoted" one', "back\\slash", "line\nbreak", "größe", "\u2028", "percent %b %d")
-    answerer = Answerer(manifest(task=TASK.model_copy(update={"class_names": names})), "fp32")
+    answerer = AnswerBuilder(manifest(task=TASK.model_copy(update={"class_names": names})), "fp32")
     (text,) = answerer.json(answerer.judge(LOGITS_NC[:1]), [6], [("said % so",)])
     assert sorted(entry["label"] for entry in json.loads(text)["top_k"]) == sorted(names)
     assert json.loads(text)["warnings"] == ["said % so"]
@@ -224,8 +232,8 @@ def test_the_body_of_a_response_is_the_json_of_its_record() -> None:
     model = model_ref(manifest(), "fp32", "ToyProvider")
     problem = problem_of(415, "not an image")
     judged = ANSWERER.judge(LOGITS_NC)
-    results = (*ANSWERER.records(judged, [5, 5], [(), ()]), Refused(error=problem))
-    texts = [*ANSWERER.json(judged, [5, 5], [(), ()]), refused_json(problem)]
+    results = (*ANSWERER.records(judged, [5, 5], [(), ()]), RejectedImage(error=problem))
+    texts = [*ANSWERER.json(judged, [5, 5], [(), ()]), rejected_image_json(problem)]
     body = answers_json(model.model_dump_json().encode(), texts)
     assert json.loads(body) == json.loads(Answers(model=model, results=results).model_dump_json())
     assert Answers.model_validate_json(body) == Answers(model=model, results=results)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from serve.engine.batching import Batcher, Ran, best_size
+from serve.engine.batching import Batcher, BatchRun, best_size
 
 POWERS = (1, 2, 4, 8, 16, 32)
 AS_ON_A_GPU = dict.fromkeys(POWERS, 0.002)
@@ -33,7 +33,7 @@ class Squares:
         if not hold:
             self.go.set()
         self.batches: list[list[int]] = []
-        self.told: queue.SimpleQueue[Ran[Number, list[int]]] = queue.SimpleQueue()
+        self.told: queue.SimpleQueue[BatchRun[Number, list[int]]] = queue.SimpleQueue()
 
     def run(self, items: Sequence[Number]) -> list[int]:
         self.begun.set()

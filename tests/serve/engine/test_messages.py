@@ -5,25 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engine.messages import (
-    Done,
-    Inbox,
+    EngineRequest,
+    EngineResponse,
+    ImageResult,
     Kind,
-    Outcome,
-    Seen,
-    Wanted,
-    Work,
+    MessageReader,
+    OutputKind,
+    PredictionFacts,
     pack_cancel,
-    pack_done,
+    pack_request,
+    pack_response,
     pack_text,
-    pack_work,
     unpack_cancel,
-    unpack_done,
+    unpack_request,
+    unpack_response,
     unpack_text,
-    unpack_work,
 )
 
 seen = st.builds(
-    Seen,
+    PredictionFacts,
     group=st.integers(0, 2**16 - 1),
     label=st.integers(0, 2**32 - 1),
     confidence=st.floats(0, 1),
@@ -31,7 +31,7 @@ seen = st.builds(
     set_size=st.integers(0, 2**32 - 1),
 )
 outcomes = st.builds(
-    Outcome, status=st.integers(0, 599), payload=st.binary(max_size=50), seen=st.one_of(st.none(), seen)
+    ImageResult, status=st.integers(0, 599), payload=st.binary(max_size=50), seen=st.one_of(st.none(), seen)
 )
 seconds = st.floats(0, 1e6)
 numbers = st.integers(0, 2**64 - 1)
@@ -39,21 +39,21 @@ numbers = st.integers(0, 2**64 - 1)
 
 @given(
     st.builds(
-        Work,
+        EngineRequest,
         number=numbers,
         deadline=seconds,
-        wanted=st.sampled_from(Wanted),
+        wanted=st.sampled_from(OutputKind),
         top_k=st.integers(1, 2**32 - 1),
         contents=st.lists(st.binary(max_size=50), max_size=5),
     )
 )
-def test_work_comes_out_as_it_went_in(work: Work) -> None:
-    assert unpack_work(memoryview(pack_work(work))) == work
+def test_work_comes_out_as_it_went_in(work: EngineRequest) -> None:
+    assert unpack_request(memoryview(pack_request(work))) == work
 
 
 @given(
     st.builds(
-        Done,
+        EngineResponse,
         number=numbers,
         decode_seconds=seconds,
         queue_seconds=seconds,
@@ -62,8 +62,8 @@ def test_work_comes_out_as_it_went_in(work: Work) -> None:
         outcomes=st.lists(outcomes, max_size=5),
     )
 )
-def test_what_was_done_comes_out_as_it_went_in(done: Done) -> None:
-    assert unpack_done(memoryview(pack_done(done))) == done
+def test_what_was_done_comes_out_as_it_went_in(done: EngineResponse) -> None:
+    assert unpack_response(memoryview(pack_response(done))) == done
 
 
 def test_a_number_and_a_text_come_out_as_they_went_in() -> None:
@@ -75,7 +75,7 @@ def test_a_number_and_a_text_come_out_as_they_went_in() -> None:
 def test_messages_are_found_however_the_stream_is_cut(piece: int) -> None:
     texts = ["", "a", "b" * 300, "", "c" * 5000]
     stream = b"".join(pack_text(Kind.LOG, text) for text in texts)
-    inbox = Inbox()
+    inbox = MessageReader()
     found = [
         unpack_text(message)
         for start in range(0, len(stream), piece)

@@ -17,7 +17,7 @@ from scipy.stats import binom
 from serve_toys import GROUPS
 
 from ltkd.contract.calibration import Calibration, softmax
-from serve.engine.answers import Answerer
+from serve.engine.answers import AnswerBuilder
 from tests.serve.engine.test_answers import manifest
 
 FITS = 24
@@ -52,7 +52,7 @@ def fits() -> list[Held]:
             parts = [drawn(dice, num)[:2] for num in (1000, 3000, 1500)]
             calibration = calibrate.certify_confidence(*parts[0], *parts[1], *parts[2], GROUPS).calibration
             logits_NC, _, true_probability_NC = drawn(dice, NUM_HELD_OUT)
-            answerer = Answerer(manifest(calibration), "fp32")
+            answerer = AnswerBuilder(manifest(calibration), "fp32")
             texts = answerer.json(answerer.judge(logits_NC), [1] * NUM_HELD_OUT, [()] * NUM_HELD_OUT)
             yield Held(calibration, [json.loads(text) for text in texts], true_probability_NC)
 
@@ -119,7 +119,7 @@ def test_confidence_that_is_not_calibrated_would_be_found(fits: list[Held]) -> N
     raw = tuple(group.model_copy(update={"temperature": 1.0}) for group in held.calibration)
     dice = np.random.default_rng(99)
     logits_NC, _, true_probability_NC = drawn(dice, NUM_HELD_OUT)
-    answerer = Answerer(manifest(raw), "fp32")
+    answerer = AnswerBuilder(manifest(raw), "fp32")
     judged = answerer.judge(logits_NC)
     rights: dict[tuple[float, float], list[float]] = {}
     for row, text in enumerate(answerer.json(judged, [1] * NUM_HELD_OUT, [()] * NUM_HELD_OUT)):

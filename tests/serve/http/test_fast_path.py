@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from serve.api.app import create_app
 from serve.http.connection import BoundedConnection, Flow
 from serve.http.fast_path import Exchange
-from serve.pool.engine_process import Call
+from serve.pool.engine_process import PendingRequest
 from serve.settings import Settings
 from tests.serve.http.test_bodies import problem
 
@@ -305,7 +305,7 @@ def test_bodies_in_hand_are_bounded() -> None:
 
 
 def of_connections() -> Counter[str]:
-    of_ours = (BoundedConnection, Exchange, Call, Flow, RequestResponseCycle)
+    of_ours = (BoundedConnection, Exchange, PendingRequest, Flow, RequestResponseCycle)
     kinds = map(type, gc.get_objects())  # isinstance would ask other libraries' objects, and some of them warn
     return Counter(kind.__name__ for kind in kinds if issubclass(kind, of_ours))
 

@@ -9,7 +9,7 @@ import pytest
 _START = """
 import gc
 from pathlib import Path
-from ltkd.contract.resources import settle
+from ltkd.contract.resources import trim_memory
 
 def resident_mib():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmRSS")) / 1024
@@ -18,7 +18,7 @@ gc.disable()
 blocks = [bytearray(100_000) for _ in range(1_000)]
 del blocks[:-1]  # the last one keeps the allocator from giving the others back by itself
 before = resident_mib()
-settle()
+trim_memory()
 print(before - resident_mib(), gc.isenabled(), gc.get_freeze_count())
 """
 

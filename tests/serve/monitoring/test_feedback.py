@@ -3,23 +3,25 @@
 import pytest
 from serve_toys import GROUPS, TASK, toy_calibration
 
-from serve.engine.messages import Seen
+from serve.engine.messages import PredictionFacts
 from serve.monitoring.drift import Window
-from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackTaken, Ledger
+from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackTaken, FeedbackWindow
 from serve.monitoring.prometheus import ModelLabels, Telemetry
 from serve.problems import ProblemError
 
 ANT, BEE, CAT, ELK, FOX = 0, 1, 2, 4, 5
 
 
-def answered(label: int, confidence: float = 0.75) -> Seen:
-    return Seen(group=GROUPS.group_of_class[label], label=label, confidence=confidence, decision="accept", set_size=1)
+def answered(label: int, confidence: float = 0.75) -> PredictionFacts:
+    return PredictionFacts(
+        group=GROUPS.group_of_class[label], label=label, confidence=confidence, decision="accept", set_size=1
+    )
 
 
-def toy_ledger(max_images: int = 100) -> Ledger:
+def toy_ledger(max_images: int = 100) -> FeedbackWindow:
     window = Window(toy_calibration(), 10)
     meter = Telemetry().meter(ModelLabels("toy", "2", "fp32", "ToyProvider", "f" * 64), GROUPS.names, window)
-    return Ledger(TASK, toy_calibration(), meter, max_images)
+    return FeedbackWindow(TASK, toy_calibration(), meter, max_images)
 
 
 def tell(feedback: Feedback, request_id: str, label: int | str, image: int = 0) -> FeedbackTaken:

@@ -11,20 +11,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_toys import GROUPS, toy_calibration
 
 from serve.engine.answers import Decision
-from serve.engine.messages import Seen
+from serve.engine.messages import PredictionFacts
 from serve.monitoring.drift import Window
-from serve.monitoring.prometheus import Meter, ModelLabels, Tally, Telemetry
+from serve.monitoring.prometheus import Histogram, ModelLabels, ModelMetrics, Telemetry
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
 TOY = ModelLabels("toy", "1", "fp32", "CPUExecutionProvider", "f" * 64)
 STAGES = {"decode": 0.002, "queue": 0.0, "infer": 0.03, "total": 0.04}
 
 
-def seen(group: int, confidence: float = 0.75, decision: Decision = "accept", set_size: int = 2) -> Seen:
-    return Seen(group=group, label=2 * group, confidence=confidence, decision=decision, set_size=set_size)
+def seen(group: int, confidence: float = 0.75, decision: Decision = "accept", set_size: int = 2) -> PredictionFacts:
+    return PredictionFacts(group=group, label=2 * group, confidence=confidence, decision=decision, set_size=set_size)
 
 
-def toy_meter(telemetry: Telemetry, labels: ModelLabels = TOY) -> Meter:
+def toy_meter(telemetry: Telemetry, labels: ModelLabels = TOY) -> ModelMetrics:
     return telemetry.meter(labels, GROUPS.names, Window(toy_calibration(), 100))
 
 
@@ -40,7 +40,7 @@ def samples(telemetry: Telemetry) -> dict[str, float]:
 
 def test_a_histogram_is_prometheus_own() -> None:
     bounds = (0.1, 0.25, 0.5, 1.0)
-    ours = Tally(bounds)
+    ours = Histogram(bounds)
     theirs = prometheus_client.Histogram("h", "h", buckets=bounds, registry=None)
     for value in [*np.random.default_rng(0).uniform(0, 1.5, 200).tolist(), *bounds]:
         ours.add(value)

@@ -120,8 +120,8 @@ def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
 def test_while_a_process_starts_only_the_number_is_bounded() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
-    admission.ease()
-    admission.ease()  # for two reasons at once
+    admission.pause_admission()
+    admission.pause_admission()  # for two reasons at once
     admission.admit(98, 0.0, NEVER)
     assert refused(admission, 3, 0.0) == "10"
     admission.resume(0.0)
@@ -132,7 +132,7 @@ def test_while_a_process_starts_only_the_number_is_bounded() -> None:
 def test_what_gathered_meanwhile_may_take_its_time() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
-    admission.ease()
+    admission.pause_admission()
     admission.admit(80, 0.0, NEVER)  # 8 s of work
     admission.resume(10.0)
     admission.admit(1, 10.0, NEVER)

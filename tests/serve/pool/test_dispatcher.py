@@ -28,9 +28,9 @@ from serve_toys import (
 )
 
 from ltkd.errors import BundleError, DeviceError
-from serve.engine.messages import Orders, Seen, Wanted
-from serve.pool.dispatcher import Worker
-from serve.pool.engine_process import Classified, Launched, launch
+from serve.engine.messages import EngineConfig, OutputKind, PredictionFacts
+from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import ChildProcess, RequestResult, launch
 from serve.problems import Problem, ProblemError, problem_of
 from serve.settings import Settings
 
@@ -45,10 +45,10 @@ def deadline(seconds: float = SOON) -> float:
 @asynccontextmanager
 async def toy_worker(
     engine: ToyEngine | None = None, settings: Settings | None = None, num_threads: int = 1
-) -> AsyncIterator[Worker]:
+) -> AsyncIterator[EnginePool]:
     settings = settings or Settings()
     toy = engine or toy_engine()
-    worker = await Worker.start_with(lambda: toy_process(toy, settings.max_pixels, num_threads), settings)
+    worker = await EnginePool.start_with(lambda: toy_process(toy, settings.max_pixels, num_threads), settings)
     try:
         yield worker
     finally:
@@ -71,7 +71,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def problem_of_call(call: Awaitable[Classified]) -> Problem:
+async def problem_of_call(call: Awaitable[RequestResult]) -> Problem:
     with pytest.raises(ProblemError) as said:
         await call
     return said.value.problem
@@ -88,7 +88,7 @@ def test_answers_come_back_in_order_with_the_problems_in_their_places(num_thread
         assert isinstance(third, Problem) and third.status == 415
         assert isinstance(second, bytes) and second == fourth
         assert [seen is None for seen in classified.seen] == [True, False, True, False]
-        assert isinstance(classified.seen[1], Seen)
+        assert isinstance(classified.seen[1], PredictionFacts)
         assert set(classified.stage_seconds) == {"decode", "queue", "infer"}
 
     run(test)
@@ -99,8 +99,8 @@ def test_logits_come_back_as_they_were(num: int = 5) -> None:
         images = np.stack([toy_pixels(seed) for seed in range(num)])
         async with toy_worker() as worker:
             pixels = [pixels_SS3.tobytes() for pixels_SS3 in images]
-            of_pixels = (await worker.ask(pixels, Wanted.LOGITS_OF_PIXELS, 1, deadline())).results
-            (row, refused) = (await worker.ask([PNG, b"junk"], Wanted.LOGITS, 1, deadline())).results
+            of_pixels = (await worker.ask(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline())).results
+            (row, refused) = (await worker.ask([PNG, b"junk"], OutputKind.LOGITS, 1, deadline())).results
         assert of_pixels == [row_C.tobytes() for row_C in expected_logits(images)]
         assert isinstance(refused, Problem)
         assert isinstance(row, bytes)
@@ -195,9 +195,11 @@ def test_closing_answers_what_was_accepted_and_accepts_no_more() -> None:
     run(test)
 
 
-def real_process(bundle: Path, started: list[Launched]) -> Callable[[], Launched]:
-    def start() -> Launched:
-        orders = Orders(bundle=bundle, device="cpu", precision=None, max_batch=4, max_wait_ms=None, max_pixels=10**6)
+def real_process(bundle: Path, started: list[ChildProcess]) -> Callable[[], ChildProcess]:
+    def start() -> ChildProcess:
+        orders = EngineConfig(
+            bundle=bundle, device="cpu", precision=None, max_batch=4, max_wait_ms=None, max_pixels=10**6
+        )
         started.append(launch(orders))
         return started[-1]
 
@@ -206,9 +208,9 @@ def real_process(bundle: Path, started: list[Launched]) -> Callable[[], Launched
 
 def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
     async def test() -> None:
-        started: list[Launched] = []
+        started: list[ChildProcess] = []
         changes: list[bool] = []
-        worker = await Worker.start_with(real_process(toy_bundle(), started), Settings())
+        worker = await EnginePool.start_with(real_process(toy_bundle(), started), Settings())
         worker.on_change = lambda: changes.append(worker.alive)
         try:
             before = await worker.classify([PNG], 1, deadline())
@@ -229,17 +231,17 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
 
 @asynccontextmanager
 async def between_two_processes(
-    then: Callable[[], Launched], settings: Settings | None = None
-) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
+    then: Callable[[], ChildProcess], settings: Settings | None = None
+) -> AsyncIterator[tuple[EnginePool, asyncio.Event]]:
     """A worker whose process has died, and what must be set before ``then`` may start the next one."""
-    launched: list[Launched] = []
+    launched: list[ChildProcess] = []
     may_start = asyncio.Event()
 
-    def start() -> Launched:
+    def start() -> ChildProcess:
         launched.append(toy_process(toy_engine()) if not launched else then())
         return launched[-1]
 
-    worker = await Worker.start_with(start, settings or Settings())
+    worker = await EnginePool.start_with(start, settings or Settings())
     connect = worker._connect
 
     async def connect_later() -> None:
@@ -290,7 +292,7 @@ def test_only_so_many_wait_for_the_next_process() -> None:
 
 
 def test_nobody_waits_for_a_process_that_cannot_be_started() -> None:
-    def fail() -> Launched:
+    def fail() -> ChildProcess:
         raise OSError("no more processes")
 
     async def test() -> None:
@@ -318,8 +320,8 @@ def test_closing_does_not_leave_those_without_an_answer_who_wait_for_a_process()
 
 def test_with_two_processes_the_other_one_goes_on_answering() -> None:
     async def test() -> None:
-        started: list[Launched] = []
-        worker = await Worker.start_with(real_process(toy_bundle(), started), Settings(processes=2))
+        started: list[ChildProcess] = []
+        worker = await EnginePool.start_with(real_process(toy_bundle(), started), Settings(processes=2))
         try:
             os.kill(started[0].pid, signal.SIGKILL)
             statuses = set()
@@ -337,8 +339,8 @@ def test_with_two_processes_the_other_one_goes_on_answering() -> None:
 
 def test_a_process_that_has_work_and_says_nothing_is_killed_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        started: list[Launched] = []
-        worker = await Worker.start_with(real_process(toy_bundle(), started), Settings(stall_seconds=0.3))
+        started: list[ChildProcess] = []
+        worker = await EnginePool.start_with(real_process(toy_bundle(), started), Settings(stall_seconds=0.3))
         try:
             os.kill(started[0].pid, signal.SIGSTOP)  # a run that never comes back looks just so
             assert (await problem_of_call(worker.classify([PNG], 1, deadline()))).status == 503
@@ -353,12 +355,12 @@ def test_a_process_that_has_work_and_says_nothing_is_killed_and_replaced(caplog:
 
 def test_a_bundle_that_cannot_be_served_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     async def test() -> None:
-        started: list[Launched] = []
+        started: list[ChildProcess] = []
         wrong = write_toy_bundle(tmp_path / "toy", golden_shift=0.5)
         with pytest.raises(BundleError, match="give logits that differ"):
-            await Worker.start_with(real_process(wrong, started), Settings())
+            await EnginePool.start_with(real_process(wrong, started), Settings())
         with pytest.raises(BundleError, match="no such directory"):
-            await Worker.start_with(real_process(tmp_path / "nowhere", started), Settings())
+            await EnginePool.start_with(real_process(tmp_path / "nowhere", started), Settings())
         for launched in started:
             await until(lambda launched=launched: not is_running(launched.pid))  # type: ignore[misc]
 
@@ -375,13 +377,13 @@ def is_running(pid: int) -> bool:
 
 def test_a_process_that_ends_before_it_is_ready_is_told() -> None:
     async def test() -> None:
-        def start() -> Launched:
+        def start() -> ChildProcess:
             ours, theirs = socket.socketpair()
             theirs.close()
-            return Launched(ours, lambda: None, 0)
+            return ChildProcess(ours, lambda: None, 0)
 
         with pytest.raises(DeviceError, match="ended before it was ready"):
-            await Worker.start_with(start, Settings())
+            await EnginePool.start_with(start, Settings())
 
     run(test)
 
@@ -391,14 +393,14 @@ def test_a_replacement_of_another_bundle_is_not_taken(caplog: pytest.LogCaptureF
         other = toy_engine()
         other.manifest = other.manifest.model_copy(update={"name": "other"})
         engines = iter([toy_engine(), other, toy_engine()])
-        processes: queue.SimpleQueue[Launched] = queue.SimpleQueue()
+        processes: queue.SimpleQueue[ChildProcess] = queue.SimpleQueue()
 
-        def start() -> Launched:
+        def start() -> ChildProcess:
             launched = toy_process(next(engines))
             processes.put(launched)
             return launched
 
-        worker = await Worker.start_with(start, Settings())
+        worker = await EnginePool.start_with(start, Settings())
         try:
             processes.get().kill()
             await until(lambda: not worker.alive)
@@ -433,7 +435,7 @@ def test_on_one_core_a_process_gets_ready_at_a_low_priority_and_answers_at_that_
 
 
 @pytest.fixture
-def engine_process() -> Iterator[Launched]:
+def engine_process() -> Iterator[ChildProcess]:
     launched = real_process(toy_bundle(), [])()
     yield launched
     launched.kill()
@@ -442,7 +444,7 @@ def engine_process() -> Iterator[Launched]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_ends_with_its_line_and_not_by_signals_meant_for_the_front(
-    engine_process: Launched, number: int
+    engine_process: ChildProcess, number: int
 ) -> None:
     engine_process.line.settimeout(60)
     (length, kind) = struct.unpack("<IB", engine_process.line.recv(5, socket.MSG_WAITALL))

@@ -18,8 +18,8 @@ from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.errors import BundleError, UsageError
 from serve.engine.session import OnnxEngine, open_engine
 from serve.monitoring.prometheus import Telemetry
-from serve.pool.engine_process import Watch
-from serve.pool.repository import ModelKey, Models, Reloaded, find_bundles
+from serve.pool.engine_process import AnswerCallback
+from serve.pool.repository import ModelKey, ModelRepository, Reloaded, find_bundles
 from serve.problems import ProblemError
 from serve.settings import Settings
 
@@ -35,7 +35,7 @@ class InThisProcess:
         self.provider = engine.provider
         self.alive = True
         self.on_change: Callable[[], None] | None = None
-        self.on_answer: Watch | None = None
+        self.on_answer: AnswerCallback | None = None
         self.num_waiting = self.num_eased = 0
         self.closed_with: float | None = None
         self._engine = engine
@@ -49,7 +49,7 @@ class InThisProcess:
         return logits
 
     @contextmanager
-    def eased(self) -> Iterator[None]:
+    def admission_paused(self) -> Iterator[None]:
         self.num_eased += 1
         yield
         self.num_eased -= 1
@@ -64,7 +64,7 @@ async def start_worker(path: Path) -> InThisProcess:
     return InThisProcess(await asyncio.to_thread(lambda: open_engine(open_bundle(path), "cpu")))
 
 
-ToyModels = Models[InThisProcess]
+ToyModels = ModelRepository[InThisProcess]
 Start = Callable[[Path], Awaitable[InThisProcess]]
 
 
@@ -75,7 +75,7 @@ def running(
     telemetry = Telemetry()
 
     async def scene() -> None:
-        models = Models(root, start, telemetry, Settings(default_model=default))
+        models = ModelRepository(root, start, telemetry, Settings(default_model=default))
         await models.start()
         try:
             await play(models)
@@ -221,7 +221,7 @@ def test_a_new_bundle_takes_the_old_ones_place_and_the_old_process_ends(bundle: 
 
 
 def test_while_a_process_starts_nobody_is_refused_for_the_time_that_the_others_take(bundle: Path) -> None:
-    eased: list[int] = []
+    admission_paused: list[int] = []
 
     async def play(models: ToyModels) -> None:
         first = models.find().worker
@@ -229,12 +229,12 @@ def test_while_a_process_starts_nobody_is_refused_for_the_time_that_the_others_t
         next_bundle(bundle)
         await models.reload()
         assert models.find().worker is not first
-        assert (eased, first.num_eased) == ([1], 0)
+        assert (admission_paused, first.num_eased) == ([1], 0)
 
     watched: list[InThisProcess] = []
 
     async def start(path: Path) -> InThisProcess:
-        eased.extend(worker.num_eased for worker in watched)
+        admission_paused.extend(worker.num_eased for worker in watched)
         return await start_worker(path)
 
     running(bundle, play, start)
@@ -412,7 +412,7 @@ def test_who_holds_a_model_can_still_ask_it_after_a_reload(bundle: Path) -> None
 
 def test_a_holder_that_never_lets_go_is_waited_for_only_so_long(bundle: Path) -> None:
     async def scene() -> None:
-        models = Models(bundle, start_worker, Telemetry(), Settings(drain_seconds=1))
+        models = ModelRepository(bundle, start_worker, Telemetry(), Settings(drain_seconds=1))
         await models.start()
         worker = models.find().worker
         with models.find().held():
