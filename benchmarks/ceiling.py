@@ -1,11 +1,11 @@
-"""The most that one core can do: decode and run in one process, without HTTP.
+"""The upper limit of one core: decode images and run the model in one process, without HTTP.
 
     python -m benchmarks.ceiling MODEL SIZE_PX SECONDS IMAGE...
 
-prints JSON: of every batch size, images a second; the same again of the best of them, because the highest of several
-noisy figures is too high; and with arrivals at 80 % of that, how late the loop is.
-The loop is what a service would have to do for each image if requests cost nothing: decode them one by one, stack them,
-run the session.
+Prints JSON with the images per second for every batch size. The best batch size is measured a second time, because the
+maximum of several noisy values is biased upwards. It also has the latency with arrivals at 80 % of that speed.
+The loop does what a service must do for each image if requests cost nothing: decode the images one by one, stack them,
+run the session. benchmarks/serving.py compares the service with it.
 """
 
 import bisect
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before it is imported
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # must be set before the import of onnxruntime
 
 import numpy as np
 import onnxruntime as ort
@@ -29,59 +29,59 @@ SHARE = 0.8
 
 
 def images_per_s(session: ort.InferenceSession, files: list[bytes], size_px: int, batch: int, seconds: float) -> float:
-    """Decode and run batches for some seconds, after one that warms up."""
-    done = 0
+    """Decode and run batches for some seconds, after one batch of warm-up."""
+    num_images = 0
     begin = time.perf_counter()
-    while done <= batch or time.perf_counter() - begin < seconds:
-        if done == batch:
+    while num_images <= batch or time.perf_counter() - begin < seconds:
+        if num_images == batch:
             begin = time.perf_counter()
-        run(session, files, size_px, done, batch)
-        done += batch
-    return (done - batch) / (time.perf_counter() - begin)
+        decode_and_run(session, files, size_px, num_images, batch)
+        num_images += batch
+    return (num_images - batch) / (time.perf_counter() - begin)
 
 
-def lateness(
-    session: ort.InferenceSession, files: list[bytes], size_px: int, due_s: Sequence[float], seconds_alone: float
+def p99_ratio(
+    session: ort.InferenceSession, files: list[bytes], size_px: int, due_s: Sequence[float], single_image_s: float
 ) -> float:
-    """The p99 of latency from the due times, over what an image takes alone, in the best loop there can be.
+    """The p99 of the latency from the due times, divided by the time for a single image.
 
-    It takes all that is due, up to the largest batch, and need not wake up: it never sleeps.
+    The loop takes all images that are due, up to the largest batch. It never sleeps, so it has no wake-up delay.
     """
-    late_s: list[float] = []
+    latencies_s: list[float] = []
     begin = time.perf_counter()
-    while len(late_s) < len(due_s):
-        num_due = bisect.bisect_right(due_s, time.perf_counter() - begin) - len(late_s)
+    while len(latencies_s) < len(due_s):
+        num_due = bisect.bisect_right(due_s, time.perf_counter() - begin) - len(latencies_s)
         if num_due == 0:
             continue
         batch = min(num_due, max(BATCH_SIZES))
-        run(session, files, size_px, len(late_s), batch)
+        decode_and_run(session, files, size_px, len(latencies_s), batch)
         now_s = time.perf_counter() - begin
-        late_s += [now_s - due for due in due_s[len(late_s) : len(late_s) + batch]]
-    return quantile_of(late_s, 0.99) / seconds_alone
+        latencies_s += [now_s - due for due in due_s[len(latencies_s) : len(latencies_s) + batch]]
+    return quantile_of(latencies_s, 0.99) / single_image_s
 
 
-def run(session: ort.InferenceSession, files: list[bytes], size_px: int, first: int, batch: int) -> None:
-    """Decode a batch and run it."""
-    chosen = [files[(first + number) % len(files)] for number in range(batch)]
-    pixels_NSS3 = np.stack([decode_image(content, size_px).pixels_SS3 for content in chosen])
+def decode_and_run(session: ort.InferenceSession, files: list[bytes], size_px: int, first: int, batch: int) -> None:
+    """Decode a batch and run the model on it."""
+    contents = [files[(first + number) % len(files)] for number in range(batch)]
+    pixels_NSS3 = np.stack([decode_image(content, size_px).pixels_SS3 for content in contents])
     session.run(["logits"], {"image": pixels_NSS3})
 
 
 def main() -> None:
-    """Measure every batch size, and how late answers are at 80 % of the best."""
+    """Measure every batch size, and the latency at 80 % of the best."""
     model, size_px, seconds, *images = sys.argv[1:]
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     files = [Path(image).read_bytes() for image in images]
-    found = {size: images_per_s(session, files, int(size_px), size, float(seconds)) for size in BATCH_SIZES}
-    best = images_per_s(session, files, int(size_px), max(found, key=found.__getitem__), 2 * float(seconds))
+    by_size = {size: images_per_s(session, files, int(size_px), size, float(seconds)) for size in BATCH_SIZES}
+    best = images_per_s(session, files, int(size_px), max(by_size, key=by_size.__getitem__), 2 * float(seconds))
     rate, open_s = SHARE * best, 2 * float(seconds)
-    late = {
-        arrivals: lateness(session, files, int(size_px), due_s, 1 / found[1])
+    p99_ratios = {
+        arrivals: p99_ratio(session, files, int(size_px), due_s, 1 / by_size[1])
         for arrivals, due_s in {"even": uniform(rate, open_s), "poisson": poisson(rate, open_s)}.items()
     }
-    print(json.dumps({"images_per_s": found, "best": best, "p99_over_alone": late}))
+    print(json.dumps({"images_per_s": by_size, "best": best, "p99_over_alone": p99_ratios}))
 
 
 if __name__ == "__main__":

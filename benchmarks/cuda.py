@@ -1,15 +1,17 @@
-"""The service on a GPU: every batch size with and without CUDA graphs, against the loop that costs nothing else.
+"""The service on a GPU: every batch size with and without CUDA graphs, compared with a plain loop.
 
     python -m benchmarks.cuda [--workloads A,B] [--seconds S]
 
-Writes docs/benchmarks/cuda.json and prints a table. Of each workload (benchmarks/workloads.py) it takes the float32
-bundle, has the service's engine prove CUDA on the golden samples, and measures in images a second, by batch size:
+Writes docs/benchmarks/cuda.json and prints a table. For the float32 bundle of each workload (benchmarks/workloads.py),
+the engine of the service first checks CUDA on the golden samples. Then the images per second are measured by batch
+size:
 
-    loop        session.run on arrays: what a program without a service does
+    loop        session.run on arrays, as a program without a service does
     bound       as the engine runs it: input and output bound to the device
-    graph       one CUDA graph a batch size, replayed; its logits must be those of the loop
+    graph       one CUDA graph per batch size, replayed; its logits must agree with those of the loop
 
-and the service itself over HTTP, with connections that fill its batches. Without CUDA it says why and ends with 2.
+It also measures the service over HTTP, with enough connections to fill its batches. Without CUDA it prints the reason
+and exits with code 2.
 """
 
 import argparse
@@ -24,11 +26,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from benchmarks.circumstances import circumstances
 from benchmarks.load import closed_loop
-from benchmarks.servers import ROOT, ours_running
-from benchmarks.serving import Asked, listed, workloads_made
-from benchmarks.shapes import WORKLOADS
+from benchmarks.run_metadata import run_metadata
+from benchmarks.servers import ROOT, running_service
+from benchmarks.serving import WorkloadInputs, comma_separated, make_workloads
+from benchmarks.workload_specs import WORKLOADS
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import decode_image
 from ltkd.errors import DeviceError
@@ -36,21 +38,23 @@ from serve.engine.session import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, op
 
 OUT = ROOT / "docs" / "benchmarks" / "cuda.json"
 MAX_BATCH, CONNECTIONS = 32, 96
-TOLERANCE = 1e-3  # of the span of the logits: another order of summation, not another network
+TOLERANCE = 1e-3  # relative to the range of the logits: far above the effect of another order of summation
 
-Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""uint8 [N, S, S, 3] to logits, float32 [N, C]."""
+InferFunction = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""From uint8 [N, S, S, 3] to logits, float32 [N, C]."""
 
 
-def replayed(session: ort.InferenceSession, size: int, shape: Sequence[int], num_classes: int, device: str) -> Run:
-    """Runs of one batch size on memory of the device that stays where it is, which is what a CUDA graph needs.
+def fixed_memory_runner(
+    session: ort.InferenceSession, size: int, shape: Sequence[int], num_classes: int, device: str
+) -> InferFunction:
+    """A function that runs one batch size on device memory with fixed addresses, as a CUDA graph requires.
 
     Args:
-        session: Made with ``enable_cuda_graph`` where the device is ``cuda``.
+        session: Made with ``enable_cuda_graph`` if the device is ``cuda``.
         size: Images in a batch.
-        shape: Of an image.
+        shape: Shape of an image.
         num_classes: C.
-        device: ``cuda``; ``cpu`` runs the same without a graph.
+        device: ``cuda``; ``cpu`` runs the same calls without a graph.
     """
     image = ort.OrtValue.ortvalue_from_numpy(np.zeros((size, *shape), np.uint8), device, 0)
     logits = ort.OrtValue.ortvalue_from_numpy(np.zeros((size, num_classes), np.float32), device, 0)
@@ -70,15 +74,15 @@ def replayed(session: ort.InferenceSession, size: int, shape: Sequence[int], num
     return run
 
 
-def images_per_s(run: Run, batch_NSS3: NDArray[np.uint8], seconds: float) -> float:
-    """Run a batch again and again, after three times that warm up."""
+def images_per_s(run: InferFunction, batch_NSS3: NDArray[np.uint8], seconds: float) -> float:
+    """Run a batch repeatedly, after three runs of warm-up."""
     for _ in range(3):
         run(batch_NSS3)
-    done, begin = 0, time.perf_counter()
-    while (taken := time.perf_counter() - begin) < seconds or not done:
+    num_images, begin = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < seconds or not num_images:
         run(batch_NSS3)
-        done += len(batch_NSS3)
-    return done / taken if taken else float(done)
+        num_images += len(batch_NSS3)
+    return num_images / elapsed if elapsed else float(num_images)
 
 
 def speeds(
@@ -88,7 +92,7 @@ def speeds(
     seconds: float,
     device: str = "cuda",
 ) -> dict[int, dict[str, float]]:
-    """Images a second by batch size and way.
+    """Images per second by batch size and way of running.
 
     Raises:
         ValueError: A graph gives other logits than the loop.
@@ -97,7 +101,7 @@ def speeds(
     found: dict[int, dict[str, float]] = {}
     for size in batch_sizes(MAX_BATCH):
         batch_NSS3 = np.ascontiguousarray(np.resize(image_NSS3, (size, *image_NSS3.shape[1:])))
-        graph = replayed(graphs, size, image_NSS3.shape[1:], num_classes, device)
+        graph = fixed_memory_runner(graphs, size, image_NSS3.shape[1:], num_classes, device)
 
         def loop(image_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
             logits_NC: NDArray[np.float32] = engine.session.run(["logits"], {"image": image_NSS3})[0]
@@ -107,41 +111,44 @@ def speeds(
         difference = float(np.abs(graph(batch_NSS3) - expected_NC).max())
         if not difference <= TOLERANCE * float(np.ptp(expected_NC)):
             raise ValueError(f"at batch size {size} the graph's logits differ by {difference:.3g} from the loop's")
-        ways: Mapping[str, Run] = {"loop": loop, "bound": engine.logits, "graph": graph}
+        ways: Mapping[str, InferFunction] = {"loop": loop, "bound": engine.logits, "graph": graph}
         found[size] = {name: images_per_s(run, batch_NSS3, seconds) for name, run in ways.items()}
     return found
 
 
-def served_per_s(asked: Asked, seconds: float) -> float:
-    """Right answers a second over HTTP; the service starts on CUDA or not at all."""
-    bundle, media_type = asked.folder / "same", asked.workload.media_type
-    with ours_running(bundle, asked.images[0], media_type, {"LTKD_DEVICE": "cuda"}, core=None) as running:
-        seen = running.asked_alone(asked.images, media_type)
-        questions = [running.question(image, media_type, one) for image, one in zip(asked.images, seen, strict=True)]
-        return closed_loop(running.address, questions, connections=CONNECTIONS, seconds=10 * seconds).goodput()
+def responses_per_s(inputs: WorkloadInputs, seconds: float) -> float:
+    """Correct responses per second over HTTP; the service does not start if CUDA does not work."""
+    bundle, media_type = inputs.folder / "same", inputs.workload.media_type
+    with running_service(bundle, inputs.images[0], media_type, {"LTKD_DEVICE": "cuda"}, core=None) as running:
+        predictions = running.predict_one_by_one(inputs.images, media_type)
+        requests = [
+            running.request(image, media_type, prediction)
+            for image, prediction in zip(inputs.images, predictions, strict=True)
+        ]
+        return closed_loop(running.address, requests, connections=CONNECTIONS, seconds=10 * seconds).goodput()
 
 
-def measured(asked: Asked, seconds: float) -> dict[str, object]:
-    """Everything about one workload.
+def measure_workload(inputs: WorkloadInputs, seconds: float) -> dict[str, object]:
+    """Measure one workload.
 
     Raises:
         DeviceError: CUDA does not work here.
     """
-    bundle = open_bundle(asked.folder / "same")
+    bundle = open_bundle(inputs.folder / "same")
     engine = open_engine(bundle, "cuda", max_batch=MAX_BATCH)
     graphs = ort.InferenceSession(
         bundle.model_path("fp32"), providers=[(CUDA, {**CUDA_OPTIONS, "enable_cuda_graph": "1"})]
     )
-    pixels = [decode_image(image, asked.workload.input_px).pixels_SS3 for image in asked.images[:MAX_BATCH]]
+    pixels = [decode_image(image, inputs.workload.input_px).pixels_SS3 for image in inputs.images[:MAX_BATCH]]
     return {
         "provider": engine.provider,
         "images_per_s": speeds(engine, graphs, np.stack(pixels), seconds),
-        "served_per_s": served_per_s(asked, seconds),
+        "served_per_s": responses_per_s(inputs, seconds),
     }
 
 
 def table(name: str, found: Mapping[str, object]) -> str:
-    """A workload for people."""
+    """The results of a workload as a Markdown table."""
     by_size = found["images_per_s"]
     assert isinstance(by_size, dict)
     lines = [f"{name}, {found['provider']}; over HTTP {found['served_per_s']:,.0f}/s", ""]
@@ -153,22 +160,24 @@ def table(name: str, found: Mapping[str, object]) -> str:
 
 
 def main() -> int:
-    """Measure and report; the exit code is 2 where there is no CUDA."""
+    """Measure and write the report; the exit code is 2 without CUDA."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workloads", type=listed(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each batch size and way")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--workloads", type=comma_separated(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS)
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per batch size and way of running")
+    arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            asked = workloads_made(given.workloads, Path(folder))
-            found = {name: measured(each, given.seconds) for name, each in asked.items()}
+            inputs = make_workloads(arguments.workloads, Path(folder))
+            results = {name: measure_workload(workload, arguments.seconds) for name, workload in inputs.items()}
     except DeviceError as reason:
         print(reason, file=sys.stderr)
         return 2
-    for name, each in found.items():
-        print(table(name, each))
-    about = circumstances("python -m benchmarks.cuda", ("onnxruntime-gpu", "numpy"))
-    OUT.write_text(json.dumps({**about, "workloads": found}, indent=2) + "\n")
+    for name, result in results.items():
+        print(table(name, result))
+    metadata = run_metadata("python -m benchmarks.cuda", ("onnxruntime-gpu", "numpy"))
+    OUT.write_text(json.dumps({**metadata, "workloads": results}, indent=2) + "\n")
     return 0
 
 

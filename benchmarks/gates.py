@@ -1,14 +1,14 @@
-"""How often the gate of G3 errs: certifications of simulated candidates whose true loss is known.
+"""How often gate G3 errs, measured on simulated candidates with a known true loss.
 
     python -m benchmarks.gates [--quick] [--out FILE]
 
-Prints a table and writes docs/benchmarks/gates.json. Each certification goes through compare and task_accuracy with
-three groups of equal size. Three kinds of candidates: one that loses nothing, one that loses exactly the margin in one
-group, and one that loses exactly the overall margin, everywhere alike. A false alarm is a FAIL of the first, a false
-pass is a PASS of the others; each may happen in one case of twenty. INCONCLUSIVE is neither: it certifies nothing.
+Prints a table and writes docs/benchmarks/gates.json. Each certification calls ``compare`` and ``task_accuracy`` with
+three groups of equal size. There are three kinds of candidates: one loses nothing, one loses exactly the margin in one
+group, and one loses exactly the overall margin in every group. A false alarm is a FAIL of the first kind. A false pass
+is a PASS of the other kinds. The nominal probability of each is 5 %. INCONCLUSIVE is no error: it certifies nothing.
 
-Beside the rates stands the exact chance that the damaged row alone passes, by enumeration, with Tango's limit and with
-the one that the gate uses.
+The table also has the exact probability that the damaged row alone passes, by enumeration, with Tango's upper limit and
+with the upper limit that the gate uses.
 
 Shape legend: N images, C classes.
 """
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
 
-from benchmarks.circumstances import circumstances
+from benchmarks.run_metadata import run_metadata
 from export.certification.comparison import compare
 from export.certification.gates import task_accuracy
 from export.certification.margins import MARGINS
@@ -51,10 +51,10 @@ class Setting:
     """One kind of simulated certification.
 
     Attributes:
-        precision: Whose margins hold.
-        images: Of each group.
-        discordant: Share of images that only one of the two models gets right, before any loss.
-        loss: What the candidate truly loses.
+        precision: The precision whose margins are used.
+        images: Images per group.
+        discordant: Share of images that only one of the two models classifies correctly, before any loss.
+        loss: True loss of the candidate.
     """
 
     precision: Precision
@@ -62,8 +62,8 @@ class Setting:
     discordant: float
     loss: Loss
 
-    def chances(self, group: str) -> tuple[float, float]:
-        """The chance of an image of a group to go from right to wrong, and from wrong to right."""
+    def probabilities(self, group: str) -> tuple[float, float]:
+        """The probabilities that an image of a group changes from correct to wrong, and from wrong to correct."""
         margins = MARGINS[self.precision]
         damaged = {
             "nothing": 0.0,
@@ -73,8 +73,8 @@ class Setting:
         return self.discordant / 2 + damaged[self.loss], self.discordant / 2
 
 
-# few images and many, no disagreement to far more than int8 brings, fewer images than certify and more
-PLACES: tuple[tuple[Precision, int, float], ...] = (
+# few and many images; from no disagreement to far more than int8 causes; fewer and more images than certify a margin
+CONDITIONS: tuple[tuple[Precision, int, float], ...] = (
     ("fp32", 600, 0.0),
     ("fp32", 1_667, 0.002),
     ("fp32", 300, 0.05),
@@ -86,63 +86,63 @@ PLACES: tuple[tuple[Precision, int, float], ...] = (
 
 
 def settings() -> list[Setting]:
-    """Everything that is simulated."""
-    return [Setting(*place, loss) for place in PLACES for loss in get_args(Loss)]
+    """All simulated settings."""
+    return [Setting(*condition, loss) for condition in CONDITIONS for loss in get_args(Loss)]
 
 
-def certified(setting: Setting, random: np.random.Generator) -> Verdict:
-    """The verdict of one certification."""
-    reference_NC, candidate_NC, label_N = simulated(setting, random)
-    return task_accuracy(compare(reference_NC, candidate_NC, label_N, GROUPS, MARGINS[setting.precision])).verdict
+def certify(setting: Setting, random: np.random.Generator) -> Verdict:
+    """Simulate one certification and return its verdict."""
+    reference_NC, candidate_NC, labels_N = simulate(setting, random)
+    return task_accuracy(compare(reference_NC, candidate_NC, labels_N, GROUPS, MARGINS[setting.precision])).verdict
 
 
-def simulated(
+def simulate(
     setting: Setting, random: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """Logits of reference and candidate, and the labels; each image is drawn independently of the others."""
-    label_N = np.repeat(np.arange(len(GROUPS.names)), setting.images)
-    broken_N, mended_N = np.array([setting.chances(name) for name in GROUPS.names])[label_N].T
-    drawn_N = random.random(len(label_N))
+    """Logits of reference and candidate, and the labels; the images are drawn independently."""
+    labels_N = np.repeat(np.arange(len(GROUPS.names)), setting.images)
+    broken_N, improved_N = np.array([setting.probabilities(name) for name in GROUPS.names])[labels_N].T
+    drawn_N = random.random(len(labels_N))
     is_broken_N = drawn_N < broken_N
-    is_mended_N = ~is_broken_N & (drawn_N < broken_N + mended_N)
-    right_N = random.random(len(label_N)) < REFERENCE_ACCURACY
-    was_right_N, is_right_N = (right_N & ~is_mended_N) | is_broken_N, (right_N & ~is_broken_N) | is_mended_N
+    is_improved_N = ~is_broken_N & (drawn_N < broken_N + improved_N)
+    right_N = random.random(len(labels_N)) < REFERENCE_ACCURACY
+    was_right_N, is_right_N = (right_N & ~is_improved_N) | is_broken_N, (right_N & ~is_broken_N) | is_improved_N
     reference_NC, candidate_NC = (
-        np.eye(len(GROUPS.names), dtype=np.float32)[np.where(is_right, label_N, (label_N + 1) % len(GROUPS.names))]
+        np.eye(len(GROUPS.names), dtype=np.float32)[np.where(is_right, labels_N, (labels_N + 1) % len(GROUPS.names))]
         for is_right in (was_right_N, is_right_N)
     )
-    return reference_NC, candidate_NC, label_N
+    return reference_NC, candidate_NC, labels_N
 
 
-def exact_chance(passes: Callable[[int, int], bool], n: int, p_b: float, p_c: float) -> float:
-    """The chance of a pass, by enumeration.
+def exact_probability(passes: Callable[[int, int], bool], n: int, p_b: float, p_c: float) -> float:
+    """The exact probability of a pass, by enumeration.
 
     Args:
-        passes: Whether b right -> wrong and c wrong -> right pass; more of b never help.
+        passes: Whether b images correct -> wrong and c images wrong -> correct pass; a larger b never helps.
         n: Images.
-        p_b: Chance of right -> wrong.
-        p_c: Chance of wrong -> right.
+        p_b: Probability of correct -> wrong.
+        p_c: Probability of wrong -> correct.
     """
-    chance, b = 0.0, -1
+    probability, b = 0.0, -1
     for c in range(int(binom.isf(1e-12, n, p_c)) + 1):
-        while b < n - c and passes(b + 1, c):  # one more mended image never lowers the b that still passes
+        while b < n - c and passes(b + 1, c):  # the largest passing b never falls when c grows
             b += 1
-        chance += float(binom.pmf(c, n, p_c) * binom.cdf(b, n - c, p_b / (1 - p_c)))
-    return chance
+        probability += float(binom.pmf(c, n, p_c) * binom.cdf(b, n - c, p_b / (1 - p_c)))
+    return probability
 
 
 def row_passes_exactly(setting: Setting) -> dict[str, float] | None:
-    """How often the damaged row alone passes with each limit; None where nothing is damaged."""
+    """The exact probability that the damaged row alone passes, for each limit; None if nothing is damaged."""
     if setting.loss == "nothing":
         return None
     margins, group = MARGINS[setting.precision], "tail" if setting.loss == "the margin in the tail" else ALL
     n = setting.images * (1 if group == "tail" else len(GROUPS.names))
     limits = {"tango": tango_upper, "gate": loss_upper}
     return {
-        name: exact_chance(
+        name: exact_probability(
             lambda b, c, limit=limit: limit(b, c, n) < margins.of(group),  # type: ignore[misc]
             n,
-            *setting.chances("tail"),
+            *setting.probabilities("tail"),
         )
         for name, limit in limits.items()
     }
@@ -150,7 +150,7 @@ def row_passes_exactly(setting: Setting) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of certifications, with its exact 95 % interval."""
+    """A share of certifications, with its exact 95 % confidence interval."""
 
     value: float
     low: float
@@ -159,15 +159,15 @@ class Rate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of one setting.
+    """The results of one setting.
 
     Attributes:
-        setting: Which.
-        verdicts: How many certifications ended with each.
-        error: Which of them is wrong here.
-        rate: How often that was said.
-        row_passes: How often the damaged row alone passes, by enumeration, with Tango's limit and with the gate's; None
-            where nothing is damaged.
+        setting: The setting.
+        verdicts: Number of certifications by verdict.
+        error: The kind of error that is possible in this setting.
+        rate: How often it occurred.
+        row_passes: Exact probability that the damaged row alone passes, with Tango's limit and with the gate's; None if
+            nothing is damaged.
     """
 
     setting: Setting
@@ -178,31 +178,31 @@ class Measured:
 
     @property
     def errs_too_often(self) -> bool:
-        """Whether a promise is broken; a rate that is seen scatters, and contradicts it by its whole interval only."""
+        """Whether the confidence interval of the observed rate, or the exact probability, is above the nominal rate."""
         return self.rate.low > NOMINAL or (self.row_passes or {"gate": 0.0})["gate"] > NOMINAL
 
 
-def measured(setting: Setting, certifications: int, seed: int) -> Measured:
-    """The rates of one setting."""
+def measure(setting: Setting, certifications: int, seed: int) -> Measured:
+    """Simulate the certifications of one setting."""
     random = np.random.default_rng(seed)
-    seen = [certified(setting, random) for _ in range(certifications)]
+    verdicts = [certify(setting, random) for _ in range(certifications)]
     wrong: Verdict = "FAIL" if setting.loss == "nothing" else "PASS"
     return Measured(
         setting=setting,
-        verdicts={verdict: seen.count(verdict) for verdict in get_args(Verdict)},
+        verdicts={verdict: verdicts.count(verdict) for verdict in get_args(Verdict)},
         error="false alarm" if setting.loss == "nothing" else "false pass",
-        rate=rate_of(seen.count(wrong), certifications),
+        rate=rate_of(verdicts.count(wrong), certifications),
         row_passes=row_passes_exactly(setting),
     )
 
 
 def rate_of(k: int, n: int) -> Rate:
-    """A share with its interval."""
+    """A share with its confidence interval."""
     return Rate(k / n, *clopper_pearson(k, n))
 
 
 def images_table() -> list[dict[str, float | int]]:
-    """Images that certify a margin, with Tango's limit and with the gate's."""
+    """The number of images needed to certify a margin, with Tango's limit and with the gate's."""
     return [
         {
             "margin": margin,
@@ -224,23 +224,23 @@ def _needed_by_tango(margin: float, discordant: float) -> int:
 
 
 def main() -> None:
-    """Simulate and report."""
+    """Simulate and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few certifications of few images, to see that it runs")
-    parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args()
-    certifications = 20 if given.quick else CERTIFICATIONS
+    parser.add_argument("--quick", action="store_true", help="few certifications of few images, as a smoke test")
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file")
+    arguments = parser.parse_args()
+    certifications = 20 if arguments.quick else CERTIFICATIONS
     begin = time.perf_counter()
-    chosen = [setting for setting in settings() if setting.images <= 300 or not given.quick]
-    found = [measured(setting, certifications, seed) for seed, setting in enumerate(chosen)]
-    together = {error: pooled(found, error, certifications) for error in ("false alarm", "false pass")}
+    chosen = [setting for setting in settings() if setting.images <= 300 or not arguments.quick]
+    found = [measure(setting, certifications, seed) for seed, setting in enumerate(chosen)]
+    together = {error: pooled_rate(found, error, certifications) for error in ("false alarm", "false pass")}
     console = Console(width=140)
     console.print(_table(found, certifications))
     for error, rate in together.items():
         console.print(f"{error} in all: {_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})")
-    command = "python -m benchmarks.gates" + (" --quick" if given.quick else "")
+    command = "python -m benchmarks.gates" + (" --quick" if arguments.quick else "")
     content = {
-        **circumstances(command, ("ltkd", "numpy", "scipy")),
+        **run_metadata(command, ("ltkd", "numpy", "scipy")),
         "seconds": round(time.perf_counter() - begin, 1),
         "nominal": NOMINAL,
         "certifications": certifications,
@@ -248,20 +248,20 @@ def main() -> None:
         "together": {error: asdict(rate) for error, rate in together.items()},
         "images_needed": images_table(),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(content, indent=2) + "\n")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     if any(row.errs_too_often for row in found):
-        sys.exit("a setting errs more often than it may.")
+        sys.exit(f"the error rate of a setting is above {_percent(NOMINAL)}; see the table.")
 
 
-def pooled(found: Sequence[Measured], error: str, certifications: int) -> Rate:
-    """The share of one error in all settings where it can be made."""
-    of_it = [row for row in found if row.error == error]
-    return rate_of(round(sum(row.rate.value for row in of_it) * certifications), len(of_it) * certifications)
+def pooled_rate(found: Sequence[Measured], error: str, certifications: int) -> Rate:
+    """The rate of one error over all settings in which it is possible."""
+    rows = [row for row in found if row.error == error]
+    return rate_of(round(sum(row.rate.value for row in rows) * certifications), len(rows) * certifications)
 
 
 def _table(found: Sequence[Measured], certifications: int) -> Table:
-    table = Table(title=f"{certifications} certifications each; an error may happen in {_percent(NOMINAL)}")
+    table = Table(title=f"{certifications} certifications per setting; nominal error rate {_percent(NOMINAL)}")
     for column in (
         "margins",
         "n",
@@ -275,7 +275,7 @@ def _table(found: Sequence[Measured], certifications: int) -> Table:
     ):
         table.add_column(column, justify="left" if column in ("margins", "true loss") else "right", no_wrap=True)
     for row in found:
-        of_row = row.row_passes or {}
+        exact = row.row_passes or {}
         table.add_row(
             row.setting.precision,
             f"{row.setting.images:,}",
@@ -284,7 +284,7 @@ def _table(found: Sequence[Measured], certifications: int) -> Table:
             "/".join(str(count) for count in row.verdicts.values()),
             _percent(row.rate.value),
             f"{_percent(row.rate.low)} to {_percent(row.rate.high)}",
-            *(_percent(of_row[limit]) if limit in of_row else "" for limit in ("tango", "gate")),
+            *(_percent(exact[limit]) if limit in exact else "" for limit in ("tango", "gate")),
         )
     return table
 

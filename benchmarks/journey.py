@@ -1,9 +1,9 @@
-"""Duration, memory and start-up of the journey, against the limits that the project sets itself.
+"""Duration, memory and start-up time of the pipeline and the service, compared with the limits of the project.
 
-    python benchmarks/journey.py [--bundle BUNDLE]
+    python -m benchmarks.journey [--bundle BUNDLE]
 
-Prints a table and writes docs/benchmarks/journey.json. The pipeline runs in a folder of its own that is removed.
-Every short measurement is repeated; median and spread are shown.
+Prints a table and writes docs/benchmarks/journey.json. The pipeline runs in a temporary folder. Short measurements are
+repeated; the table has their median and range.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.circumstances import circumstances
+from benchmarks.run_metadata import run_metadata
 
 LTKD = str(Path(sys.executable).parent / "ltkd")
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "journey.json"
@@ -29,29 +29,29 @@ REPEATS = 7
 
 
 def help_seconds() -> float:
-    """From the start of the process to its end."""
+    """Duration of ``ltkd --help``."""
     start = time.perf_counter()
     subprocess.run([LTKD, "--help"], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
-def ready_seconds(bundle: Path) -> tuple[float, float]:
-    """Seconds from the start of ``ltkd serve`` to the first /readyz that says 200, and the resident MiB then."""
+def seconds_until_ready(bundle: Path) -> tuple[float, float]:
+    """Seconds from the start of ``ltkd serve`` to the first 200 of /readyz, and the resident MiB at that time."""
     start = time.perf_counter()
     with subprocess.Popen([LTKD, "serve", str(bundle), "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
-        assert found, "the service did not say where it listens"
+        assert found, "the service did not print its address"
         while True:
-            line = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=5)
             try:
-                line.request("GET", "/readyz")
-                if line.getresponse().status == 200:
+                connection.request("GET", "/readyz")
+                if connection.getresponse().status == 200:
                     break
             except ConnectionError:
                 pass
             finally:
-                line.close()
+                connection.close()
         seconds = time.perf_counter() - start
         resident = resident_mib(process.pid)
         process.terminate()
@@ -59,7 +59,7 @@ def ready_seconds(bundle: Path) -> tuple[float, float]:
 
 
 def resident_mib(pid: int) -> float:
-    """What a process and those that it started hold: front and engine share the work of the service."""
+    """The resident memory of a process and its descendants (the server process and its engine processes)."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -67,7 +67,7 @@ def resident_mib(pid: int) -> float:
 
 
 def pipeline(folder: Path) -> tuple[float, float]:
-    """Seconds and peak MiB of ``ltkd pipeline``."""
+    """Duration in seconds and peak MiB of ``ltkd pipeline``."""
     start = time.perf_counter()
     subprocess.run([LTKD, "pipeline"], cwd=folder, check=True)
     seconds = time.perf_counter() - start
@@ -75,22 +75,22 @@ def pipeline(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, help="measure the service with this bundle and leave the pipeline out")
-    given = parser.parse_args().bundle
+    parser.add_argument("--bundle", type=Path, help="serve this bundle and do not measure the pipeline")
+    given_bundle = parser.parse_args().bundle
     rows: list[tuple[str, str, list[float], float]] = []
     with tempfile.TemporaryDirectory() as name:
-        bundle = given or Path(name) / "bundles" / "demo"
-        if given is None:
+        bundle = given_bundle or Path(name) / "bundles" / "demo"
+        if given_bundle is None:
             seconds, peak = pipeline(Path(name))
             rows += [("ltkd pipeline", "s", [seconds], 360), ("ltkd pipeline, peak memory", "MiB", [peak], 4096)]
         rows.append(("ltkd --help", "s", [help_seconds() for _ in range(REPEATS)], 0.5))
-        starts = [ready_seconds(bundle) for _ in range(REPEATS)]
-    rows.append(("ltkd serve, start to ready", "s", [seconds for seconds, _ in starts], 2))
-    rows.append(("ltkd serve, resident when ready", "MiB", [resident for _, resident in starts], 300))
+        startups = [seconds_until_ready(bundle) for _ in range(REPEATS)]
+    rows.append(("ltkd serve, start to ready", "s", [seconds for seconds, _ in startups], 2))
+    rows.append(("ltkd serve, resident when ready", "MiB", [resident for _, resident in startups], 300))
 
-    table = Table(title="The journey against its limits")
+    table = Table(title="The pipeline and the service compared with their limits")
     for column in ("what", "median", "lowest to highest", "limit", "share of the limit"):
         table.add_column(column, justify="left" if column == "what" else "right")
     record = []
@@ -101,7 +101,7 @@ def main() -> None:
         record.append({"what": what, "unit": unit, "values": values, "limit": limit})
     Console(width=110).print(table)
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    content = {**circumstances("python -m benchmarks.journey", ("torch", "onnxruntime-gpu")), "rows": record}
+    content = {**run_metadata("python -m benchmarks.journey", ("torch", "onnxruntime-gpu")), "rows": record}
     OUT.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -1,11 +1,11 @@
-"""A load generator for HTTP/1.1 on this machine: closed loop, open loop, clients that leave and clients that are slow.
+"""A load generator for HTTP/1.1 on localhost: closed loop, open loop, clients that disconnect, and slow clients.
 
-One thread, plain sockets and epoll (Linux). Timers of event loops tick in milliseconds; here the last two milliseconds
-before a request is due are spun away, so give it a core of its own. Everything is bounded: the number of connections,
-the time in which requests are sent and the patience with the last of them. Every answer is looked at.
+It is one thread with plain sockets and epoll (Linux). Event-loop timers have a resolution of milliseconds, so the last
+two milliseconds before a request is due are spent in a busy loop. Run it on a core of its own. The number of
+connections, the sending time and the timeout of the last requests are bounded. Every response is checked.
 
-Latency counts from the time at which a request was *due*, not from when it could at last be sent: a server that stalls
-does not make its own stall invisible. On a closed loop the two are the same.
+Latency is measured from the time at which a request was *due*, not from the time at which it was sent. Otherwise the
+delay that a stalled server causes would not be counted. In a closed loop the two times are equal.
 """
 
 import gc
@@ -23,60 +23,60 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-REFUSED, LOST, UNANSWERED, LEFT = -1, -2, -3, -4
-ENDS = {
+REFUSED, LOST, UNANSWERED, CLIENT_LEFT = -1, -2, -3, -4
+STATUS_NAMES = {
     REFUSED: "connection refused",
     LOST: "connection lost",
     UNANSWERED: "no answer",
-    LEFT: "client left",
+    CLIENT_LEFT: "client left",
 }
-MAX_LINES = 900  # a file descriptor each; 1,024 of them are what a process usually may open
+MAX_CONNECTIONS = 900  # one file descriptor each; the usual limit of a process is 1,024
 _SPIN_S = 0.002
-_PATIENCE_S = 5.0
-_COME_BACK_S = 0.02
+_TIMEOUT_S = 5.0
+_RECONNECT_DELAY_S = 0.02
 _CHUNK = 2**18
 
 Address = tuple[str, int]
 Event = tuple[float, Callable[[], None]]
-"""Seconds from the start of a run, and what happens then."""
+"""Seconds from the start of a run, and the action at that time."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request as it goes over the line, and whether the body of a 200 is the right answer to it."""
+class Request:
+    """A request as bytes, and a check whether the body of a 200 response is correct."""
 
-    request: bytes
-    is_right: Callable[[bytes], bool]
+    content: bytes
+    is_correct: Callable[[bytes], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request; times in seconds from the start of the run.
+    """How one request ended; times are in seconds from the start of the run.
 
     Attributes:
-        status: The HTTP status, or one of ENDS.
-        retry_after: Whether the answer said when to come again.
+        status: The HTTP status, or a key of STATUS_NAMES.
+        retry_after: Whether the response has a Retry-After header.
     """
 
     due_s: float
     done_s: float
     status: int
-    right: bool
+    correct: bool
     retry_after: bool = False
 
     @property
     def latency_s(self) -> float:
-        """From when it was due."""
+        """Seconds from the due time to the end."""
         return self.done_s - self.due_s
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run.
+    """The outcomes of a load.
 
     Attributes:
-        seconds: How long requests were sent, or, on a closed loop, the time that the counted answers took.
-        outcomes: One a request.
+        seconds: How long requests were sent. In a closed loop: the period of the counted responses.
+        outcomes: One per request.
         started: When the run began, on the clock of ``time.perf_counter``.
     """
 
@@ -85,104 +85,106 @@ class Result:
     started: float = 0.0
 
     def goodput(self, slo_s: float = math.inf) -> float:
-        """Right answers a second that came within ``slo_s``."""
-        good = sum(1 for outcome in self.outcomes if outcome.right and outcome.latency_s <= slo_s)
+        """Correct responses per second with a latency of at most ``slo_s``."""
+        good = sum(1 for outcome in self.outcomes if outcome.correct and outcome.latency_s <= slo_s)
         return good / self.seconds if self.seconds else 0.0
 
     def goodput_of_burst(self, load_s: float, slo_s: float) -> float:
-        """The same of requests due in the first ``load_s``, over the time until the last of them was answered.
+        """The goodput of the requests due in the first ``load_s``, over the time until the last of them was answered.
 
-        A queue that is worked off after the load has ended would else be counted as if it had been done meanwhile.
+        A backlog that is processed after the load must not count as if it had been processed during the load.
         """
-        in_time = [one for one in self.outcomes if one.right and one.latency_s <= slo_s and one.due_s < load_s]
+        in_time = [one for one in self.outcomes if one.correct and one.latency_s <= slo_s and one.due_s < load_s]
         return len(in_time) / max([load_s, *(one.done_s for one in in_time)])
 
     def latency_s(self, quantile: float, status: int = 200) -> float:
-        """A quantile of the latency of the answers with one status; NaN if there was none."""
+        """A quantile of the latency of the responses with one status; NaN if there are none."""
         return quantile_of([outcome.latency_s for outcome in self.outcomes if outcome.status == status], quantile)
 
     @property
     def wrong(self) -> int:
-        """Answers that came with 200 and were not right."""
-        return sum(1 for outcome in self.outcomes if outcome.status == 200 and not outcome.right)
+        """Responses with status 200 and an incorrect body."""
+        return sum(1 for outcome in self.outcomes if outcome.status == 200 and not outcome.correct)
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many requests ended in which way."""
+        """The number of requests by status."""
         counts = Counter(outcome.status for outcome in self.outcomes)
-        return {ENDS.get(status, str(status)): counts[status] for status in sorted(counts)}
+        return {STATUS_NAMES.get(status, str(status)): counts[status] for status in sorted(counts)}
 
     def failed(self) -> list[Outcome]:
-        """Everything but right answers and clients that left on their own."""
-        return [outcome for outcome in self.outcomes if not outcome.right and outcome.status != LEFT]
+        """All outcomes except correct responses and clients that disconnected on purpose."""
+        return [outcome for outcome in self.outcomes if not outcome.correct and outcome.status != CLIENT_LEFT]
 
 
 def quantile_of(values: Sequence[float], quantile: float) -> float:
-    """The smallest value that at least this share of all values does not exceed; NaN of nothing."""
+    """The smallest value that is at least as large as this share of all values; NaN for an empty sequence."""
     ranked = sorted(values)
     return ranked[max(0, math.ceil(quantile * len(ranked)) - 1)] if ranked else math.nan
 
 
 def http_request(path: str, body: bytes, content_type: str, headers: str = "") -> bytes:
-    """A POST as it goes over the line."""
+    """A POST request as bytes."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n{headers}"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def uniform(rate: float, seconds: float) -> list[float]:
-    """Due times at equal distances."""
+    """Due times at equal intervals."""
     return [number / rate for number in range(round(rate * seconds))]
 
 
 def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
-    """Due times of independent clients: a Poisson process."""
-    chance, due_s, now_s = random.Random(seed), [], 0.0
-    while (now_s := now_s + chance.expovariate(rate)) < seconds:
+    """Due times of independent clients (a Poisson process)."""
+    random_source, due_s, now_s = random.Random(seed), [], 0.0
+    while (now_s := now_s + random_source.expovariate(rate)) < seconds:
         due_s.append(now_s)
     return due_s
 
 
 def closed_loop(
-    address: Address, questions: Sequence[Question], *, connections: int, seconds: float, events: Sequence[Event] = ()
+    address: Address, requests: Sequence[Request], *, connections: int, seconds: float, events: Sequence[Event] = ()
 ) -> Result:
-    """Ask on every connection again as soon as it is answered.
+    """Send the next request on each connection as soon as the previous one is answered.
 
-    Throughput is counted from an answer to an answer, after the first third: answers that come in batches would else be
-    counted with or without a whole batch.
+    Throughput is counted from one response to another, after the first third. Responses arrive in batches, so a fixed
+    time window would include or miss a whole batch by chance.
     """
-    run = _Run(address, questions, events)
+    run = _LoadRun(address, requests, events)
 
-    def again(line: _Line | None, status: int) -> None:
+    def continue_loop(connection: _Connection | None, status: int) -> None:
         if run.now() >= seconds:
             return
-        if status in (LOST, REFUSED, 429, 503):  # a client comes back, but does not hammer a door that is shut
-            run.at(run.now() + _COME_BACK_S, lambda: come_back(line))
+        if status in (LOST, REFUSED, 429, 503):  # reconnect after a delay, as a client would
+            run.schedule(run.now() + _RECONNECT_DELAY_S, lambda: reconnect(connection))
         else:
-            run.ask(run.now(), line)
+            run.send(run.now(), connection)
 
-    def come_back(line: _Line | None) -> None:
+    def reconnect(connection: _Connection | None) -> None:
         if run.now() < seconds:
-            still_open = line is not None and run.open.get(line.sock.fileno()) is line
-            run.ask(run.now(), line if still_open else None)
+            still_open = connection is not None and run.connections.get(connection.sock.fileno()) is connection
+            run.send(run.now(), connection if still_open else None)
 
-    run.on_end = again
-    for _ in range(min(connections, MAX_LINES)):
-        run.ask(0.0)
-    run.until(lambda: run.now() >= seconds and not run.busy, seconds + _PATIENCE_S)
-    return counted_between(run.outcomes, seconds / 3, seconds)
+    run.on_finished = continue_loop
+    for _ in range(min(connections, MAX_CONNECTIONS)):
+        run.send(0.0)
+    run.run_until(lambda: run.now() >= seconds and not run.num_pending, seconds + _TIMEOUT_S)
+    return result_between(run.outcomes, seconds / 3, seconds)
 
 
-def one_by_one(address: Address, questions: Sequence[Question], limit_s: float = 60.0) -> Result:
-    """Ask every question once, one after the other."""
-    run = _Run(address, questions, ())
-    run.on_end = lambda line, _: run.ask(run.now(), line) if len(run.outcomes) < len(questions) else None
-    run.ask(run.now())
-    run.until(lambda: not run.busy, limit_s)
+def send_one_by_one(address: Address, requests: Sequence[Request], limit_s: float = 60.0) -> Result:
+    """Send each request once, one after the other."""
+    run = _LoadRun(address, requests, ())
+    run.on_finished = lambda connection, _: (
+        run.send(run.now(), connection) if len(run.outcomes) < len(requests) else None
+    )
+    run.send(run.now())
+    run.run_until(lambda: not run.num_pending, limit_s)
     return Result(run.outcomes[-1].done_s, run.outcomes)
 
 
-def counted_between(outcomes: Sequence[Outcome], begin_s: float, end_s: float) -> Result:
-    """The outcomes after the last answer before ``begin_s`` and up to the last before ``end_s``."""
+def result_between(outcomes: Sequence[Outcome], begin_s: float, end_s: float) -> Result:
+    """The outcomes after the last response before ``begin_s``, up to the last response before ``end_s``."""
     begin = max((outcome.done_s for outcome in outcomes if outcome.done_s <= begin_s), default=0.0)
     counted = [outcome for outcome in outcomes if begin < outcome.done_s <= end_s]
     return Result(max((outcome.done_s for outcome in counted), default=begin) - begin, counted)
@@ -190,38 +192,38 @@ def counted_between(outcomes: Sequence[Outcome], begin_s: float, end_s: float) -
 
 def open_loop(
     address: Address,
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     due_s: Sequence[float],
     *,
-    patience_s: float = _PATIENCE_S,
-    leaving: float = 0.0,
-    leave_within_s: float = 0.05,
+    timeout_s: float = _TIMEOUT_S,
+    disconnect_share: float = 0.0,
+    disconnect_within_s: float = 0.05,
     events: Sequence[Event] = (),
     stop: threading.Event | None = None,
-    lines: int = MAX_LINES,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> Result:
-    """Ask at given times, whatever the server does.
+    """Send requests at given times, independently of the server.
 
     Args:
-        address: Where the server listens.
-        questions: Asked in turn.
-        due_s: When, ascending, in seconds from now. A request that finds every connection busy waits for one.
-        patience_s: How long after the last of them answers are waited for.
-        leaving: Share of the clients that close their connection before the answer.
-        leave_within_s: They leave at a random time within this one after asking.
-        events: What happens meanwhile.
-        stop: Once set, nothing more is sent.
-        lines: The most connections at one time.
+        address: Address of the server.
+        requests: Sent in turn.
+        due_s: Due times in seconds from now, ascending. If all connections are busy, a request waits for one.
+        timeout_s: How long to wait for responses after the last due time.
+        disconnect_share: Share of the clients that close their connection before the response.
+        disconnect_within_s: These clients disconnect at a random time within this many seconds after sending.
+        events: Actions at given times.
+        stop: When it is set, no more requests are sent.
+        max_connections: Largest number of simultaneous connections.
     """
-    run = _Run(address, questions, events)
-    idle: list[_Line] = []
+    run = _LoadRun(address, requests, events)
+    idle: list[_Connection] = []
     waiting: deque[float] = deque()
     to_come = deque(due_s)
     end_s = due_s[-1] if due_s else 0.0
-    chance = random.Random(len(due_s))
-    run.on_end = lambda line, _: None if line is None else idle.append(line)
+    random_source = random.Random(len(due_s))
+    run.on_finished = lambda connection, _: None if connection is None else idle.append(connection)
 
-    def send_what_is_due() -> bool:
+    def send_due_requests() -> bool:
         nonlocal end_s
         now = run.now()
         if stop is not None and stop.is_set() and (to_come or waiting):
@@ -230,20 +232,20 @@ def open_loop(
             waiting.clear()
         while to_come and to_come[0] <= now:
             waiting.append(to_come.popleft())
-        while waiting and (idle or len(run.open) < lines):
-            asked = run.ask(waiting.popleft(), idle.pop() if idle else None)
-            if leaving and chance.random() < leaving:
-                run.leave_at(now + chance.random() * leave_within_s, asked)
+        while waiting and (idle or len(run.connections) < max_connections):
+            connection = run.send(waiting.popleft(), idle.pop() if idle else None)
+            if disconnect_share and random_source.random() < disconnect_share:
+                run.disconnect_at(now + random_source.random() * disconnect_within_s, connection)
         run.next_due_s = to_come[0] if to_come else math.inf
-        return not (to_come or waiting or run.busy)
+        return not (to_come or waiting or run.num_pending)
 
-    run.until(send_what_is_due, end_s + patience_s)
-    run.outcomes += [Outcome(due, run.now(), UNANSWERED, right=False) for due in waiting]
+    run.run_until(send_due_requests, end_s + timeout_s)
+    run.outcomes += [Outcome(due, run.now(), UNANSWERED, correct=False) for due in waiting]
     return Result(max(end_s, 1e-9), run.outcomes, run.started)
 
 
-class Answer(NamedTuple):
-    """An HTTP answer that has arrived as a whole."""
+class Response(NamedTuple):
+    """A complete HTTP response."""
 
     status: int
     head: bytes
@@ -255,21 +257,21 @@ class Answer(NamedTuple):
         return b"\r\nconnection: close" in self.head
 
 
-def parsed(seen: bytearray) -> Answer | None:
-    """The answer at the beginning of what has arrived, or None if it is not whole yet."""
-    end = seen.find(b"\r\n\r\n")
+def parse_response(received: bytearray) -> Response | None:
+    """Parse the response at the start of the received bytes; None if it is not complete yet."""
+    end = received.find(b"\r\n\r\n")
     if end < 0:
         return None
-    head = bytes(seen[:end]).lower() + b"\r\n"
+    head = bytes(received[:end]).lower() + b"\r\n"
     status = int(head[9:12])
     if b"\r\ntransfer-encoding: chunked" in head:
-        body = _joined_chunks(bytes(seen[end + 4 :]))
-        return None if body is None else Answer(status, head, body)
+        body = _joined_chunks(bytes(received[end + 4 :]))
+        return None if body is None else Response(status, head, body)
     _, found, rest = head.partition(b"\r\ncontent-length:")
     size = int(rest[: rest.index(b"\r\n")]) if found else 0
-    if len(seen) < end + 4 + size:
+    if len(received) < end + 4 + size:
         return None
-    return Answer(status, head, bytes(seen[end + 4 : end + 4 + size]))
+    return Response(status, head, bytes(received[end + 4 : end + 4 + size]))
 
 
 def _joined_chunks(body: bytes) -> bytes | None:
@@ -288,153 +290,163 @@ def _joined_chunks(body: bytes) -> bytes | None:
 
 
 @dataclass(eq=False)
-class _Line:
+class _Connection:
     """A connection, with at most one request on it."""
 
     sock: socket.socket
     connected: bool = False
-    question: Question | None = None
+    request: Request | None = None
     number: int = 0
     due_s: float = 0.0
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
-    watched: int = select.EPOLLIN | select.EPOLLOUT
-    seen: bytearray = field(default_factory=bytearray)
+    epoll_mask: int = select.EPOLLIN | select.EPOLLOUT
+    received: bytearray = field(default_factory=bytearray)
 
 
-class _Run:
-    """One run of the generator: its connections, its clock, and what became of its requests.
+class _LoadRun:
+    """One run of the generator: its connections, its clock and its outcomes.
 
     Attributes:
-        on_end: Called when a request has ended, with its connection if that can be used again, and how it ended.
-        next_due_s: When ``until`` must look again whether it is done.
+        on_finished: Called when a request has ended, with its connection (None if it cannot be reused) and the status.
+        next_due_s: When ``run_until`` must check again whether it is finished.
     """
 
-    def __init__(self, address: Address, questions: Sequence[Question], events: Sequence[Event]) -> None:
+    def __init__(self, address: Address, requests: Sequence[Request], events: Sequence[Event]) -> None:
         if not ipaddress.ip_address(address[0]).is_loopback:
-            raise ValueError(f"load goes to this machine alone, not to {address[0]}")
+            raise ValueError(f"load is sent to loopback addresses only, not to {address[0]}")
         self.outcomes: list[Outcome] = []
-        self.open: dict[int, _Line] = {}
-        self.busy = 0
+        self.connections: dict[int, _Connection] = {}
+        self.num_pending = 0
         self.next_due_s = math.inf
-        self.on_end: Callable[[_Line | None, int], object] = lambda _line, _status: None
-        self._address, self._questions = address, questions
-        self._num_asked = self._num_timers = 0
+        self.on_finished: Callable[[_Connection | None, int], object] = lambda _connection, _status: None
+        self._address, self._requests = address, requests
+        self._num_sent = self._num_timers = 0
         self._epoll = select.epoll()
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
-        for when_s, act in events:
-            self.at(when_s, act)
+        for time_s, action in events:
+            self.schedule(time_s, action)
         self.started = time.perf_counter()
 
     def now(self) -> float:
         return time.perf_counter() - self.started
 
-    def at(self, when_s: float, act: Callable[[], object]) -> None:
-        self._num_timers += 1  # timers of one moment keep their order
-        heapq.heappush(self._timers, (when_s, self._num_timers, act))
+    def schedule(self, time_s: float, action: Callable[[], object]) -> None:
+        self._num_timers += 1  # keeps the order of timers with equal times
+        heapq.heappush(self._timers, (time_s, self._num_timers, action))
 
-    def ask(self, due_s: float, line: _Line | None = None) -> _Line:
-        line = line or self._connect()
-        question = self._questions[self._num_asked % len(self._questions)]
-        self._num_asked += 1
-        self.busy += 1
-        line.question, line.number, line.due_s = question, self._num_asked, due_s
-        line.unsent = memoryview(question.request)
-        if line.connected:
-            self._send(line)
-        return line
+    def send(self, due_s: float, connection: _Connection | None = None) -> _Connection:
+        connection = connection or self._connect()
+        request = self._requests[self._num_sent % len(self._requests)]
+        self._num_sent += 1
+        self.num_pending += 1
+        connection.request, connection.number, connection.due_s = request, self._num_sent, due_s
+        connection.unsent = memoryview(request.content)
+        if connection.connected:
+            self._send(connection)
+        return connection
 
-    def leave_at(self, when_s: float, line: _Line) -> None:
-        number = line.number
-        self.at(when_s, lambda: self._end(line, LEFT) if line.question and line.number == number else None)
+    def disconnect_at(self, time_s: float, connection: _Connection) -> None:
+        number = connection.number
+        self.schedule(
+            time_s,
+            lambda: (
+                self._finish(connection, CLIENT_LEFT) if connection.request and connection.number == number else None
+            ),
+        )
 
-    def until(self, done: Callable[[], bool], limit_s: float) -> None:
-        """Run until ``done``, or until the time is up; then every connection is closed."""
-        collecting = gc.isenabled()
-        gc.disable()  # a collection would be taken for a slow answer
+    def run_until(self, finished: Callable[[], bool], limit_s: float) -> None:
+        """Run until ``finished`` returns true or the time limit is reached; then close every connection."""
+        gc_was_enabled = gc.isenabled()
+        gc.disable()  # a collection would look like a slow response
         try:
-            while not done() and self.now() < limit_s:
-                self._turn()
+            while not finished() and self.now() < limit_s:
+                self._poll_once()
         finally:
-            if collecting:
+            if gc_was_enabled:
                 gc.enable()
-            self.on_end = lambda _line, _status: None
-            for line in list(self.open.values()):
-                self._end(line, UNANSWERED)
+            self.on_finished = lambda _connection, _status: None
+            for connection in list(self.connections.values()):
+                self._finish(connection, UNANSWERED)
             self._epoll.close()
 
-    def _turn(self) -> None:
+    def _poll_once(self) -> None:
         while self._timers and self._timers[0][0] <= self.now():
             heapq.heappop(self._timers)[2]()
-        soonest = min(self.next_due_s, self._timers[0][0] if self._timers else math.inf)
-        for number, mask in self._epoll.poll(max(0.0, min(soonest - self.now() - _SPIN_S, 0.01))):
-            line = self.open.get(number)
-            if line is not None and mask & select.EPOLLOUT:
-                self._send(line)
-            if line is not None and mask & ~select.EPOLLOUT and number in self.open:
-                self._receive(line)
+        next_event_s = min(self.next_due_s, self._timers[0][0] if self._timers else math.inf)
+        for number, mask in self._epoll.poll(max(0.0, min(next_event_s - self.now() - _SPIN_S, 0.01))):
+            connection = self.connections.get(number)
+            if connection is not None and mask & select.EPOLLOUT:
+                self._send(connection)
+            if connection is not None and mask & ~select.EPOLLOUT and number in self.connections:
+                self._receive(connection)
 
-    def _connect(self) -> _Line:
+    def _connect(self) -> _Connection:
         sock = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect_ex(self._address)  # a refusal shows when the line is ready
-        line = self.open[sock.fileno()] = _Line(sock)
-        self._epoll.register(sock, line.watched)
-        return line
+        sock.connect_ex(self._address)  # a refused connection is detected when the socket is ready
+        connection = self.connections[sock.fileno()] = _Connection(sock)
+        self._epoll.register(sock, connection.epoll_mask)
+        return connection
 
-    def _send(self, line: _Line) -> None:
-        if not line.connected:
-            if line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._end(line, REFUSED)
+    def _send(self, connection: _Connection) -> None:
+        if not connection.connected:
+            if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._finish(connection, REFUSED)
                 return
-            line.connected = True
+            connection.connected = True
         try:
-            line.unsent = line.unsent[line.sock.send(line.unsent) :] if line.unsent else line.unsent
+            connection.unsent = (
+                connection.unsent[connection.sock.send(connection.unsent) :] if connection.unsent else connection.unsent
+            )
         except BlockingIOError:
             pass
-        except OSError:  # closed; what the server said before that is still to be read
-            line.unsent = memoryview(b"")
-        watched = select.EPOLLIN | select.EPOLLOUT if line.unsent else select.EPOLLIN
-        if watched != line.watched:
-            line.watched = watched
-            self._epoll.modify(line.sock, watched)
+        except OSError:  # closed by the server; its response is still to be read
+            connection.unsent = memoryview(b"")
+        epoll_mask = select.EPOLLIN | select.EPOLLOUT if connection.unsent else select.EPOLLIN
+        if epoll_mask != connection.epoll_mask:
+            connection.epoll_mask = epoll_mask
+            self._epoll.modify(connection.sock, epoll_mask)
 
-    def _receive(self, line: _Line) -> None:
+    def _receive(self, connection: _Connection) -> None:
         try:
-            chunk = line.sock.recv(_CHUNK)
+            chunk = connection.sock.recv(_CHUNK)
         except BlockingIOError:
             return
         except OSError:
             chunk = b""
         if not chunk:
-            self._end(line, LOST if line.connected else REFUSED)
+            self._finish(connection, LOST if connection.connected else REFUSED)
             return
-        line.seen += chunk
-        answer = parsed(line.seen)
-        if answer is None or line.question is None:
+        connection.received += chunk
+        response = parse_response(connection.received)
+        if response is None or connection.request is None:
             return
-        right = answer.status == 200 and line.question.is_right(answer.body)
-        reusable = not answer.closes and not line.unsent
+        correct = response.status == 200 and connection.request.is_correct(response.body)
+        reusable = not response.closes and not connection.unsent
         if not reusable:
-            self._drop(line)
-        self._note(line, Outcome(line.due_s, self.now(), answer.status, right, b"\r\nretry-after:" in answer.head))
-        self.on_end(line if reusable else None, answer.status)
+            self._close(connection)
+        self._record(
+            connection,
+            Outcome(connection.due_s, self.now(), response.status, correct, b"\r\nretry-after:" in response.head),
+        )
+        self.on_finished(connection if reusable else None, response.status)
 
-    def _end(self, line: _Line, status: int) -> None:
-        self._drop(line)
-        if line.question is not None:
-            self._note(line, Outcome(line.due_s, self.now(), status, right=False))
-            self.on_end(None, status)
+    def _finish(self, connection: _Connection, status: int) -> None:
+        self._close(connection)
+        if connection.request is not None:
+            self._record(connection, Outcome(connection.due_s, self.now(), status, correct=False))
+            self.on_finished(None, status)
 
-    def _note(self, line: _Line, outcome: Outcome) -> None:
+    def _record(self, connection: _Connection, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        self.busy -= 1
-        line.question = None
-        line.seen = bytearray()
+        self.num_pending -= 1
+        connection.request = None
+        connection.received = bytearray()
 
-    def _drop(self, line: _Line) -> None:
-        self.open.pop(line.sock.fileno(), None)
-        line.sock.close()
+    def _close(self, connection: _Connection) -> None:
+        self.connections.pop(connection.sock.fileno(), None)
+        connection.sock.close()
 
 
 Stage = Literal["header", "body"]
@@ -442,56 +454,56 @@ Stage = Literal["header", "body"]
 
 @contextmanager
 def slow_clients(
-    address: Address, request: bytes, count: int, stage: Stage, pause_s: float = 0.2
+    address: Address, content: bytes, count: int, stage: Stage, pause_s: float = 0.2
 ) -> Iterator[list[str]]:
-    """Clients that send a byte at a time and never come to an end, for as long as the block lasts.
+    """Clients that send one byte at a time and never complete their request, until the block ends.
 
     Args:
-        address: Where the server listens.
-        request: A whole request; it is cut in the middle of its head or of its body.
-        count: Clients.
-        stage: What they are slow with.
-        pause_s: Between two bytes of one client.
+        address: Address of the server.
+        content: A complete request; it is interrupted in the middle of its header or of its body.
+        count: Number of clients.
+        stage: The part that they send slowly.
+        pause_s: Time between two bytes of one client.
 
     Yields:
-        What the server said to each that it cut off: the status, or ``closed``.
+        For each client that the server disconnected: the status it received, or ``closed``.
     """
-    head_bytes = request.index(b"\r\n\r\n") + 4
-    cut = head_bytes // 2 if stage == "header" else head_bytes + (len(request) - head_bytes) // 2
-    ended: list[str] = []
-    over = threading.Event()
+    head_bytes = content.index(b"\r\n\r\n") + 4
+    num_first_bytes = head_bytes // 2 if stage == "header" else head_bytes + (len(content) - head_bytes) // 2
+    results: list[str] = []
+    stopped = threading.Event()
 
-    def dribble() -> None:
-        socks = [socket.create_connection(address, timeout=5) for _ in range(count)]
-        for sock in socks:
-            sock.sendall(request[:cut])
-        position = cut
-        while socks and not over.wait(pause_s):
-            for sock in list(socks):
-                if _is_cut_off(sock, request[position : position + 1], ended):
-                    socks.remove(sock)
-            position = min(position + 1, len(request) - 2)
-        for sock in socks:
+    def send_slowly() -> None:
+        sockets = [socket.create_connection(address, timeout=5) for _ in range(count)]
+        for sock in sockets:
+            sock.sendall(content[:num_first_bytes])
+        position = num_first_bytes
+        while sockets and not stopped.wait(pause_s):
+            for sock in list(sockets):
+                if _is_disconnected(sock, content[position : position + 1], results):
+                    sockets.remove(sock)
+            position = min(position + 1, len(content) - 2)
+        for sock in sockets:
             sock.close()
 
-    thread = threading.Thread(target=dribble)
+    thread = threading.Thread(target=send_slowly)
     thread.start()
     try:
-        yield ended
+        yield results
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
-def _is_cut_off(sock: socket.socket, byte: bytes, ended: list[str]) -> bool:
+def _is_disconnected(sock: socket.socket, byte: bytes, results: list[str]) -> bool:
     try:
         if not select.select([sock], [], [], 0)[0]:
             sock.sendall(byte)
             return False
-        said = bytearray(sock.recv(_CHUNK))
+        data = bytearray(sock.recv(_CHUNK))
     except OSError:
-        said = bytearray()
-    answer = parsed(said) if said else None
-    ended.append(str(answer.status) if answer else "closed")
+        data = bytearray()
+    response = parse_response(data) if data else None
+    results.append(str(response.status) if response else "closed")
     sock.close()
     return True

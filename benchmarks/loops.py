@@ -1,10 +1,10 @@
-"""The two loops that benchmarks/training.py compares: ours, and distillation code as it is usually written.
+"""The two training loops that benchmarks/training.py compares: ours, and a distillation script in its usual form.
 
     python -m benchmarks.loops LOOP
 
-times one of them in a process of its own; LOOP is JSON, and so is the line that is printed. Both loops pass twice over
-the images: the first epoch warms up (threads, workers, compilation, kept logits) and shows the memory, the second is
-timed from its beginning to its end. Networks are not trained ones: what a step costs does not depend on its weights.
+times one of them in its own process. LOOP is JSON, and the result is printed as a line of JSON. Both loops train for
+two epochs: the first is warm-up (threads, workers, compilation, cached logits) and shows the memory, the second is
+timed as a whole. The networks are untrained, because the duration of a step does not depend on the weights.
 
 Shape legend: N images, B of them in a batch, S pixels a side, C classes.
 """
@@ -32,7 +32,7 @@ from torch.utils import data as torch_data
 from ltkd.config import ComputePrecision, Execution, Recipe
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
-from ltkd.data.batches import batches_of
+from ltkd.data.batches import make_batches
 from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.methods.registry import METHODS
 from ltkd.models.registry import build_network
@@ -47,22 +47,23 @@ TEMPERATURE = 4.0
 
 @dataclass(frozen=True)
 class Loop:
-    """What is timed.
+    """A configuration to be timed.
 
     Attributes:
-        kind: Our loop, or the plain one.
-        teacher: Its network.
-        student: The network that learns.
+        kind: Our loop or the plain loop.
+        teacher: Name of the teacher network.
+        student: Name of the student network.
         size_px: Side of the images.
-        batch_size: Images of a step.
-        steps: Steps of an epoch.
-        tree: Class folders of JPEG files; None takes noise in memory, as CIFAR lies in memory.
-        workers: Processes that decode JPEG files for our loop; None is its default.
-        method: What our loop minimises; the plain one always distils by KD.
-        views: Fixed views whose teacher logits are kept; with 1 the timed epoch is that of a second student.
+        batch_size: Images per step.
+        steps: Steps per epoch.
+        tree: Class folders of JPEG files; None for noise in memory, where CIFAR is kept too.
+        workers: Processes that decode JPEG files for our loop; None for the default.
+        method: Method of our loop; the plain loop always uses KD.
+        views: Number of fixed augmented views with cached teacher logits; with 1, the timed epoch is that of a second
+            student.
         device: ``cpu`` or ``cuda``.
-        precision: Of our loop's forward passes.
-        compiled: Whether our loop's passes are compiled.
+        precision: Precision of the forward passes of our loop.
+        compiled: Whether the passes of our loop are compiled.
     """
 
     kind: Literal["ltkd", "plain"]
@@ -87,12 +88,12 @@ class Loop:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process found.
+    """The result of one process.
 
     Attributes:
-        images_per_s: Training throughput of a whole epoch.
-        process_mib: Most resident memory of the training process.
-        workers_mib: Most that its workers had beside it; pages of libraries are not counted again.
+        images_per_s: Training throughput over an epoch.
+        process_mib: Peak resident memory of the training process.
+        workers_mib: Peak memory of its workers, without the pages that they share with it.
     """
 
     images_per_s: float
@@ -100,13 +101,13 @@ class Measured:
     workers_mib: float
 
 
-def measured(loop: Loop) -> Measured:
+def measure(loop: Loop) -> Measured:
     """Time a loop in this process."""
-    return (_measured_ltkd if loop.kind == "ltkd" else _measured_plain)(loop)
+    return (_measure_ltkd if loop.kind == "ltkd" else _measure_plain)(loop)
 
 
 def noise(loop: Loop) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Random pixels uint8 [N, S, S, 3] and labels [N]; no loop is faster or slower for what they show."""
+    """Random pixels uint8 [N, S, S, 3] and labels [N]; the speed of a loop does not depend on the image content."""
     shape = (loop.num_images, loop.size_px, loop.size_px, 3)
     pixels_NSS3 = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return pixels_NSS3, np.arange(loop.num_images) % min(NUM_CLASSES, loop.num_images)
@@ -115,7 +116,7 @@ def noise(loop: Loop) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 def ltkd_epochs(
     loop: Loop, epochs: int, on_step: Callable[[Position, int], None] = lambda progress, num_images: None
 ) -> Iterator[EpochReport]:
-    """The reports of a training by ltkd; the last of them would look at the test set and is better not asked for."""
+    """The epoch reports of an ltkd training; do not request the last one, because it would include an evaluation."""
     execution = Execution(device=loop.device, precision=loop.precision, compiled=loop.compiled)
     recipe = Recipe(
         name="benchmark",
@@ -132,39 +133,46 @@ def ltkd_epochs(
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    learner = TrainState(student, optimizer, torch.amp.GradScaler(loop.device, enabled=loop.precision == "float16"))
+    train_state = TrainState(student, optimizer, torch.amp.GradScaler(loop.device, enabled=loop.precision == "float16"))
     if loop.compiled:
         student.compile()
-    batches = batches_of(
+    batches = make_batches(
         data, batch_size=loop.batch_size, seed=0, device=device, views=loop.views, workers=loop.workers
     )
-    taught_by = build_network(loop.teacher, num_classes, seed=1)
-    with tempfile.TemporaryDirectory() as kept:
+    teacher_network = build_network(loop.teacher, num_classes, seed=1)
+    with tempfile.TemporaryDirectory() as cache_folder:
         teacher = (
-            Teacher(taught_by, execution)
+            Teacher(teacher_network, execution)
             if loop.views is None
             else CachedTeacher(
-                taught_by, execution, Path(kept), drawn_by="seed0", num_images=len(data.train_labels), views=loop.views
+                teacher_network,
+                execution,
+                Path(cache_folder),
+                view_source="seed0",
+                num_images=len(data.train_labels),
+                views=loop.views,
             )
         )
-        yield from train(learner, data, batches, method, recipe, teacher=teacher, execution=execution, on_step=on_step)
+        yield from train(
+            train_state, data, batches, method, recipe, teacher=teacher, execution=execution, on_step=on_step
+        )
 
 
-def _measured_ltkd(loop: Loop) -> Measured:
-    memory = _Memory()
+def _measure_ltkd(loop: Loop) -> Measured:
+    memory = _MemoryPeak()
 
-    def look(progress: Position, num_images: int) -> None:
+    def record_in_first_epoch(progress: Position, num_images: int) -> None:
         if progress.epoch == 0:
-            memory.look()
+            memory.record_memory()
 
-    reports = ltkd_epochs(loop, 3, look)
+    reports = ltkd_epochs(loop, 3, record_in_first_epoch)
     next(reports)
     images_per_s = next(reports).images_per_s
-    return memory.measured(images_per_s)
+    return memory.result(images_per_s)
 
 
-def _measured_plain(loop: Loop) -> Measured:
-    memory = _Memory()
+def _measure_plain(loop: Loop) -> Measured:
+    memory = _MemoryPeak()
     device = torch.device(loop.device)
     dataset, num_classes = _plain_dataset(loop)
     loader = torch_data.DataLoader(
@@ -202,14 +210,14 @@ def _measured_plain(loop: Loop) -> Measured:
             top_1.add(hits[:, 0].float().mean().item(), len(labels))
             top_5.add(hits.any(1).float().mean().item(), len(labels))
             if epoch == 0:
-                memory.look()
+                memory.record_memory()
         images_per_s = losses.count / (time.perf_counter() - begin)
-    return memory.measured(images_per_s)
+    return memory.result(images_per_s)
 
 
 @dataclass
 class _Average:
-    """A running mean, as training scripts keep them."""
+    """A running mean, as training scripts use it."""
 
     total: float = 0.0
     count: int = 0
@@ -219,8 +227,8 @@ class _Average:
         self.count += count
 
 
-class _Pictures(torch_data.Dataset[tuple[Tensor, int]]):
-    """Arrays in memory that are turned into pictures one at a time, as torchvision's CIFAR100 does."""
+class _ImagesInMemory(torch_data.Dataset[tuple[Tensor, int]]):
+    """Arrays in memory, converted to PIL images one at a time, as in torchvision's CIFAR100."""
 
     def __init__(self, loop: Loop, transform: Callable[[Image.Image], Tensor]) -> None:
         self._pixels_NSS3, self._labels_N = noise(loop)
@@ -234,15 +242,18 @@ class _Pictures(torch_data.Dataset[tuple[Tensor, int]]):
 
 
 def _plain_dataset(loop: Loop) -> tuple[torch_data.Dataset[tuple[Tensor, int]], int]:
-    """The images as usual code prepares them, and how many classes they have."""
-    from torchvision import datasets, transforms  # noqa: PLC0415  # the memory of our loop is measured without it
+    """The dataset of the plain loop, and its number of classes."""
+    from torchvision import datasets, transforms  # noqa: PLC0415  # our loop's memory is measured without torchvision
 
-    end = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    last_transforms = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     if loop.tree is None:
-        pictures = _Pictures(loop, transforms.Compose([transforms.RandomCrop(loop.size_px, padding=4), *end]))
-        return pictures, min(NUM_CLASSES, len(pictures))
+        images = _ImagesInMemory(
+            loop, transforms.Compose([transforms.RandomCrop(loop.size_px, padding=4), *last_transforms])
+        )
+        return images, min(NUM_CLASSES, len(images))
     folder = datasets.ImageFolder(
-        str(Path(loop.tree) / "train"), transforms.Compose([transforms.RandomResizedCrop(loop.size_px), *end])
+        str(Path(loop.tree) / "train"),
+        transforms.Compose([transforms.RandomResizedCrop(loop.size_px), *last_transforms]),
     )
     return folder, len(folder.classes)
 
@@ -264,28 +275,28 @@ def _data(loop: Loop) -> Dataset:
     return Dataset(task, pixels_NSS3, labels_N, pixels_NSS3[:1], labels_N[:1], mirror=True)
 
 
-class _Memory:
-    """The most memory that this process and its workers have had."""
+class _MemoryPeak:
+    """The peak memory of this process and its workers."""
 
     def __init__(self) -> None:
         self._workers_kib = 0
 
-    def look(self) -> None:
-        """Note what the workers have now, beside what they share with this process."""
-        whole = sum(_kib(f"/proc/{process}/smaps_rollup", "Pss_Anon", "Pss_Shmem") for process in _processes())
-        self._workers_kib = max(self._workers_kib, whole - _kib("/proc/self/status", "RssAnon", "RssShmem"))
+    def record_memory(self) -> None:
+        """Record the current memory of the workers, without the part that they share with this process."""
+        total_kib = sum(_kib(f"/proc/{process}/smaps_rollup", "Pss_Anon", "Pss_Shmem") for process in _processes())
+        self._workers_kib = max(self._workers_kib, total_kib - _kib("/proc/self/status", "RssAnon", "RssShmem"))
 
-    def measured(self, images_per_s: float) -> Measured:
-        """With the peak of this process, which the system keeps."""
+    def result(self, images_per_s: float) -> Measured:
+        """The result, with the peak memory of this process as the operating system reports it."""
         process_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return Measured(images_per_s, process_kib / 1024, self._workers_kib / 1024)
 
 
 def _processes() -> list[int]:
-    """This process and all that it started, and those that they started."""
+    """This process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process has ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found = [os.getpid()]
     for process in found:
@@ -294,7 +305,7 @@ def _processes() -> list[int]:
 
 
 def _kib(file: str, *names: str) -> int:
-    """The sum of some lines of a file below /proc; 0 if its process has ended."""
+    """The sum of some fields of a file below /proc; 0 if its process has ended."""
     with suppress(OSError):
         fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines() if ":" in line)
         return sum(int(fields[name].split()[0]) for name in names)
@@ -302,4 +313,4 @@ def _kib(file: str, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measured(Loop(**json.loads(sys.argv[1]))))))
+    print(json.dumps(asdict(measure(Loop(**json.loads(sys.argv[1]))))))

@@ -1,10 +1,10 @@
-"""What the service loses when things go wrong around it: every fault of docs/reliability.md, injected and counted.
+"""Injects every fault of docs/reliability.md into the service and counts the requests that are lost.
 
     python -m benchmarks.reliability [--quick] [--soak-seconds 600] [--faults A,B]
 
-Writes docs/benchmarks/reliability.json and the table in docs/reliability.md. Each fault gets a service of its own in
-processes of its own, on one core, with the load on another. Every answer is checked; a request that is not in the table
-as lost was answered, rightly and within the time limit unless the row says otherwise.
+Writes docs/benchmarks/reliability.json and the table in docs/reliability.md. Each fault gets its own service in its own
+processes on one core; the load generator runs on another core. Every response is checked. A request that the table does
+not count as lost was answered correctly, and within the latency limit unless the row has a different guarantee.
 """
 
 import argparse
@@ -17,97 +17,97 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.client_faults import disconnect_storm, malformed, overload, slow, soaked
-from benchmarks.lifecycle_faults import corrupted, drained, killed, reloaded, stalled
-from benchmarks.servers import ROOT, on_core
-from benchmarks.serving import LOAD_CORE, Asked, about_the_run, listed, workloads_made
-from benchmarks.trial import QUICK, Bench, Plan, Row
+from benchmarks.client_faults import disconnect_storm, malformed_images, overload, slow_requests, soak_test
+from benchmarks.fault_test import QUICK, FaultSetup, Plan, Row
+from benchmarks.lifecycle_faults import kill_engine, reload_bundles, reload_corrupted_bundle, shut_down, stall_engine
+from benchmarks.servers import ROOT, pinned_to_core
+from benchmarks.serving import LOAD_CORE, WorkloadInputs, comma_separated, make_workloads, serving_metadata
 
 TABLE, OUT = ROOT / "docs" / "reliability.md", ROOT / "docs" / "benchmarks" / "reliability.json"
 BEGIN, END = "<!-- table of benchmarks/reliability.py: begin -->", "<!-- end -->"
 
-FAULTS: dict[str, Callable[[Bench], Row]] = {
+FAULTS: dict[str, Callable[[FaultSetup], Row]] = {
     "overload-2x": partial(overload, factor=2),
     "overload-10x": partial(overload, factor=10),
     "disconnects": disconnect_storm,
-    "slow-header": partial(slow, stage="header"),
-    "slow-body": partial(slow, stage="body"),
-    "killed": partial(killed, processes=1),
-    "killed-of-two": partial(killed, processes=2),
-    "stalled": stalled,
-    "drain": drained,
-    "reload": reloaded,
-    "corrupted": corrupted,
-    "malformed": malformed,
-    "soak": soaked,
+    "slow-header": partial(slow_requests, stage="header"),
+    "slow-body": partial(slow_requests, stage="body"),
+    "killed": partial(kill_engine, processes=1),
+    "killed-of-two": partial(kill_engine, processes=2),
+    "stalled": stall_engine,
+    "drain": shut_down,
+    "reload": reload_bundles,
+    "corrupted": reload_corrupted_bundle,
+    "malformed": malformed_images,
+    "soak": soak_test,
 }
 IMAGES = {"resnet20": "small images", "photographs": "photographs"}
-ON_ALL_IMAGES = ("overload-2x", "overload-10x")  # the others on the first alone
+ON_ALL_IMAGES = ("overload-2x", "overload-10x")  # the other faults use the first images only
 
 
-def inject(benches: Sequence[Bench], faults: Sequence[str], say: Callable[[str], None]) -> list[Row]:
-    """Every fault in turn, some of them on photographs too."""
+def inject(setups: Sequence[FaultSetup], faults: Sequence[str], report: Callable[[str], None]) -> list[Row]:
+    """Inject every fault in turn, some of them on photographs too."""
     rows = []
     for name in faults:
-        for bench in benches if name in ON_ALL_IMAGES else benches[:1]:
+        for setup in setups if name in ON_ALL_IMAGES else setups[:1]:
             begin = time.monotonic()
-            row = FAULTS[name](bench)
+            row = FAULTS[name](setup)
             rows.append(row)
             verdict = "kept" if row.kept else "NOT KEPT"
-            say(f"{name}, {bench.what}: {verdict}; {row.lost} of {row.requests} lost; {row.seen}; {row.ended}; "
+            report(f"{name}, {setup.what}: {verdict}; {row.lost} of {row.requests} lost; {row.seen}; {row.ended}; "
                 f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for docs/reliability.md."""
-    lines = ["| injected | times | requests | lost | promise | seen | kept |", "|---|---|---|---|---|---|---|"]
+    """The rows as a Markdown table for docs/reliability.md."""
+    lines = ["| fault | times | requests | lost | guarantee | observed | kept |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = (row.fault, f"{row.times:,}", f"{row.requests:,}", f"{row.lost:,}", row.promise, row.seen)
         lines.append(f"| {' | '.join(cells)} | {'yes' if row.kept else '**no**'} |")
     return "\n".join(lines)
 
 
-def put_table(path: Path, text: str) -> None:
-    """Put a table between its markers."""
+def replace_table(path: Path, text: str) -> None:
+    """Replace the table between its markers."""
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"{path} has lost its markers"
+    assert begin and end, f"{path} has no markers for the table"
     path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def bench_of(asked: Asked, what: str, plan: Plan) -> Bench:
-    """The float32 bundle of a workload, which every machine runs alike."""
-    return Bench(asked.folder / "same", asked.images, what, asked.workload.media_type, asked.workload.slo_s, plan)
+def setup_for(inputs: WorkloadInputs, what: str, plan: Plan) -> FaultSetup:
+    """The setup for a workload, with its float32 bundle, which is the same on every machine."""
+    return FaultSetup(
+        inputs.folder / "same", inputs.images, what, inputs.workload.media_type, inputs.workload.slo_s, plan
+    )
 
 
 def main() -> int:
-    """Inject everything and report; the exit code is 1 if a promise was not kept."""
+    """Inject all faults and write the report; the exit code is 1 if a guarantee was not kept."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a little of everything")
-    parser.add_argument("--soak-seconds", type=float, help="600 by default, 3 with --quick")
-    parser.add_argument("--faults", type=listed(FAULTS), default=list(FAULTS), help=", ".join(FAULTS))
+    parser.add_argument("--quick", action="store_true", help="inject every fault only a few times")
+    parser.add_argument("--soak-seconds", type=float, help="duration of the soak test; 600 by default, 3 with --quick")
+    parser.add_argument("--faults", type=comma_separated(FAULTS), default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--write", action="store_true", help="write the files even after --quick or --faults")
-    given = parser.parse_args()
-    plan = QUICK if given.quick else Plan()
-    if given.soak_seconds:
-        plan = replace(plan, soak_s=given.soak_seconds)
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else Plan()
+    if arguments.soak_seconds:
+        plan = replace(plan, soak_s=arguments.soak_seconds)
     with tempfile.TemporaryDirectory() as name:
         print("making images and bundles", flush=True)
-        asked = workloads_made(list(IMAGES), Path(name))
-        with on_core(LOAD_CORE):
-            benches = [bench_of(asked[workload], what, plan) for workload, what in IMAGES.items()]
-            rows = inject(benches, given.faults, say=lambda what: print(what, flush=True))
+        inputs = make_workloads(list(IMAGES), Path(name))
+        with pinned_to_core(LOAD_CORE):
+            setups = [setup_for(inputs[workload], what, plan) for workload, what in IMAGES.items()]
+            rows = inject(setups, arguments.faults, report=lambda message: print(message, flush=True))
     print(table(rows))
-    if given.write or not (given.quick or given.faults != list(FAULTS)):
-        about = about_the_run(" ".join(["python -m benchmarks.reliability", *sys.argv[1:]]), 1, {})
-        content = {**about, "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+    if arguments.write or not (arguments.quick or arguments.faults != list(FAULTS)):
+        metadata = serving_metadata(" ".join(["python -m benchmarks.reliability", *sys.argv[1:]]), 1, {})
+        content = {**metadata, "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
         OUT.parent.mkdir(parents=True, exist_ok=True)
         OUT.write_text(json.dumps(content, indent=2) + "\n")
-        put_table(
-            TABLE,
-            f"`{about['command']}`, commit {about['commit']}, {about['date']}, {about['hardware']}.\n\n{table(rows)}",
-        )
+        origin = f"`{metadata['command']}`, commit {metadata['commit']}, {metadata['date']}, {metadata['hardware']}."
+        replace_table(TABLE, f"{origin}\n\n{table(rows)}")
     return 0 if all(row.kept for row in rows) else 1
 
 

@@ -1,19 +1,20 @@
-"""The service against its ceiling and against its peers: one core for the server, one for the load.
+"""The service compared with its upper limit (the ceiling) and with other servers (the peers).
 
     python -m benchmarks.serving [--quick] [--repeats N] [--workloads A,B] [--peers A,B] [--cache FOLDER]
 
-Writes docs/benchmarks/serving.json, serving.md and serving.png. Every answer of every server is checked.
+Writes docs/benchmarks/serving.json, serving.md and serving.png. The server runs on one core, the load generator on
+another. Every response of every server is checked.
 
-Of each workload (benchmarks/workloads.py) a round measures our service, just before it the ceiling (decode and run in a
-loop, no HTTP: its speed, and how late it is with arrivals at 80 % of that), and each peer (benchmarks/servers.py), one
-after the other; the next round begins with another server. A visit to a server is: start, until the first right answer;
-every image alone; a closed loop with more and more connections, whose *knee* is the fewest that give 97 % of the best
-goodput, and that one again, because the highest of several noisy figures is too high; then Poisson arrivals at 50 to
-200 % of that goodput, for as long as each, with latency from the intended time. Goodput is right answers within the
-workload's time limit.
+For each workload (benchmarks/workloads.py), a round measures our service, each peer (benchmarks/servers.py) and, just
+before our service, the ceiling: a loop that decodes and runs images without HTTP (benchmarks/ceiling.py). Each round
+starts with another server. A server is measured in these steps: start it and wait for the first correct response; send
+every image alone; run closed loops with an increasing number of connections; run the best one, the *knee*, again,
+because the maximum of several noisy values is biased upwards; offer Poisson arrivals at 50 to 200 % of the goodput at
+the knee, all for the same time, with latency from the due times. Goodput is the number of correct responses per second
+within the latency limit of the workload.
 
-Ratios are taken within a round. (a) is the same model file for everybody; (b) is our service as it comes, which takes
-the int8 model where the bundle has one, against the peers as before.
+Ratios are taken within a round. In comparison (a) all servers use the same model file. In comparison (b) our service
+has its default settings, with which it uses the int8 model of a bundle if there is one; the peers are unchanged.
 """
 
 import argparse
@@ -31,38 +32,38 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from benchmarks.circumstances import circumstances
-from benchmarks.load import Question, closed_loop, one_by_one, open_loop, poisson, uniform
+from benchmarks.load import Request, closed_loop, open_loop, poisson, send_one_by_one, uniform
+from benchmarks.run_metadata import run_metadata
 from benchmarks.servers import (
-    OURS,
-    OURS_BY_DEFAULT,
+    LTKD_FP32,
+    LTKD_INT8,
     PEER_SERVERS,
     ROOT,
     NotStartedError,
-    Running,
-    on_core,
-    ours_running,
-    peer_running,
+    RunningServer,
+    pinned_to_core,
+    running_peer,
+    running_service,
 )
 from benchmarks.serving_report import write_report
-from benchmarks.shapes import WORKLOADS, Workload
+from benchmarks.workload_specs import WORKLOADS, Workload
 from ltkd.contract.image_decoding import decode_image
 
 OUT = ROOT / "docs" / "benchmarks"
 SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
 SERVER_CORE, LOAD_CORE = 0, 1
-FP32, INT8 = "same/model.onnx", "default/model.int8.onnx"
+FP32_FILE, INT8_FILE = "same/model.onnx", "default/model.int8.onnx"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything is done in one visit.
+    """The durations of one measurement of a server.
 
     Attributes:
-        connections: Of the closed loops.
-        closed_s: Each of them.
-        open_s: Each offered load.
-        ceiling_s: Each batch size of the ceiling.
+        connections: Numbers of connections of the closed loops.
+        closed_s: Seconds per closed loop.
+        open_s: Seconds per offered load.
+        ceiling_s: Seconds per batch size of the ceiling.
     """
 
     connections: tuple[int, ...]
@@ -71,7 +72,7 @@ class Plan:
     ceiling_s: float
 
 
-# the slowest answers some 20 requests a second: what is done with it takes longer and needs fewer clients at a time
+# photographs: some 20 requests per second, so the measurements take longer and need fewer connections
 PLANS = {
     "resnet8": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
     "resnet20": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
@@ -81,18 +82,18 @@ QUICK = Plan((1, 4), closed_s=0.3, open_s=0.3, ceiling_s=0.05)
 
 
 @dataclass(frozen=True)
-class Offered:
-    """What came of one offered load.
+class OfferedLoad:
+    """The result of one offered load.
 
     Attributes:
-        share: Of the goodput at the knee.
-        arrivals: ``poisson``, or ``even`` at equal distances.
-        rate: Requests a second.
-        goodput: Right answers a second within the time limit.
-        p50_ms: Of the answers with 200, from the intended time.
-        p99_ms: Likewise.
-        ended: How requests ended.
-        wrong: Answers with 200 that were not right.
+        share: The load as a share of the goodput at the knee.
+        arrivals: ``poisson``, or ``even`` for equal intervals.
+        rate: Requests per second.
+        goodput: Correct responses per second within the latency limit.
+        p50_ms: Median latency of the responses with status 200, from the due time.
+        p99_ms: The 99th percentile of the same latency.
+        ended: Number of requests by status.
+        wrong: Incorrect responses with status 200.
     """
 
     share: float
@@ -106,20 +107,20 @@ class Offered:
 
 
 @dataclass(frozen=True)
-class Visit:
-    """Everything that was seen of one server in one round.
+class ServerResult:
+    """The measurements of one server in one round.
 
     Attributes:
-        ready_s: From the start of its process to its first right answer.
-        resident_mib: Of all its processes after the closed loops; pages that they share count in each.
-        proportional_mib: The same with shared pages counted once.
-        alone_p50_ms: Latency when nobody else asks.
+        ready_s: Seconds from the start of its process to its first correct response.
+        resident_mib: Memory of all its processes after the closed loops; shared pages are counted in each process.
+        proportional_mib: The same memory with shared pages counted once.
+        alone_p50_ms: Median latency with one connection.
         closed: Goodput by number of connections.
-        knee_connections: The fewest that give 97 % of the best goodput.
-        knee: Goodput there, measured afresh.
-        processor_ms: Processor time of all its processes for one answer, there.
-        offered: What came of each offered load.
-        wrong: Wrong answers, all in all.
+        knee_connections: The number of connections with the best goodput.
+        knee: Goodput with that number, measured again.
+        cpu_ms: Processor time of all its processes per response, at the knee.
+        offered: Result of each offered load.
+        wrong: Total number of incorrect responses.
     """
 
     ready_s: float
@@ -129,20 +130,20 @@ class Visit:
     closed: dict[int, float]
     knee_connections: int
     knee: float
-    processor_ms: float
-    offered: list[Offered]
+    cpu_ms: float
+    offered: list[OfferedLoad]
     wrong: int
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a loop without HTTP can do.
+    """The speed of a loop without HTTP.
 
     Attributes:
-        images_per_s: By batch size.
-        best: Of the best batch size, measured afresh.
-        p99_over_alone: At 80 % of the best of them, by kind of arrivals, over what an image takes alone: what queueing
-            costs anybody on this machine.
+        images_per_s: Images per second by batch size.
+        best: Images per second of the best batch size, measured again.
+        p99_over_alone: By kind of arrivals, the p99 at 80 % of ``best`` over the time for a single image: the cost of
+            queueing that no service on this machine can avoid.
     """
 
     images_per_s: dict[int, float]
@@ -151,29 +152,30 @@ class Ceiling:
 
 
 @dataclass
-class Found:
+class WorkloadResults:
     """All rounds of one workload.
 
     Attributes:
-        ceilings: Of each round, fp32.
-        int8_ceilings: The same of the int8 model.
-        visits: Of each server one a round.
-        missing: Servers that could not take part, and why.
+        ceilings: The fp32 ceiling of each round.
+        int8_ceilings: The int8 ceiling of each round.
+        server_results: For each server, one result per round.
+        missing: Servers that could not take part, with the reason.
     """
 
     ceilings: list[Ceiling] = field(default_factory=list)
     int8_ceilings: list[Ceiling] = field(default_factory=list)
-    visits: dict[str, list[Visit]] = field(default_factory=dict)
+    server_results: dict[str, list[ServerResult]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Asked:
+class WorkloadInputs:
     """A workload with its images.
 
     Attributes:
-        folder: What benchmarks/workloads.py made of it.
-        images: Encoded.
+        workload: The workload.
+        folder: The folder that benchmarks/workloads.py wrote.
+        images: Encoded images.
     """
 
     workload: Workload
@@ -181,37 +183,37 @@ class Asked:
     images: list[bytes]
 
     def classes(self, model: str) -> list[int]:
-        """The right class of each image, by the model in this process, one image at a time."""
+        """The correct class of each image: the prediction of the model in this process, one image at a time."""
         session = ort.InferenceSession(self.folder / model, providers=["CPUExecutionProvider"])
         pixels = [decode_image(image, self.workload.input_px).pixels_SS3 for image in self.images]
         return [int(session.run(["logits"], {"image": image_SS3[None]})[0].argmax()) for image_SS3 in pixels]
 
 
-def visit(running: Running, asked: Asked, classes: Sequence[int], plan: Plan) -> Visit:
+def measure_server(running: RunningServer, inputs: WorkloadInputs, classes: Sequence[int], plan: Plan) -> ServerResult:
     """Measure a server that has just started.
 
     Raises:
-        NotStartedError: Asked alone it does not give the right classes.
+        NotStartedError: It predicts other classes than expected for images sent alone.
     """
-    questions = right_questions(running, asked, classes)
-    slo_s = asked.workload.slo_s
+    requests = checked_requests(running, inputs, classes)
+    slo_s = inputs.workload.slo_s
     loops = {
-        connections: closed_loop(running.address, questions, connections=connections, seconds=plan.closed_s)
+        connections: closed_loop(running.address, requests, connections=connections, seconds=plan.closed_s)
         for connections in plan.connections
     }
     closed = {connections: loop.goodput(slo_s) for connections, loop in loops.items()}
-    knee_connections = knee_of(closed)
+    knee_connections = find_knee(closed)
     resident_mib, proportional_mib = running.resident_mib(), running.proportional_mib()
-    begin, before_s = time.perf_counter(), running.processor_s()
-    at_knee = closed_loop(running.address, questions, connections=knee_connections, seconds=2 * plan.closed_s)
-    share = at_knee.seconds / (time.perf_counter() - begin)
-    processor_ms = 1000 * (running.processor_s() - before_s) * share / max(1, len(at_knee.outcomes))
+    begin, before_s = time.perf_counter(), running.cpu_s()
+    at_knee = closed_loop(running.address, requests, connections=knee_connections, seconds=2 * plan.closed_s)
+    counted_share = at_knee.seconds / (time.perf_counter() - begin)
+    cpu_ms = 1000 * (running.cpu_s() - before_s) * counted_share / max(1, len(at_knee.outcomes))
     knee = at_knee.goodput(slo_s)
     offered = [
-        offer(running, questions, plan, share, knee, arrivals, slo_s)
+        measure_offered_load(running, requests, plan, share, knee, arrivals, slo_s)
         for share, arrivals in [(0.8, "even"), *((share, "poisson") for share in SHARES)]
     ]
-    return Visit(
+    return ServerResult(
         ready_s=running.ready_s,
         resident_mib=resident_mib,
         proportional_mib=proportional_mib,
@@ -219,43 +221,50 @@ def visit(running: Running, asked: Asked, classes: Sequence[int], plan: Plan) ->
         closed=closed,
         knee_connections=knee_connections,
         knee=knee,
-        processor_ms=processor_ms,
+        cpu_ms=cpu_ms,
         offered=offered,
         wrong=sum(loop.wrong for loop in (*loops.values(), at_knee)) + sum(point.wrong for point in offered),
     )
 
 
-def right_questions(running: Running, asked: Asked, classes: Sequence[int]) -> list[Question]:
-    """Ask every image alone: the class must be the right one, and from now on the answer must stay what it is.
+def checked_requests(running: RunningServer, inputs: WorkloadInputs, classes: Sequence[int]) -> list[Request]:
+    """Send every image alone and check its class; later responses must agree with these predictions.
 
     Raises:
-        NotStartedError: It is another class, or no answer.
+        NotStartedError: A class is incorrect or a response is missing.
     """
-    seen = running.asked_alone(asked.images, asked.workload.media_type)
-    if [named.class_index for named in seen] != list(classes):
-        raise NotStartedError(f"it answered {len(seen)} of {len(classes)} images alone, and not all of them rightly")
+    predictions = running.predict_one_by_one(inputs.images, inputs.workload.media_type)
+    if [prediction.class_index for prediction in predictions] != list(classes):
+        raise NotStartedError(
+            f"it answered {len(predictions)} of {len(classes)} images sent alone, and not all of them correctly"
+        )
     return [
-        running.question(image, asked.workload.media_type, named)
-        for image, named in zip(asked.images, seen, strict=True)
+        running.request(image, inputs.workload.media_type, prediction)
+        for image, prediction in zip(inputs.images, predictions, strict=True)
     ]
 
 
-def knee_of(closed: dict[int, float]) -> int:
-    """The connections that give most, chosen as the ceiling's batch size is."""
+def find_knee(closed: dict[int, float]) -> int:
+    """The number of connections with the best goodput, selected like the batch size of the ceiling."""
     return max(sorted(closed), key=closed.__getitem__)
 
 
-def offer(
-    running: Running, questions: Sequence[Question], plan: Plan, share: float, knee: float, arrivals: str, slo_s: float
-) -> Offered:
-    """Offer a share of the knee for a while."""
+def measure_offered_load(
+    running: RunningServer,
+    requests: Sequence[Request],
+    plan: Plan,
+    share: float,
+    knee: float,
+    arrivals: str,
+    slo_s: float,
+) -> OfferedLoad:
+    """Offer a share of the goodput at the knee for some seconds."""
     rate = max(share * knee, 1 / plan.open_s)
     due_s = uniform(rate, plan.open_s) if arrivals == "even" else poisson(rate, plan.open_s, seed=round(100 * share))
-    result = open_loop(running.address, questions, due_s, patience_s=slo_s)
-    one_by_one(
-        running.address, questions[:1], limit_s=10.0
-    )  # answered once the queue is empty: the next load begins so
-    return Offered(
+    result = open_loop(running.address, requests, due_s, timeout_s=slo_s)
+    # this request is answered when the queue is empty, so the next load starts with an empty queue
+    send_one_by_one(running.address, requests[:1], limit_s=10.0)
+    return OfferedLoad(
         share=share,
         arrivals=arrivals,
         rate=len(due_s) / plan.open_s,
@@ -267,86 +276,89 @@ def offer(
     )
 
 
-def ceiling(asked: Asked, model: str, plan: Plan) -> Ceiling:
+def measure_ceiling(inputs: WorkloadInputs, model: str, plan: Plan) -> Ceiling:
     """What can be done in a process of its own on the server's core."""
-    words = [str(asked.folder / model), str(asked.workload.input_px), str(plan.ceiling_s)]
-    images = [str(path) for path in sorted((asked.folder / "images").iterdir())]
-    with on_core(SERVER_CORE):
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.ceiling", *words, *images],
+    arguments = [str(inputs.folder / model), str(inputs.workload.input_px), str(plan.ceiling_s)]
+    images = [str(path) for path in sorted((inputs.folder / "images").iterdir())]
+    with pinned_to_core(SERVER_CORE):
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.ceiling", *arguments, *images],
             cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-    found = json.loads(done.stdout)
-    images_per_s = {int(size): speed for size, speed in found["images_per_s"].items()}
-    return Ceiling(images_per_s, found["best"], found["p99_over_alone"])
+    measured = json.loads(process.stdout)
+    images_per_s = {int(size): speed for size, speed in measured["images_per_s"].items()}
+    return Ceiling(images_per_s, measured["best"], measured["p99_over_alone"])
 
 
-def servers(
-    asked: Asked, peers: Sequence[str], cache: Path
-) -> dict[str, Callable[[], AbstractContextManager[Running]]]:
+def server_starters(
+    inputs: WorkloadInputs, peers: Sequence[str], cache: Path
+) -> dict[str, Callable[[], AbstractContextManager[RunningServer]]]:
     """How each server is started."""
-    first, media_type = asked.images[0], asked.workload.media_type
-    found: dict[str, Callable[[], AbstractContextManager[Running]]] = {
-        OURS: lambda: ours_running(asked.folder / "same", first, media_type),
-        OURS_BY_DEFAULT: lambda: ours_running(asked.folder / "default", first, media_type),
+    first, media_type = inputs.images[0], inputs.workload.media_type
+    starters: dict[str, Callable[[], AbstractContextManager[RunningServer]]] = {
+        LTKD_FP32: lambda: running_service(inputs.folder / "same", first, media_type),
+        LTKD_INT8: lambda: running_service(inputs.folder / "default", first, media_type),
     }
     for name in peers:
-        found[name] = lambda peer=PEER_SERVERS[name]: peer_running(  # type: ignore[misc]
-            peer, cache, asked.folder / "same", asked.workload, first
+        starters[name] = lambda peer=PEER_SERVERS[name]: running_peer(  # type: ignore[misc]
+            peer, cache, inputs.folder / "same", inputs.workload, first
         )
-    return found
+    return starters
 
 
 def measure(
-    asked: dict[str, Asked], plans: dict[str, Plan], repeats: int, peers: Sequence[str], cache: Path,
-    say: Callable[[str], None],
-) -> dict[str, Found]:  # fmt: skip
-    """All rounds of all workloads."""
-    found = {name: Found() for name in asked}
-    classes = {name: {model: each.classes(model) for model in (FP32, INT8)} for name, each in asked.items()}
+    inputs: dict[str, WorkloadInputs], plans: dict[str, Plan], repeats: int, peers: Sequence[str], cache: Path,
+    report: Callable[[str], None],
+) -> dict[str, WorkloadResults]:  # fmt: skip
+    """Measure all rounds of all workloads."""
+    results = {name: WorkloadResults() for name in inputs}
+    classes = {
+        name: {model: workload_inputs.classes(model) for model in (FP32_FILE, INT8_FILE)}
+        for name, workload_inputs in inputs.items()
+    }
     for repeat in range(repeats):
-        for name, each in asked.items():
-            here, plan = found[name], plans[name]
-            ceilings = {OURS: here.ceilings, OURS_BY_DEFAULT: here.int8_ceilings}
-            starts = list(servers(each, peers, cache).items())
-            shift = repeat % len(starts)
-            for server, start in starts[shift:] + starts[:shift]:
-                if server in here.missing:
+        for name, workload_inputs in inputs.items():
+            workload_results, plan = results[name], plans[name]
+            ceilings = {LTKD_FP32: workload_results.ceilings, LTKD_INT8: workload_results.int8_ceilings}
+            starters = list(server_starters(workload_inputs, peers, cache).items())
+            shift = repeat % len(starters)
+            for server, start_server in starters[shift:] + starters[:shift]:
+                if server in workload_results.missing:
                     continue
-                model = INT8 if server == OURS_BY_DEFAULT else FP32
-                if server in ceilings:  # just before, so that both see the same machine
-                    ceilings[server].append(ceiling(each, model, plan))
+                model = INT8_FILE if server == LTKD_INT8 else FP32_FILE
+                if server in ceilings:  # measured just before, under the same conditions
+                    ceilings[server].append(measure_ceiling(workload_inputs, model, plan))
                 try:
-                    with start() as running:
-                        seen = visit(running, each, classes[name][model], plan)
+                    with start_server() as running:
+                        result = measure_server(running, workload_inputs, classes[name][model], plan)
                 except NotStartedError as reason:
-                    here.missing[server] = str(reason)
-                    say(f"{name}, {server}: left out, {reason}")
+                    workload_results.missing[server] = str(reason)
+                    report(f"{name}, {server}: left out, {reason}")
                     continue
-                here.visits.setdefault(server, []).append(seen)
-                say(
-                    f"{name}, {server}, round {repeat + 1} of {repeats}: {seen.knee:.0f}/s at {seen.knee_connections} "
-                    f"connections, ready in {seen.ready_s:.1f} s"
+                workload_results.server_results.setdefault(server, []).append(result)
+                report(
+                    f"{name}, {server}, round {repeat + 1} of {repeats}: {result.knee:.0f}/s at "
+                    f"{result.knee_connections} connections, ready in {result.ready_s:.1f} s"
                 )
-    return found
+    return results
 
 
-def workloads_made(names: Sequence[str], folder: Path) -> dict[str, Asked]:
-    """The images and bundles, made by a process of its own: what it imports would stay in this one."""
+def make_workloads(names: Sequence[str], folder: Path) -> dict[str, WorkloadInputs]:
+    """Make the images and bundles in a separate process, so that its imports do not stay in this one."""
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.workloads", str(folder), *names], cwd=ROOT, check=True
     )
-    asked = {}
+    inputs = {}
     for name in names:
         images = [path.read_bytes() for path in sorted((folder / name / "images").iterdir())]
-        asked[name] = Asked(WORKLOADS[name], folder / name, images)
-    return asked
+        inputs[name] = WorkloadInputs(WORKLOADS[name], folder / name, images)
+    return inputs
 
 
-def about_the_run(command: str, repeats: int, plans: dict[str, Plan]) -> dict[str, object]:
-    """What a reader must know of the run."""
+def serving_metadata(command: str, repeats: int, plans: dict[str, Plan]) -> dict[str, object]:
+    """The metadata of the record: command, versions, peers and durations."""
     return {
-        **circumstances(command, ("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "uvloop", "httptools")),
+        **run_metadata(command, ("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "uvloop", "httptools")),
         "peers": {name: f"{peer.package} {peer.version}" for name, peer in PEER_SERVERS.items()},
         "repeats": repeats,
         "plans": {name: dataclasses.asdict(plan) for name, plan in plans.items()},
@@ -354,30 +366,36 @@ def about_the_run(command: str, repeats: int, plans: dict[str, Plan]) -> dict[st
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="everything once, at sizes that measure nothing")
-    parser.add_argument("--repeats", type=int, help="rounds; 5 by default, 1 with --quick")
-    parser.add_argument("--workloads", type=listed(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
-    parser.add_argument("--peers", type=listed(PEER_SERVERS), default=list(PEER_SERVERS), help=", ".join(PEER_SERVERS))
-    parser.add_argument("--cache", type=Path, help="where the peers are installed; a temporary folder by default")
-    parser.add_argument("--out", type=Path, default=OUT, help="a folder; --quick writes only where it is given")
-    given = parser.parse_args()
-    repeats = given.repeats or (1 if given.quick else 5)
-    plans = {name: QUICK if given.quick else PLANS[name] for name in given.workloads}
+    parser.add_argument("--quick", action="store_true", help="run everything once, too briefly for meaningful values")
+    parser.add_argument("--repeats", type=int, help="number of rounds; 5 by default, 1 with --quick")
+    parser.add_argument(
+        "--workloads", type=comma_separated(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS)
+    )
+    parser.add_argument(
+        "--peers", type=comma_separated(PEER_SERVERS), default=list(PEER_SERVERS), help=", ".join(PEER_SERVERS)
+    )
+    parser.add_argument("--cache", type=Path, help="folder for the peers' environments; temporary by default")
+    parser.add_argument("--out", type=Path, default=OUT, help="output folder; --quick writes only if it is given")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats or (1 if arguments.quick else 5)
+    plans = {name: QUICK if arguments.quick else PLANS[name] for name in arguments.workloads}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cache = (given.cache or folder / "peers").resolve()
+        cache = (arguments.cache or folder / "peers").resolve()
         print("making images and bundles", flush=True)
-        asked = workloads_made(given.workloads, folder / "workloads")
-        stack.enter_context(on_core(LOAD_CORE))
-        found = measure(asked, plans, repeats, given.peers, cache, say=lambda what: print(what, flush=True))
-    about = about_the_run(" ".join(["python -m benchmarks.serving", *flags(given)]), repeats, plans)
-    write_report(found, about, None if given.quick and given.out == OUT else given.out)
+        inputs = make_workloads(arguments.workloads, folder / "workloads")
+        stack.enter_context(pinned_to_core(LOAD_CORE))
+        results = measure(
+            inputs, plans, repeats, arguments.peers, cache, report=lambda message: print(message, flush=True)
+        )
+    metadata = serving_metadata(" ".join(["python -m benchmarks.serving", *command_flags(arguments)]), repeats, plans)
+    write_report(results, metadata, None if arguments.quick and arguments.out == OUT else arguments.out)
 
 
-def listed(known: Mapping[str, object]) -> Callable[[str], list[str]]:
-    """Reads names with commas between them."""
+def comma_separated(known: Mapping[str, object]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names for argparse."""
 
     def read(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -388,16 +406,16 @@ def listed(known: Mapping[str, object]) -> Callable[[str], list[str]]:
     return read
 
 
-def flags(given: argparse.Namespace) -> Iterator[str]:
-    """What was asked for, without the folders of this machine."""
-    if given.quick:
+def command_flags(arguments: argparse.Namespace) -> Iterator[str]:
+    """The given options, without the folders of this machine."""
+    if arguments.quick:
         yield "--quick"
-    if given.repeats:
-        yield f"--repeats {given.repeats}"
-    if given.workloads != list(WORKLOADS):
-        yield f"--workloads {','.join(given.workloads)}"
-    if given.peers != list(PEER_SERVERS):
-        yield f"--peers '{','.join(given.peers)}'"
+    if arguments.repeats:
+        yield f"--repeats {arguments.repeats}"
+    if arguments.workloads != list(WORKLOADS):
+        yield f"--workloads {','.join(arguments.workloads)}"
+    if arguments.peers != list(PEER_SERVERS):
+        yield f"--peers '{','.join(arguments.peers)}'"
 
 
 if __name__ == "__main__":

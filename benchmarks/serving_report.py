@@ -1,6 +1,6 @@
-"""What benchmarks/serving.py found, as JSON, as a Markdown table and as a plot.
+"""The report of benchmarks/serving.py: serving.json, a Markdown table and a plot.
 
-A median of rounds never comes without its lowest and highest; a ratio is taken between neighbours of one round.
+Every median over rounds has its lowest and highest value. Ratios are taken within a round.
 """
 
 import json
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from benchmarks.servers import OURS, OURS_BY_DEFAULT
+from benchmarks.servers import LTKD_FP32, LTKD_INT8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from benchmarks.serving import Ceiling, Found, Offered, Visit
+    from benchmarks.serving import Ceiling, OfferedLoad, ServerResult, WorkloadResults
 
 SHARE_OF_CEILING = {"resnet8": 0.75, "resnet20": 0.95, "photographs": 0.95}
-PYTHON_FRONTS = ("FastAPI handler", "LitServe", "BentoML", "Ray Serve")
+PYTHON_SERVERS = ("FastAPI handler", "LitServe", "BentoML", "Ray Serve")
 ARRIVALS = ("even", "poisson")
 P99_OVER_ALONE, READY_S, RESIDENT_MIB = 3.0, 2.0, 300.0
 COLOURS = {
-    OURS: "#0b6e4f",
-    OURS_BY_DEFAULT: "#57b894",
+    LTKD_FP32: "#0b6e4f",
+    LTKD_INT8: "#57b894",
     "mosec": "#d1495b",
     "FastAPI handler": "#30638e",
     "LitServe": "#8d6bb8",
@@ -33,23 +33,23 @@ COLOURS = {
 }
 
 
-Figure = Literal["rate", "goodput", "p50_ms", "p99_ms"]
+Metric = Literal["rate", "goodput", "p50_ms", "p99_ms"]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One value a round."""
+    """One value per round."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Of the rounds in which there was a value."""
+        """The median of the rounds that have a value."""
         known = [value for value in self.values if not math.isnan(value)]
         return statistics.median(known) if known else math.nan
 
     def as_record(self) -> dict[str, object]:
-        """Its form in the JSON, where there is no NaN."""
+        """The values for the JSON file, with null for NaN."""
         rounded = [None if math.isnan(value) else round(value, 4) for value in self.values]
         known = [value for value in rounded if value is not None]
         if not known:
@@ -57,8 +57,8 @@ class Spread:
         middle = round(statistics.median(known), 4)
         return {"median": middle, "lowest": min(known), "highest": max(known), "values": rounded}
 
-    def shown(self, digits: int = 0) -> str:
-        """Median, lowest to highest."""
+    def formatted(self, digits: int = 0) -> str:
+        """The values as text: median (lowest to highest)."""
         known = [value for value in self.values if not math.isnan(value)]
         if not known:
             return "-"
@@ -69,13 +69,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, and whether this run kept it.
+    """One target of the service, and whether this run reached it.
 
     Attributes:
-        what: The promise in words.
-        seen: One value a round.
-        limit: What the median is held against.
-        at_least: Whether the limit is a lower one.
+        what: The target in words.
+        seen: One value per round.
+        limit: The median is compared with it.
+        at_least: Whether the limit is a lower limit; otherwise it is an upper limit.
     """
 
     what: str
@@ -85,131 +85,146 @@ class Check:
 
     @property
     def kept(self) -> bool:
-        """A value that is missing keeps nothing."""
+        """Whether the median is within the limit; false if the value is missing."""
         return self.seen.median >= self.limit if self.at_least else self.seen.median <= self.limit
 
 
-def over_rounds(visits: Sequence["Visit"], value: Callable[["Visit"], float]) -> Spread:
-    """One value of every visit."""
-    return Spread(tuple(value(visit) for visit in visits))
+def over_rounds(server_results: Sequence["ServerResult"], value: Callable[["ServerResult"], float]) -> Spread:
+    """One value per round."""
+    return Spread(tuple(value(result) for result in server_results))
 
 
-def best_of(ceilings: Sequence["Ceiling"]) -> Spread:
+def best_ceilings(ceilings: Sequence["Ceiling"]) -> Spread:
     """The ceiling of each round, with its best batch size."""
     return Spread(tuple(ceiling.best for ceiling in ceilings))
 
 
-def lateness_of(ceilings: Sequence["Ceiling"], arrivals: str) -> Spread:
-    """The p99 at 80 % over what an image takes alone, where there is no HTTP."""
+def ceiling_p99_ratios(ceilings: Sequence["Ceiling"], arrivals: str) -> Spread:
+    """The p99 at 80 % of the ceiling over the time for a single image, without HTTP."""
     return Spread(tuple(ceiling.p99_over_alone[arrivals] for ceiling in ceilings))
 
 
-def ratios(over: Spread, under: Spread) -> Spread:
-    """Of each round, where both were measured in all of them."""
-    return Spread(tuple(a / b if b else math.nan for a, b in zip(over.values, under.values, strict=False)))
+def ratios(numerators: Spread, denominators: Spread) -> Spread:
+    """The ratio in each round that has both values."""
+    pairs = zip(numerators.values, denominators.values, strict=False)
+    return Spread(tuple(a / b if b else math.nan for a, b in pairs))
 
 
-def knees(found: "Found", server: str) -> Spread:
-    """Goodput at the knee."""
-    return over_rounds(found.visits.get(server, []), lambda visit: visit.knee)
+def knees(results: "WorkloadResults", server: str) -> Spread:
+    """The goodput at the knee."""
+    return over_rounds(results.server_results.get(server, []), lambda result: result.knee)
 
 
-def point(visit: "Visit", share: float, arrivals: str = "poisson") -> "Offered":
-    """What came of one of the offered loads."""
-    return next(one for one in visit.offered if (one.share, one.arrivals) == (share, arrivals))
+def load_at_share(result: "ServerResult", share: float, arrivals: str = "poisson") -> "OfferedLoad":
+    """The result of one of the offered loads."""
+    return next(load for load in result.offered if (load.share, load.arrivals) == (share, arrivals))
 
 
-def offered(visits: Sequence["Visit"], like: "Offered", figure: Figure) -> Spread:
-    """A figure of one of the offered loads over the rounds."""
-    return over_rounds(visits, lambda visit: getattr(point(visit, like.share, like.arrivals), figure))
+def over_rounds_of_load(server_results: Sequence["ServerResult"], load: "OfferedLoad", metric: Metric) -> Spread:
+    """A metric of one of the offered loads, per round."""
+    return over_rounds(server_results, lambda result: getattr(load_at_share(result, load.share, load.arrivals), metric))
 
 
-def checks(name: str, found: "Found") -> list[Check]:
-    """What the service promises for a workload."""
-    ours, ceiling = knees(found, OURS), best_of(found.ceilings)
-    visits = found.visits.get(OURS, [])
-    promised = [
+def checks(name: str, results: "WorkloadResults") -> list[Check]:
+    """The targets of the service for a workload, with the observed values."""
+    ours, ceiling = knees(results, LTKD_FP32), best_ceilings(results.ceilings)
+    server_results = results.server_results.get(LTKD_FP32, [])
+    found_checks = [
         Check("goodput at the knee over the ceiling", ratios(ours, ceiling), SHARE_OF_CEILING[name], at_least=True),
         *(
-            Check(f"(a) same model: over {peer}", ratios(ours, knees(found, peer)), 1.0, at_least=True)
-            for peer in PYTHON_FRONTS
-            if peer in found.visits
+            Check(f"(a) same model: over {peer}", ratios(ours, knees(results, peer)), 1.0, at_least=True)
+            for peer in PYTHON_SERVERS
+            if peer in results.server_results
         ),
         *(
             Check(
                 f"(b) by default: over {peer}",
-                ratios(knees(found, OURS_BY_DEFAULT), knees(found, peer)),
+                ratios(knees(results, LTKD_INT8), knees(results, peer)),
                 1.0,
                 at_least=True,
             )
-            for peer in found.visits
-            if peer not in (OURS, OURS_BY_DEFAULT)
+            for peer in results.server_results
+            if peer not in (LTKD_FP32, LTKD_INT8)
         ),
     ]
     for arrivals in ARRIVALS:
-        late = over_rounds(visits, lambda visit, how=arrivals: point(visit, 0.8, how).p99_ms / visit.alone_p50_ms)  # type: ignore[misc]
+        p99_ratios = over_rounds(
+            server_results,
+            lambda result, how=arrivals: load_at_share(result, 0.8, how).p99_ms / result.alone_p50_ms,  # type: ignore[misc]
+        )
         what = f"p99 at 80 % of the knee ({arrivals} arrivals) over p50 alone"
-        promised.append(Check(what, late, P99_OVER_ALONE, at_least=False))
-    promised.append(
-        Check("seconds to the first answer", over_rounds(visits, lambda one: one.ready_s), READY_S, at_least=False)
+        found_checks.append(Check(what, p99_ratios, P99_OVER_ALONE, at_least=False))
+    found_checks.append(
+        Check(
+            "seconds to the first answer",
+            over_rounds(server_results, lambda result: result.ready_s),
+            READY_S,
+            at_least=False,
+        )
     )
-    resident = over_rounds(visits, lambda one: one.resident_mib)
-    promised.append(Check("resident MiB of all processes", resident, RESIDENT_MIB, at_least=False))
-    wrong = [sum(one.wrong for one in each) for each in found.visits.values()]
-    promised.append(Check("wrong answers of all servers", Spread((float(sum(wrong)),)), 0.0, at_least=False))
-    return promised
+    resident = over_rounds(server_results, lambda result: result.resident_mib)
+    found_checks.append(Check("resident MiB of all processes", resident, RESIDENT_MIB, at_least=False))
+    wrong = sum(result.wrong for rounds in results.server_results.values() for result in rounds)
+    found_checks.append(Check("wrong answers of all servers", Spread((float(wrong),)), 0.0, at_least=False))
+    return found_checks
 
 
-def server_record(server: str, found: "Found") -> dict[str, object]:
-    """Everything about one server in one workload."""
-    visits = found.visits[server]
-    facts: dict[str, Callable[[Visit], float]] = {
-        "goodput_at_the_knee": lambda one: one.knee,
-        "knee_connections": lambda one: one.knee_connections,
-        "processor_ms_per_answer": lambda one: one.processor_ms,
-        "alone_p50_ms": lambda one: one.alone_p50_ms,
-        "ready_s": lambda one: one.ready_s,
-        "resident_mib": lambda one: one.resident_mib,
-        "proportional_mib": lambda one: one.proportional_mib,
-        "wrong": lambda one: one.wrong,
+def server_record(server: str, results: "WorkloadResults") -> dict[str, object]:
+    """The values of one server in one workload, for the JSON file."""
+    server_results = results.server_results[server]
+    facts: dict[str, Callable[[ServerResult], float]] = {
+        "goodput_at_the_knee": lambda result: result.knee,
+        "knee_connections": lambda result: result.knee_connections,
+        "processor_ms_per_answer": lambda result: result.cpu_ms,
+        "alone_p50_ms": lambda result: result.alone_p50_ms,
+        "ready_s": lambda result: result.ready_s,
+        "resident_mib": lambda result: result.resident_mib,
+        "proportional_mib": lambda result: result.proportional_mib,
+        "wrong": lambda result: result.wrong,
     }
-    ceilings = found.int8_ceilings if server == OURS_BY_DEFAULT else found.ceilings
+    ceilings = results.int8_ceilings if server == LTKD_INT8 else results.ceilings
     return {
-        **{name: over_rounds(visits, value).as_record() for name, value in facts.items()},
-        "share_of_its_ceiling": ratios(knees(found, server), best_of(ceilings)).as_record(),
+        **{name: over_rounds(server_results, value).as_record() for name, value in facts.items()},
+        "share_of_its_ceiling": ratios(knees(results, server), best_ceilings(ceilings)).as_record(),
         "closed_loop_goodput": {
-            connections: over_rounds(visits, lambda one, c=connections: one.closed[c]).as_record()  # type: ignore[misc]
-            for connections in visits[0].closed
+            connections: over_rounds(
+                server_results,
+                lambda result, c=connections: result.closed[c],  # type: ignore[misc]
+            ).as_record()
+            for connections in server_results[0].closed
         },
         "offered": [
             {
-                "share_of_the_knee": one.share,
-                "arrivals": one.arrivals,
-                "rate": offered(visits, one, "rate").as_record(),
-                "goodput": offered(visits, one, "goodput").as_record(),
-                "p50_ms": offered(visits, one, "p50_ms").as_record(),
-                "p99_ms": offered(visits, one, "p99_ms").as_record(),
-                "ended": [point(visit, one.share, one.arrivals).ended for visit in visits],
+                "share_of_the_knee": load.share,
+                "arrivals": load.arrivals,
+                "rate": over_rounds_of_load(server_results, load, "rate").as_record(),
+                "goodput": over_rounds_of_load(server_results, load, "goodput").as_record(),
+                "p50_ms": over_rounds_of_load(server_results, load, "p50_ms").as_record(),
+                "p99_ms": over_rounds_of_load(server_results, load, "p99_ms").as_record(),
+                "ended": [load_at_share(result, load.share, load.arrivals).ended for result in server_results],
             }
-            for one in visits[0].offered
+            for load in server_results[0].offered
         ],
     }
 
 
-def content(found: Mapping[str, "Found"], about: Mapping[str, object]) -> dict[str, object]:
-    """What is written as JSON."""
+def content(results: Mapping[str, "WorkloadResults"], metadata: Mapping[str, object]) -> dict[str, object]:
+    """The content of the JSON file."""
     return {
-        **about,
+        **metadata,
         "workloads": {
             name: {
-                "ceiling": best_of(each.ceilings).as_record(),
-                "int8_ceiling": best_of(each.int8_ceilings).as_record(),
-                "ceilings_by_batch": [ceiling.images_per_s for ceiling in each.ceilings],
+                "ceiling": best_ceilings(workload_results.ceilings).as_record(),
+                "int8_ceiling": best_ceilings(workload_results.int8_ceilings).as_record(),
+                "ceilings_by_batch": [ceiling.images_per_s for ceiling in workload_results.ceilings],
                 "ceilings_p99_over_alone": {
-                    arrivals: lateness_of(each.ceilings, arrivals).as_record() for arrivals in ARRIVALS
+                    arrivals: ceiling_p99_ratios(workload_results.ceilings, arrivals).as_record()
+                    for arrivals in ARRIVALS
                 },
-                "servers": {server: server_record(server, each) for server in each.visits},
-                "left_out": each.missing,
+                "servers": {
+                    server: server_record(server, workload_results) for server in workload_results.server_results
+                },
+                "left_out": workload_results.missing,
                 "checks": [
                     {
                         "what": check.what,
@@ -217,88 +232,107 @@ def content(found: Mapping[str, "Found"], about: Mapping[str, object]) -> dict[s
                         "limit": f"at {'least' if check.at_least else 'most'} {check.limit:g}",
                         "seen": check.seen.as_record(),
                     }
-                    for check in checks(name, each)
+                    for check in checks(name, workload_results)
                 ],
             }
-            for name, each in found.items()
+            for name, workload_results in results.items()
         },
     }
 
 
-def markdown(found: Mapping[str, "Found"], about: Mapping[str, object]) -> str:
-    """The tables for people."""
+def markdown(results: Mapping[str, "WorkloadResults"], metadata: Mapping[str, object]) -> str:
+    """The tables as Markdown."""
     lines = [
         "# The service against its ceiling and its peers",
         "",
-        f"`{about['command']}`, commit {about['commit']}, {about['date']}, {about['hardware']}: one core for the "
-        f"server, one for the load. Median of {about['repeats']} rounds, lowest to highest in brackets.",
+        f"`{metadata['command']}`, commit {metadata['commit']}, {metadata['date']}, {metadata['hardware']}: one core "
+        f"for the server, one for the load. Median of {metadata['repeats']} rounds, lowest to highest in brackets.",
     ]
-    for name, each in found.items():
+    for name, workload_results in results.items():
         lines += ["", f"## {name}", ""]
+        p99_ratios = " and ".join(
+            f"{ceiling_p99_ratios(workload_results.ceilings, how).formatted(1)} ({how} arrivals)" for how in ARRIVALS
+        )
         lines.append(
-            f"Ceiling, one core without HTTP: {best_of(each.ceilings).shown()} images/s, "
-            f"int8 {best_of(each.int8_ceilings).shown()}. Fed at 80 % of that, its own p99 over what an image takes "
-            f"alone is {' and '.join(f'{lateness_of(each.ceilings, how).shown(1)} ({how})' for how in ARRIVALS)}."
+            f"Ceiling, one core without HTTP: {best_ceilings(workload_results.ceilings).formatted()} images/s, "
+            f"int8 {best_ceilings(workload_results.int8_ceilings).formatted()}. With arrivals at 80 % of it, the ratio "
+            f"of its p99 to the time for a single image is {p99_ratios}."
         )
         lines += [
             "",
-            "| server | goodput at the knee /s | of its ceiling | ltkd over it | (b) over it | alone p50 ms "
+            "| server | goodput at the knee /s | share of its ceiling | (a) ltkd / server | (b) ltkd, int8 / server "
+            "| p50 of one connection ms "
             "| p99 at 80 % ms | goodput at 200 % /s | ready s | MiB |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
-        lines += [server_line(server, each) for server in each.visits]
-        lines += [f"| {server} | left out: {reason} | | | | | | | | |" for server, reason in each.missing.items()]
-        lines += ["", "| promise | limit | seen | kept |", "|---|---|---|---|"]
-        for check in checks(name, each):
+        lines += [markdown_row(server, workload_results) for server in workload_results.server_results]
+        lines += [
+            f"| {server} | left out: {reason} | | | | | | | | |" for server, reason in workload_results.missing.items()
+        ]
+        lines += ["", "| target | limit | observed | reached |", "|---|---|---|---|"]
+        for check in checks(name, workload_results):
             limit = f"at {'least' if check.at_least else 'most'} {check.limit:g}"
-            lines.append(f"| {check.what} | {limit} | {check.seen.shown(2)} | {'yes' if check.kept else '**no**'} |")
+            reached = "yes" if check.kept else "**no**"
+            lines.append(f"| {check.what} | {limit} | {check.seen.formatted(2)} | {reached} |")
     return "\n".join([*lines, "", "![goodput and p99 over offered load](serving.png)", ""])
 
 
-def server_line(server: str, found: "Found") -> str:
-    """A server's row."""
-    visits = found.visits[server]
-    ceilings = best_of(found.int8_ceilings if server == OURS_BY_DEFAULT else found.ceilings)
-    is_peer = server not in (OURS, OURS_BY_DEFAULT)
+def markdown_row(server: str, results: "WorkloadResults") -> str:
+    """The table row of a server."""
+    server_results = results.server_results[server]
+    ceilings = best_ceilings(results.int8_ceilings if server == LTKD_INT8 else results.ceilings)
+    is_peer = server not in (LTKD_FP32, LTKD_INT8)
     cells = [
         server,
-        knees(found, server).shown(),
-        ratios(knees(found, server), ceilings).shown(2),
-        ratios(knees(found, OURS), knees(found, server)).shown(2) if is_peer else "",
-        ratios(knees(found, OURS_BY_DEFAULT), knees(found, server)).shown(2) if is_peer else "",
-        over_rounds(visits, lambda one: one.alone_p50_ms).shown(1),
-        over_rounds(visits, lambda one: point(one, 0.8).p99_ms).shown(1),
-        over_rounds(visits, lambda one: point(one, 2.0).goodput).shown(),
-        over_rounds(visits, lambda one: one.ready_s).shown(1),
-        over_rounds(visits, lambda one: one.resident_mib).shown(),
+        knees(results, server).formatted(),
+        ratios(knees(results, server), ceilings).formatted(2),
+        ratios(knees(results, LTKD_FP32), knees(results, server)).formatted(2) if is_peer else "",
+        ratios(knees(results, LTKD_INT8), knees(results, server)).formatted(2) if is_peer else "",
+        over_rounds(server_results, lambda result: result.alone_p50_ms).formatted(1),
+        over_rounds(server_results, lambda result: load_at_share(result, 0.8).p99_ms).formatted(1),
+        over_rounds(server_results, lambda result: load_at_share(result, 2.0).goodput).formatted(),
+        over_rounds(server_results, lambda result: result.ready_s).formatted(1),
+        over_rounds(server_results, lambda result: result.resident_mib).formatted(),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def plot(found: Mapping[str, "Found"], path: Path) -> None:
-    """Goodput and p99 over offered load, a column a workload."""
-    import matplotlib  # noqa: PLC0415 - not while something is measured
+def plot(results: Mapping[str, "WorkloadResults"], path: Path) -> None:
+    """Plot goodput and p99 over the offered load, one column per workload."""
+    import matplotlib  # noqa: PLC0415 - not imported during measurements
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    figure, axes = pyplot.subplots(2, len(found), figsize=(5.2 * len(found), 7.6), squeeze=False, sharex="col")
-    for (upper, lower), (name, each) in zip(axes.T, found.items(), strict=True):
-        for server, visits in each.visits.items():
-            loads = [one for one in visits[0].offered if one.arrivals == "poisson"]
-            colour, width = COLOURS.get(server), 2.2 if server in (OURS, OURS_BY_DEFAULT) else 1.3
-            rates = [offered(visits, load, "rate").median for load in loads]
-            figures: tuple[tuple[Axes, Figure], ...] = ((upper, "goodput"), (lower, "p99_ms"))
-            for axis, figure_name in figures:
-                seen = [offered(visits, load, figure_name) for load in loads]
-                known = [[value for value in one.values if not math.isnan(value)] or [math.nan] for one in seen]
-                medians = [one.median for one in seen]
+    figure, axes = pyplot.subplots(2, len(results), figsize=(5.2 * len(results), 7.6), squeeze=False, sharex="col")
+    for (upper, lower), (name, workload_results) in zip(axes.T, results.items(), strict=True):
+        for server, server_results in workload_results.server_results.items():
+            loads = [load for load in server_results[0].offered if load.arrivals == "poisson"]
+            colour, width = COLOURS.get(server), 2.2 if server in (LTKD_FP32, LTKD_INT8) else 1.3
+            rates = [over_rounds_of_load(server_results, load, "rate").median for load in loads]
+            metrics: tuple[tuple[Axes, Metric], ...] = ((upper, "goodput"), (lower, "p99_ms"))
+            for axis, metric in metrics:
+                spreads = [over_rounds_of_load(server_results, load, metric) for load in loads]
+                known = [
+                    [value for value in spread.values if not math.isnan(value)] or [math.nan] for spread in spreads
+                ]
+                medians = [spread.median for spread in spreads]
                 axis.plot(rates, medians, "o-", color=colour, linewidth=width, markersize=3.5, label=server)
-                lowest, highest = [min(one) for one in known], [max(one) for one in known]
+                lowest, highest = [min(values) for values in known], [max(values) for values in known]
                 axis.fill_between(rates, lowest, highest, color=colour, alpha=0.12, linewidth=0)
-        upper.axhline(best_of(each.ceilings).median, color="black", linestyle="--", linewidth=1, label="ceiling, fp32")
         upper.axhline(
-            best_of(each.int8_ceilings).median, color="black", linestyle=":", linewidth=1, label="ceiling, int8"
+            best_ceilings(workload_results.ceilings).median,
+            color="black",
+            linestyle="--",
+            linewidth=1,
+            label="ceiling, fp32",
+        )
+        upper.axhline(
+            best_ceilings(workload_results.int8_ceilings).median,
+            color="black",
+            linestyle=":",
+            linewidth=1,
+            label="ceiling, int8",
         )
         upper.set_title(name)
         upper.set_ylim(bottom=0)
@@ -306,22 +340,22 @@ def plot(found: Mapping[str, "Found"], path: Path) -> None:
         lower.yaxis.set_major_formatter("{x:g}")
         lower.yaxis.set_minor_formatter("")
         lower.set_xlabel("offered load, requests/s")
-    axes[0][0].set_ylabel("goodput, right answers in time /s")
-    axes[1][0].set_ylabel("p99 from the intended time, ms")
+    axes[0][0].set_ylabel("goodput, correct responses in time /s")
+    axes[1][0].set_ylabel("p99 from the due time, ms")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3 * len(found), frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=3 * len(results), frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def write_report(found: Mapping[str, "Found"], about: Mapping[str, object], out: Path | None) -> None:
-    """Print the tables and write serving.json, serving.md and serving.png below ``out``."""
-    text = markdown(found, about)
+def write_report(results: Mapping[str, "WorkloadResults"], metadata: Mapping[str, object], out: Path | None) -> None:
+    """Print the tables and write serving.json, serving.md and serving.png to ``out``; None writes nothing."""
+    text = markdown(results, metadata)
     print(text)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / "serving.json").write_text(json.dumps(content(found, about), indent=2, allow_nan=False) + "\n")
+    (out / "serving.json").write_text(json.dumps(content(results, metadata), indent=2, allow_nan=False) + "\n")
     (out / "serving.md").write_text(text)
-    plot(found, out / "serving.png")
+    plot(results, out / "serving.png")

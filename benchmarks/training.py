@@ -1,14 +1,14 @@
-"""Speed and memory of distillation by ltkd, against a loop as it is usually written and against its own limits.
+"""Speed and memory of distillation by ltkd, compared with a usual training loop and with the limits of the project.
 
     python -m benchmarks.training [--compile] [--quick]
 
-Prints a table and writes docs/benchmarks/training.json: every single value, medians, and ratios with their lowest and
-highest. What is compared runs in one go on one machine and in turn (A B A B ...), and a ratio is taken between
-neighbours. Every loop has a process of its own. On CUDA the loops are timed there, and compiled with bfloat16 as well.
+Prints a table and writes docs/benchmarks/training.json with all values, medians, and ratios with their range. The
+compared loops (benchmarks/loops.py) run in turn (A B A B ...) on one machine, each in its own process, and ratios are
+taken between neighbouring measurements. With CUDA, the loops are timed on the GPU, and also compiled with bfloat16.
 
-The images are made here. Those of 32 px are random noise in memory, as CIFAR lies in memory; noise is no slower and no
-faster than photographs there, because nothing is decoded. Those of 224 px are cut out of JPEG files of 500 x 375 pixels
-and about 40 kB, noise of many scales with about the detail of a photograph.
+The images are made here. Those of 32 px are random noise in memory, where CIFAR is kept too. Noise is as fast as
+photographs there, because nothing is decoded. Those of 224 px are crops of JPEG files of 500 x 375 pixels and about 40
+kB: noise of many scales, with about the detail of a photograph.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.circumstances import circumstances, spread
-from benchmarks.loops import NUM_CLASSES, PLAIN_WORKERS, Loop, Measured, ltkd_epochs, measured
+from benchmarks.loops import NUM_CLASSES, PLAIN_WORKERS, Loop, Measured, ltkd_epochs, measure
+from benchmarks.run_metadata import run_metadata, spread
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
 from ltkd.data.batches import Shard, default_workers
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks" / "training.json"
 
 PLAIN = "plain loop"
-LOSSES = ("kd", "ltkd", "dkd", "bkd")  # the first is what the others are compared with
+LOSSES = ("kd", "ltkd", "dkd", "bkd")  # the others are compared with the first
 TREE_CLASSES = 4
 PHOTO_PX = (500, 375)
 
@@ -53,13 +53,13 @@ class Plan:
     Attributes:
         narrow: resnet20 to resnet8 at 32 px.
         photos: resnet18 to itself at 224 px, from JPEG files.
-        narrow_repeats: Times that every loop of the narrow pair is timed.
-        photo_repeats: The same of the photos.
-        step_rounds: Times that an epoch is trained with every loss, after one that warms up.
+        narrow_repeats: How often every loop of the narrow pair is timed.
+        photo_repeats: The same for the photos.
+        step_rounds: Timed epochs per loss, after one epoch of warm-up.
         step_steps: Steps of such an epoch.
-        loss_rounds: Times that every loss alone is timed.
-        loss_calls: Calls that one such time is the mean of.
-        apart: Whether every loop has a process of its own; without that, memory says nothing.
+        loss_rounds: How often every loss alone is timed.
+        loss_calls: Number of calls per timing.
+        apart: Whether every loop has its own process; otherwise the memory values have no meaning.
     """
 
     narrow: Loop
@@ -73,8 +73,8 @@ class Plan:
     apart: bool = True
 
 
-def full(device: str) -> Plan:
-    """What is reported."""
+def full_plan(device: str) -> Plan:
+    """The plan for reported values."""
     on_gpu = device == "cuda"
     return Plan(
         narrow=Loop("ltkd", "resnet20", "resnet8", 32, 64, steps=800 if on_gpu else 60, device=device),
@@ -96,8 +96,8 @@ def full(device: str) -> Plan:
     )
 
 
-def quick(device: str) -> Plan:
-    """A smoke test: everything once, at sizes that measure nothing."""
+def quick_plan(device: str) -> Plan:
+    """A smoke test: everything once, at sizes too small for meaningful values."""
     return Plan(
         narrow=Loop("ltkd", "resnet8", "resnet8", 32, 4, steps=2, device=device),
         photos=Loop("ltkd", "torchvision/resnet18", "torchvision/resnet18", 112, 2, steps=2, workers=0, device=device),
@@ -113,11 +113,11 @@ def quick(device: str) -> Plan:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a ratio should be.
+    """The limit of a ratio.
 
     Attributes:
-        at_least: Lowest good ratio; None where lower is better.
-        at_most: Highest good ratio.
+        at_least: Lowest acceptable ratio; None if lower is better.
+        at_most: Highest acceptable ratio.
     """
 
     at_least: float | None = None
@@ -133,16 +133,16 @@ LTKD_OVER_KD = Limit(at_most=1.03)
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was measured.
+    """One measurement.
 
     Attributes:
-        part: What it belongs to.
-        what: Its name there.
-        unit: Of the values.
-        values: Every single one.
-        to: What the ratios are taken to, if any.
-        ratios: One a repeat, value over neighbouring value.
-        limit: What the median ratio should be.
+        part: The section of the table.
+        what: Its name in the section.
+        unit: Unit of the values.
+        values: All values.
+        to: What the ratios are relative to, if any.
+        ratios: One per repeat: the value over the neighbouring value.
+        limit: Limit of the median ratio.
     """
 
     part: str
@@ -154,7 +154,7 @@ class Row:
     limit: Limit | None = None
 
     def as_record(self) -> dict[str, object]:
-        """Its form in the JSON."""
+        """The row for the JSON file."""
         record: dict[str, object] = {"part": self.part, "what": self.what, "unit": self.unit, **spread(self.values)}
         if self.to is not None:
             record["ratio"] = {
@@ -166,7 +166,7 @@ class Row:
 
 
 def variants(loop: Loop, *, compiled: bool) -> dict[str, Loop]:
-    """The loops to compare, in the order in which they take turns."""
+    """The compared loops, in the order in which they take turns."""
     loops = {PLAIN: replace(loop, kind="plain"), "ltkd": loop}
     if loop.tree is None:
         loops["ltkd, kept teacher logits"] = replace(loop, views=1)
@@ -177,55 +177,57 @@ def variants(loop: Loop, *, compiled: bool) -> dict[str, Loop]:
     return loops
 
 
-def in_turn(
-    loops: Mapping[str, Loop], repeats: int, *, apart: bool, say: Callable[[str], None]
+def time_in_turn(
+    loops: Mapping[str, Loop], repeats: int, *, apart: bool, report: Callable[[str], None]
 ) -> dict[str, list[Measured]]:
-    """Time every loop ``repeats`` times: all of them once, then all of them again."""
+    """Time every loop ``repeats`` times: each loop once, then each loop again."""
     found: dict[str, list[Measured]] = {name: [] for name in loops}
     for repeat in range(repeats):
         for name, loop in loops.items():
-            say(f"{loop.teacher} to {loop.student}, {name}, {repeat + 1} of {repeats}")
-            found[name].append(_apart(loop) if apart else measured(loop))
+            report(f"{loop.teacher} to {loop.student}, {name}, {repeat + 1} of {repeats}")
+            found[name].append(_measure_in_subprocess(loop) if apart else measure(loop))
     return found
 
 
-def _apart(loop: Loop) -> Measured:
+def _measure_in_subprocess(loop: Loop) -> Measured:
     command = [sys.executable, "-m", "benchmarks.loops", json.dumps(asdict(loop))]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return Measured(**json.loads(process.stdout.splitlines()[-1]))
 
 
 def loop_rows(part: str, found: Mapping[str, Sequence[Measured]], limits: Mapping[str, Limit]) -> list[Row]:
-    """Throughput and memory of every loop beside the plain one."""
+    """Throughput and memory of every loop, with the ratios to the plain loop."""
     rows = []
     for name, runs in found.items():
         speeds = [run.images_per_s for run in runs]
         ratios = [run.images_per_s / plain.images_per_s for run, plain in zip(runs, found[PLAIN], strict=True)]
-        compared = (PLAIN, ratios, limits.get(name)) if name != PLAIN else (None, (), None)
-        rows.append(Row(part, name, "images/s", speeds, *compared))
+        comparison = (PLAIN, ratios, limits.get(name)) if name != PLAIN else (None, (), None)
+        rows.append(Row(part, name, "images/s", speeds, *comparison))
     for name, runs in found.items():
-        whole = [run.process_mib + run.workers_mib for run in runs]
-        ratios = [mib / (plain.process_mib + plain.workers_mib) for mib, plain in zip(whole, found[PLAIN], strict=True)]
-        compared = (PLAIN, ratios, None) if name != PLAIN else (None, (), None)
-        rows.append(Row(part, f"{name}, peak memory with its workers", "MiB", whole, *compared))
+        total_mib = [run.process_mib + run.workers_mib for run in runs]
+        ratios = [
+            mib / (plain.process_mib + plain.workers_mib) for mib, plain in zip(total_mib, found[PLAIN], strict=True)
+        ]
+        comparison = (PLAIN, ratios, None) if name != PLAIN else (None, (), None)
+        rows.append(Row(part, f"{name}, peak memory with its workers", "MiB", total_mib, *comparison))
         rows.append(Row(part, f"{name}, of that its workers", "MiB", [run.workers_mib for run in runs]))
     return rows
 
 
 def step_milliseconds(loop: Loop, rounds: int) -> dict[str, list[float]]:
-    """A step with every loss: trainings of the same images side by side, an epoch of each in turn."""
+    """Milliseconds per step for every loss: trainings on the same images, one epoch of each in turn."""
     trainings = {name: ltkd_epochs(replace(loop, method=name), rounds + 2) for name in LOSSES}
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     for round_ in range(rounds + 1):
         for name in LOSSES if round_ % 2 == 0 else reversed(LOSSES):
-            report = next(trainings[name])
-            if round_ > 0:  # the first warms up
-                times[name].append(1000 * loop.batch_size / report.images_per_s)
+            epoch_report = next(trainings[name])
+            if round_ > 0:  # the first round is warm-up
+                times[name].append(1000 * loop.batch_size / epoch_report.images_per_s)
     return times
 
 
 def loss_microseconds(device: str, rounds: int, calls: int, batch_size: int = 64) -> dict[str, list[float]]:
-    """Every loss alone, forwards and backwards, the cross-entropy in it too."""
+    """Microseconds per forward and backward pass of every loss alone, including its cross-entropy."""
     counts = long_tailed_counts([500] * NUM_CLASSES, 100)
     task = Task(
         class_names=tuple(map(str, range(NUM_CLASSES))),
@@ -250,43 +252,45 @@ def loss_microseconds(device: str, rounds: int, calls: int, batch_size: int = 64
                 method(batch).backward()  # type: ignore[no-untyped-call]
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round_ > 0:  # the first warms up
+            if round_ > 0:  # the first round is warm-up
                 times[name].append(1e6 * (time.perf_counter() - begin) / calls)
     return times
 
 
-def loss_rows(steps: Mapping[str, Sequence[float]], alone: Mapping[str, Sequence[float]]) -> list[Row]:
-    """What a loss costs: in a whole step, alone, and what the second says of the first."""
+def loss_rows(steps: Mapping[str, Sequence[float]], loss_times: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The cost of a loss: in a whole step, alone, and the second relative to the first."""
     part, kd = "the loss", LOSSES[0]
     rows = []
-    for what, unit, times in (("a step with", "ms", steps), ("alone:", "us", alone)):
+    for what, unit, times in (("a step with", "ms", steps), ("alone:", "us", loss_times)):
         for name, values in times.items():
             ratios = [value / plain for value, plain in zip(values, times[kd], strict=True)]
             limit = LTKD_OVER_KD if name == "ltkd" and unit == "ms" else None
-            compared = (f"{what} {kd}", ratios, limit) if name != kd else (None, (), None)
-            rows.append(Row(part, f"{what} {name}", unit, values, *compared))
-    # a step varies by more than a loss takes; what the losses alone differ by, over a median step, does not
+            comparison = (f"{what} {kd}", ratios, limit) if name != kd else (None, (), None)
+            rows.append(Row(part, f"{what} {name}", unit, values, *comparison))
+    # a step varies by more than a loss costs; the difference of the losses alone, relative to a median step, does not
     step_us = 1000 * statistics.median(steps[kd])
-    added = [1 + (ltkd - plain) / step_us for ltkd, plain in zip(alone["ltkd"], alone[kd], strict=True)]
-    differences = [ltkd - plain for ltkd, plain in zip(alone["ltkd"], alone[kd], strict=True)]
+    relative_cost = [
+        1 + (ltkd - plain) / step_us for ltkd, plain in zip(loss_times["ltkd"], loss_times[kd], strict=True)
+    ]
+    differences = [ltkd - plain for ltkd, plain in zip(loss_times["ltkd"], loss_times[kd], strict=True)]
     rows.append(
-        Row(part, "ltkd less kd, alone", "us", differences, f"a step with {kd}, plus that", added, LTKD_OVER_KD)
+        Row(part, "ltkd less kd, alone", "us", differences, f"a step with {kd}, plus that", relative_cost, LTKD_OVER_KD)
     )
     return rows
 
 
 def write_photos(root: Path, num_train: int) -> None:
-    """A tree of class folders with ``num_train`` training images and a test image a class."""
+    """Write class folders with ``num_train`` training images, and one test image per class."""
     for split, count, seed in (("train", num_train, 0), ("test", TREE_CLASSES, 1)):
         for number in range(count):
             folder = root / split / f"class{number % TREE_CLASSES}"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = photo(np.random.default_rng((seed, number)))
+            pixels = photo_like_noise(np.random.default_rng((seed, number)))
             Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=85)
 
 
-def photo(random: np.random.Generator) -> NDArray[np.uint8]:
-    """Noise of many scales, strongest where it is coarsest, uint8 [375, 500, 3]."""
+def photo_like_noise(random: np.random.Generator) -> NDArray[np.uint8]:
+    """Noise of many scales, strongest at the coarsest scale, uint8 [375, 500, 3]."""
     width, height = PHOTO_PX
     image_HW3 = 128 + random.normal(0, 6, (height, width, 3))
     for across, strength in ((4, 60), (8, 40), (24, 22), (72, 20)):
@@ -296,31 +300,35 @@ def photo(random: np.random.Generator) -> NDArray[np.uint8]:
     return image_HW3.clip(0, 255).astype(np.uint8)
 
 
-def measure(plan: Plan, *, compiled: bool, say: Callable[[str], None]) -> list[Row]:
-    """Everything of a plan."""
+def measure_plan(plan: Plan, *, compiled: bool, report: Callable[[str], None]) -> list[Row]:
+    """Measure everything in a plan."""
     on_gpu = plan.narrow.device == "cuda"
     limits = {"ltkd, bfloat16, compiled": CIFAR_ON_CUDA} if on_gpu else {"ltkd": CIFAR_ON_CPU}
     loops = variants(plan.narrow, compiled=compiled)
-    rows = loop_rows(_named(plan.narrow), in_turn(loops, plan.narrow_repeats, apart=plan.apart, say=say), limits)
+    rows = loop_rows(
+        _part_name(plan.narrow), time_in_turn(loops, plan.narrow_repeats, apart=plan.apart, report=report), limits
+    )
     with tempfile.TemporaryDirectory() as tree:
-        say("making photos")
+        report("making photos")
         write_photos(Path(tree), plan.photos.num_images)
         loops = variants(replace(plan.photos, tree=tree), compiled=compiled)
         limits = {} if on_gpu else {"ltkd": PHOTOS_ON_CPU}
-        rows += loop_rows(_named(plan.photos), in_turn(loops, plan.photo_repeats, apart=plan.apart, say=say), limits)
-    say("a step with every loss")
+        rows += loop_rows(
+            _part_name(plan.photos), time_in_turn(loops, plan.photo_repeats, apart=plan.apart, report=report), limits
+        )
+    report("a step with every loss")
     steps = step_milliseconds(replace(plan.narrow, steps=plan.step_steps), plan.step_rounds)
-    say("every loss alone")
+    report("every loss alone")
     return rows + loss_rows(steps, loss_microseconds(plan.narrow.device, plan.loss_rounds, plan.loss_calls))
 
 
-def _named(loop: Loop) -> str:
+def _part_name(loop: Loop) -> str:
     return f"{loop.teacher} to {loop.student}, {loop.size_px} px, batch {loop.batch_size}"
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows for reading."""
-    table = Table(title="Distillation, against the plain loop and its limits")
+    """The rows as a table."""
+    table = Table(title="Distillation compared with the plain loop and its limits")
     for column in ("what", "median", "lowest to highest", "ratio", "lowest to highest", "limit"):
         table.add_column(column, justify="left" if column == "what" else "right")
     part = None
@@ -344,13 +352,13 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
 
 
-def report(rows: Sequence[Row], plan: Plan, command: str) -> dict[str, object]:
-    """What is written."""
-    about = circumstances(command, ("torch", "torchvision", "numpy"))
+def json_record(rows: Sequence[Row], plan: Plan, command: str) -> dict[str, object]:
+    """The content of the JSON file."""
+    metadata = run_metadata(command, ("torch", "torchvision", "numpy"))
     if plan.narrow.device == "cuda":
-        about["hardware"] = f"{about['hardware']}, {torch.cuda.get_device_name()}"
+        metadata["hardware"] = f"{metadata['hardware']}, {torch.cuda.get_device_name()}"
     return {
-        **about,
+        **metadata,
         "torch_threads": torch.get_num_threads(),
         "workers": {"plain loop": PLAIN_WORKERS, "ltkd, from files": default_workers(Shard())},
         "plan": asdict(plan),
@@ -359,23 +367,25 @@ def report(rows: Sequence[Row], plan: Plan, command: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
-    parser.add_argument("--compile", action="store_true", help="on the CPU too, time our loop compiled")
-    parser.add_argument("--quick", action="store_true", help="run everything once at sizes that measure nothing")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; --quick writes it only where it is given")
-    given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() and not given.quick else "cpu"
-    plan = quick(device) if given.quick else full(device)
+    parser.add_argument("--compile", action="store_true", help="also time our loop compiled on the CPU")
+    parser.add_argument(
+        "--quick", action="store_true", help="run everything once at sizes too small for meaningful values"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; --quick writes it only if it is given")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not arguments.quick else "cpu"
+    plan = quick_plan(device) if arguments.quick else full_plan(device)
     console = Console(width=150)
-    rows = measure(plan, compiled=given.compile, say=lambda what: console.print(f"[dim]{what}"))
+    rows = measure_plan(plan, compiled=arguments.compile, report=lambda message: console.print(f"[dim]{message}"))
     console.print(table_of(rows))
-    if given.quick and given.out == OUT:
+    if arguments.quick and arguments.out == OUT:
         return
-    flags = [flag for flag, asked in (("--compile", given.compile), ("--quick", given.quick)) if asked]
-    content = report(rows, plan, " ".join(["python -m benchmarks.training", *flags]))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(content, indent=2) + "\n")
+    flags = [flag for flag, is_set in (("--compile", arguments.compile), ("--quick", arguments.quick)) if is_set]
+    content = json_record(rows, plan, " ".join(["python -m benchmarks.training", *flags]))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The images and bundles that the measurements of the service use.
+"""The images and bundles for the benchmarks of the service.
 
     python -m benchmarks.workloads FOLDER [NAME ...]
 
-makes below FOLDER for every workload
+makes in FOLDER for every workload
 
     NAME/images/     encoded images, 500 x 375 JPEG or 32 x 32 PNG
-    NAME/same/       a bundle with the float32 model alone: what everybody serves
-    NAME/default/    the same with an int8 model beside it: what our service takes by itself on a CPU
+    NAME/same/       a bundle with the float32 model only, which all servers use
+    NAME/default/    the same with an additional int8 model, which our service selects on a CPU by default
 
-The images are noise with about the spectrum of a photograph (benchmarks/training.py). The networks are not trained
-ones: what an answer costs does not depend on the weights. Batch statistics and the classifier are set on the images, so
-that activations are of a natural size and different images get different answers. Nothing here is certified, and the
-manifests say so. The same call makes the same bytes.
+The images are noise with about the spectrum of a photograph (benchmarks/training.py). The networks are untrained,
+because the duration of a response does not depend on the weights. Batch statistics and the classifier are set on the
+images, so that activations have a usual range and different images get different classes. The bundles are not
+certified, and their manifests state it. The same call makes the same bytes.
 
 Shape legend: N images, S pixels a side, C classes.
 """
@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from benchmarks.shapes import WORKLOADS, Workload
-from benchmarks.training import photo
+from benchmarks.training import photo_like_noise
+from benchmarks.workload_specs import WORKLOADS, Workload
 from export.conversion.fp32 import to_onnx
 from export.conversion.int8 import Int8Config, collect_ranges
 from ltkd.contract.bundle import (
@@ -44,7 +44,7 @@ from ltkd.contract.bundle import (
     Manifest,
     Precision,
     Provenance,
-    record_of,
+    file_record,
     staged_bundle,
 )
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
@@ -56,30 +56,30 @@ from ltkd.data.long_tail import long_tailed_counts
 from ltkd.models.registry import Normalise, build_network
 
 NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
-SPREAD = 4.0
+LOGIT_STD = 4.0
 INT8 = Int8Config("minmax", per_channel=True)
 NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy was certified"
 
 
-def make(workload: Workload, folder: Path) -> None:
+def make_workload(workload: Workload, folder: Path) -> None:
     """Make the images and both bundles of a workload."""
-    candidates = [encoded(number, workload) for number in range(NUM_IMAGES * 3 // 2)]
+    candidates = [encode_image(number, workload) for number in range(NUM_IMAGES * 3 // 2)]
     pixels_NSS3 = np.stack([decode_image(content, workload.input_px).pixels_SS3 for content in candidates])
     task = task_of(workload)
     network = build_network(workload.network, NUM_CLASSES, seed=0)
-    trim_memory(network, task, pixels_NSS3)
+    set_statistics(network, task, pixels_NSS3)
     fp32 = to_onnx(network, task)
-    models: dict[Precision, bytes] = {"fp32": fp32, "int8": collect_ranges(fp32, pixels_NSS3).written(INT8)}
+    models: dict[Precision, bytes] = {"fp32": fp32, "int8": collect_ranges(fp32, pixels_NSS3).to_onnx_bytes(INT8)}
     logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
-    clear = clearest(list(logits.values()))[:NUM_IMAGES]
+    clearest_images = sort_by_margin(list(logits.values()))[:NUM_IMAGES]
     (folder / "images").mkdir(parents=True)
-    for number in clear:
+    for number in clearest_images:
         suffix = "jpg" if workload.media_type == "image/jpeg" else "png"
         (folder / "images" / f"{number:03}.{suffix}").write_bytes(candidates[number])
     golden = Golden(
-        pixels_NSS3[clear[:NUM_GOLDEN]],
-        logits["fp32"][clear[:NUM_GOLDEN]].argmax(axis=1),
-        {precision: found[clear[:NUM_GOLDEN]] for precision, found in logits.items()},
+        pixels_NSS3[clearest_images[:NUM_GOLDEN]],
+        logits["fp32"][clearest_images[:NUM_GOLDEN]].argmax(axis=1),
+        {precision: found[clearest_images[:NUM_GOLDEN]] for precision, found in logits.items()},
     )
     write_bundle(
         folder / "same",
@@ -90,9 +90,9 @@ def make(workload: Workload, folder: Path) -> None:
     write_bundle(folder / "default", task, models, golden)
 
 
-def encoded(number: int, workload: Workload) -> bytes:
-    """The file of one image."""
-    image = Image.fromarray(photo(np.random.default_rng((2, number))))
+def encode_image(number: int, workload: Workload) -> bytes:
+    """Encode one image as a file."""
+    image = Image.fromarray(photo_like_noise(np.random.default_rng((2, number))))
     file = io.BytesIO()
     if workload.media_type == "image/jpeg":
         image.save(file, "JPEG", quality=85)
@@ -103,7 +103,7 @@ def encoded(number: int, workload: Workload) -> bytes:
 
 
 def task_of(workload: Workload) -> Task:
-    """A long tail of a hundred classes."""
+    """A long-tailed task with a hundred classes."""
     counts = long_tailed_counts([500] * NUM_CLASSES, 100)
     return Task(
         class_names=tuple(f"class {number}" for number in range(NUM_CLASSES)),
@@ -115,8 +115,8 @@ def task_of(workload: Workload) -> Task:
     )
 
 
-def trim_memory(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> None:
-    """Give a network batch statistics, and a classifier that tells the images apart."""
+def set_statistics(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) -> None:
+    """Set the batch statistics of a network, and scale its classifier so that it separates the images."""
     classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -125,29 +125,29 @@ def trim_memory(network: nn.Module, task: Task, pixels_NSS3: NDArray[np.uint8]) 
         image_N3SS = Normalise(task)(torch.from_numpy(pixels_NSS3))
         network.train()(image_N3SS)
         logits_NC = network.eval()(image_N3SS)
-        scale = SPREAD / logits_NC.std()
+        scale = LOGIT_STD / logits_NC.std()
         classifier.weight *= scale
         classifier.bias.copy_((classifier.bias - logits_NC.mean(dim=0)) * scale)
 
 
 def logits_of(model: bytes, pixels_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Logits [N, C] of images one by one."""
+    """Logits [N, C] of the images, computed one by one."""
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], {"image": image_SS3[None]})[0] for image_SS3 in pixels_NSS3])
 
 
-def clearest(logits: Sequence[NDArray[np.float32]]) -> list[int]:
-    """Images by how far the first class lies before the second in the least certain model, those that all agree on."""
+def sort_by_margin(logits: Sequence[NDArray[np.float32]]) -> list[int]:
+    """The images on which all models agree, sorted by their smallest margin between the first and the second class."""
     margins = np.full(len(logits[0]), np.inf)
     for logits_NC in logits:
         second, first = np.sort(logits_NC, axis=1)[:, -2:].T
         margins = np.minimum(margins, first - second)
-    agreed = np.all([found.argmax(axis=1) == logits[0].argmax(axis=1) for found in logits], axis=0)
-    return [number for number in np.argsort(-margins, kind="stable").tolist() if agreed[number]]
+    all_agree = np.all([found.argmax(axis=1) == logits[0].argmax(axis=1) for found in logits], axis=0)
+    return [number for number in np.argsort(-margins, kind="stable").tolist() if all_agree[number]]
 
 
 def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden: Golden) -> None:
-    """A bundle that was never certified."""
+    """Write a bundle that was not certified."""
     with staged_bundle(path) as stage:
         for precision, model in models.items():
             (stage / MODEL_FILES[precision]).write_bytes(model)
@@ -156,9 +156,9 @@ def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden:
             (stage / file).write_text("{}")
         certified: dict[Precision, CertifiedModel] = {
             precision: CertifiedModel(
-                **record_of(stage / MODEL_FILES[precision]).model_dump(),
+                **file_record(stage / MODEL_FILES[precision]).model_dump(),
                 provider="CPUExecutionProvider",
-                calibration=made_up_calibration(task),
+                calibration=invented_calibration(task),
             )
             for precision in models
         }
@@ -166,10 +166,10 @@ def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden:
             name=path.parent.name,
             task=task,
             precisions=certified,
-            parity=record_of(stage / PARITY_FILE),
-            report=record_of(stage / REPORT_FILE),
-            card=record_of(stage / CARD_FILE),
-            golden=record_of(stage / GOLDEN_FILE),
+            parity=file_record(stage / PARITY_FILE),
+            report=file_record(stage / REPORT_FILE),
+            card=file_record(stage / CARD_FILE),
+            golden=file_record(stage / GOLDEN_FILE),
             certified_on=NOT_CERTIFIED,
             source=Provenance(
                 run="none",
@@ -183,8 +183,8 @@ def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden:
         write_record(stage / MANIFEST_FILE, manifest)
 
 
-def made_up_calibration(task: Task) -> Calibration:
-    """Figures of the usual form: an answer with them costs what it costs with true ones."""
+def invented_calibration(task: Task) -> Calibration:
+    """Invented values in the usual format: a response costs the same with them as with real ones."""
     share = Proportion(value=0.75, low=0.65, high=0.85, n=40)
     bins = tuple(ConfidenceBin(above=tenth / 10, up_to=(tenth + 1) / 10, accuracy=share) for tenth in range(10))
     return tuple(
@@ -206,11 +206,11 @@ def made_up_calibration(task: Task) -> Calibration:
 def main() -> None:
     """Make the workloads."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workloads", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
-    given = parser.parse_args()
-    for name in given.names or WORKLOADS:
-        make(WORKLOADS[name], given.folder / name)
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(WORKLOADS)}; all by default")
+    arguments = parser.parse_args()
+    for name in arguments.names or WORKLOADS:
+        make_workload(WORKLOADS[name], arguments.folder / name)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A method of your own: a frozen dataclass that says what is minimised, and a line in METHODS.
+"""Add a method of your own: a frozen dataclass that computes the loss, and an entry in METHODS.
 
 Run it with: python examples/add_a_method.py
 
-Its fields are the parameters that --set changes and that a run records. In ltkd/methods/registry.py instead of here,
-the commands know it too: ltkd distill TEACHER --method logits --set match_weight=0.5 --out STUDENT
+Its fields are the parameters that --set changes and that a run records. To use the method in the commands too, define
+it in ltkd/methods/registry.py: ltkd distill TEACHER --method logits --set match_weight=0.5 --out STUDENT
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
-from custom_dataset import waves  # the small data set of the example beside this one
+from custom_dataset import waves  # the small data set of another example
 from rich.console import Console
 from torch import Tensor
 
@@ -40,7 +40,7 @@ METHODS["logits"] = LogitMatching
 
 
 def main() -> None:
-    """Distil one teacher by the new method and by LTKD; far too briefly to say which is better."""
+    """Distil one teacher with the new method and with LTKD; the training is too short to compare the two."""
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
     data = load_dataset(config)
@@ -48,12 +48,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher = None
         for method in ("ce", "logits", "ltkd"):
-            asked = run_config(
+            run_settings = run_config(
                 config, "resnet8", method_config(method), recipe, seed=0, execution=Execution(), teacher=teacher
             )
-            run = train_run(asked, data, Path(folder) / method, Console(quiet=True), method)
+            run = train_run(run_settings, data, Path(folder) / method, Console(quiet=True), method)
             teacher = teacher or run
-            print(f"{method}: {', '.join(f'{group} {value:.0%}' for group, value in run.accuracy().items())} right")
+            print(f"{method}: {', '.join(f'{group} {value:.0%}' for group, value in run.accuracy().items())} correct")
 
 
 if __name__ == "__main__":

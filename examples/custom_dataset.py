@@ -1,8 +1,8 @@
-"""A data set of your own: a function that gives labels and images, and a name. Everything else follows.
+"""Add a data set of your own: a function that returns labels and images, and an entry in DATASETS.
 
 Run it with: python examples/custom_dataset.py
 
-Images of your own need no code where they lie in folders: ltkd train --data PATH (train/CLASS/*, test/CLASS/*).
+Images in class folders need no code: ltkd train --data PATH (with train/CLASS/* and test/CLASS/*).
 """
 
 import tempfile
@@ -23,7 +23,7 @@ SIZE_PX = 16
 
 
 def waves(config: DataConfig) -> DatasetSource:
-    """Stripes in noise, six classes by their width; yours may read arrays, a database, a file."""
+    """Noisy stripes in six classes of width; your own function may read arrays, files or a database."""
 
     def images(labels_N: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
         random = np.random.default_rng(seed)
@@ -44,21 +44,21 @@ def waves(config: DataConfig) -> DatasetSource:
 
 
 def main() -> None:
-    """Train a teacher and distil it, on the new data with a tail of 20."""
+    """Train a teacher on the new data, with an imbalance of 20 to 1, and distil it."""
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
     data = load_dataset(config)
     recipe = Recipe(name="example", epochs=6, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=6)
-    print(f"training images a class: {dict(zip(WAVES, data.task.train_counts, strict=True))}")
+    print(f"training images per class: {dict(zip(WAVES, data.task.train_counts, strict=True))}")
     with tempfile.TemporaryDirectory() as folder:
         teacher = None
         for name, model, method in (("teacher", "resnet14", "ce"), ("student", "resnet8", "ltkd")):
-            asked = run_config(
+            run_settings = run_config(
                 config, model, method_config(method), recipe, seed=0, execution=Execution(), teacher=teacher
             )
-            run = train_run(asked, data, Path(folder) / name, Console(quiet=True), name)
+            run = train_run(run_settings, data, Path(folder) / name, Console(quiet=True), name)
             teacher = teacher or run
-            print(f"{name}: {', '.join(f'{group} {value:.0%}' for group, value in run.accuracy().items())} right")
+            print(f"{name}: {', '.join(f'{group} {value:.0%}' for group, value in run.accuracy().items())} correct")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A teacher of your own, trained elsewhere: a function that builds it, and a file of its weights.
+"""Use a teacher that you trained elsewhere: a function that builds it, and a file with its weights.
 
 Run it with: python examples/custom_teacher.py
 
-The same by commands, given in the folder of this file:
+The same with commands, run in the folder of this file:
     ltkd train --data PHOTOS --model custom_teacher:small_cnn --weights teacher.pt --recipe adopt --out runs/teacher
     ltkd distill runs/teacher --method ltkd --model resnet8 --out runs/student
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from custom_dataset import waves  # the small data set of the example beside this one
+from custom_dataset import waves  # the small data set of another example
 from rich.console import Console
 from torch import nn
 
@@ -25,7 +25,7 @@ from ltkd.training.run import run_config, train_run
 
 
 def small_cnn(num_classes: int) -> nn.Module:
-    """Any network will do that takes normalised images [N, 3, S, S] and gives logits [N, C]."""
+    """Your network: it takes normalised images [N, 3, S, S] and returns logits [N, C]."""
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(4)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
@@ -34,7 +34,7 @@ def small_cnn(num_classes: int) -> nn.Module:
 
 
 def train_elsewhere(data: Dataset, weights: Path) -> None:
-    """Stands for the code that your teacher comes from; all that is left of it is a state dict."""
+    """Train a teacher without ltkd and save its state dict; this replaces your own training code."""
     network, normalise = small_cnn(len(data.task.class_names)), Normalise(data.task)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     images, labels = torch.from_numpy(data.train_images[:]), torch.from_numpy(data.train_labels)
@@ -48,7 +48,7 @@ def train_elsewhere(data: Dataset, weights: Path) -> None:
 
 
 def main() -> None:
-    """Take the teacher as it is, and distil it by LTKD."""
+    """Adopt the teacher without further training, and distil it with LTKD."""
     torch.manual_seed(0)
     DATASETS["waves"] = waves
     config = DataConfig(name="waves", gamma=20)
@@ -73,7 +73,7 @@ def main() -> None:
         student = train_run(distilled, data, folder / "student", quiet, "student")
         for run in (teacher, student):
             accuracy = ", ".join(f"{group} {value:.0%}" for group, value in run.accuracy().items())
-            print(f"{run.config.model}: {accuracy} right")
+            print(f"{run.config.model}: {accuracy} correct")
 
 
 if __name__ == "__main__":

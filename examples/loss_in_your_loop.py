@@ -1,4 +1,4 @@
-"""LTKD in a training loop of your own: the loss needs logits of student and teacher, and the class groups.
+"""Use LTKD in your own training loop: the loss needs the logits of student and teacher, and the class groups.
 
 Run it with: python examples/loss_in_your_loop.py
 """

@@ -1,7 +1,8 @@
-"""Any two models, held against each other: each side of ``ltkd parity`` is a run, a bundle or an ONNX file.
+"""Compare the accuracy of any two models by class group; ``ltkd parity`` calls this module.
 
-An ONNX file from elsewhere may take uint8 [N, S, S, 3], as ours do, or normalised float32 [N, 3, S, S]; its input and
-output may have any name, its batch may be fixed.
+Each model is a run, a bundle or an ONNX file. An ONNX file that was made by another tool may take uint8
+[N, S, S, 3], as the files of this project do, or normalised float32 [N, 3, S, S]. Its input and output may have any
+name, and its batch size may be fixed.
 
 Shape legend: N images, B a batch of them, S side in pixels, C classes.
 """
@@ -24,7 +25,7 @@ from export.certification.margins import margins_for
 from export.certification.reference import BATCH_SIZE, Reference, torch_logits
 from export.certification.splits import split_record, unsplit_test_images
 from export.certification.statistics import CONFIDENCE
-from export.conversion.session import CPU, INPUT, isa, open_session, read_model, runtime_version
+from export.conversion.session import CPU, INPUT, instruction_set, open_session, read_model, runtime_version
 from export.schema import CandidateReport, DataRecord, ParityReport, Runtime
 from ltkd.contract.bundle import MANIFEST_FILE, Precision, open_bundle
 from ltkd.contract.records import sha256_of
@@ -37,19 +38,19 @@ from ltkd.training.run_folder import CONFIG_FILE, open_run
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One of two models.
+    """One of the two models of a comparison.
 
     Attributes:
-        words: What it is, for people.
+        description: What the model is, as text for people.
         file: Name of its file or folder.
-        sha256: Of the file, or of a run's weights.
-        num_bytes: Their size.
-        content: The ONNX file, if it takes images as ours do, to look into its layers; else None.
-        precision: Of the weights, as the file shows.
-        logits: Float [N, C] of any number of images.
+        sha256: Hash of the file, or of a run's weights.
+        num_bytes: Size of the file, or of a run's weights.
+        content: The ONNX file, if it has the input of this project's files, so that layers can be compared; else None.
+        precision: Precision of the weights, as found in the file.
+        logits: Computes the logits, float [N, C], of any number of images.
     """
 
-    words: str
+    description: str
     file: str
     sha256: str
     num_bytes: int
@@ -62,52 +63,52 @@ def open_model(path: Path, task: Task) -> ComparedModel:
     """Open a run, a bundle (its fp32 model) or an ONNX file.
 
     Args:
-        path: Which.
-        task: The classes that both sides shall tell apart, their groups, and the images' size. Its mean and standard
-            deviation normalise the pixels for a file that takes float32.
+        path: The run's folder, the bundle's directory or the file.
+        task: The classes of both models, their groups, and the size of the images. For a file that takes float32, the
+            task's mean and standard deviation normalise the pixels.
 
     Raises:
-        UsageError: There is nothing of the kind at the path, or it takes images in another form.
+        UsageError: There is no such thing at the path, or its input has another format.
         RunError: The run cannot be used, or has other classes.
         BundleError: The bundle or the file cannot be used, or has other classes.
     """
     if (path / CONFIG_FILE).is_file():
-        return _run_side(path, task)
+        return _open_run_model(path, task)
     if (path / MANIFEST_FILE).is_file():
         file = open_bundle(path).model_path("fp32")
-        return _file_side(file, f"fp32 of the bundle {path}", task)
+        return _open_file(file, f"fp32 of the bundle {path}", task)
     if path.is_file():
-        return _file_side(path, str(path), task)
-    raise UsageError(f"{path} is neither a run, a bundle nor an ONNX file; give one of these.")
+        return _open_file(path, str(path), task)
+    raise UsageError(f"{path} is neither a run, a bundle nor an ONNX file; give the path of one of these.")
 
 
 def compare_models(
     reference: ComparedModel, candidate: ComparedModel, data: Dataset, margins: Mapping[str, float]
 ) -> ParityReport:
-    """Hold a candidate against a reference on all test images, by group of classes.
+    """Compare a candidate with a reference on all test images, by class group.
 
-    The candidate may be another model, pruned or retrained, so decisions that change are told and accuracy is judged.
-    The margins of int8 hold where none is given.
+    The candidate may be a different network, for example pruned or retrained. Changed decisions are therefore only
+    reported, and the verdict depends on the accuracy. The default margins are those of int8.
 
     Args:
-        reference: What is to be kept.
-        candidate: What is to replace it.
-        data: The images; those of the test set that are also training images are left out.
-        margins: As in gates.margins_for.
+        reference: The model whose accuracy is to be kept.
+        candidate: The model that is to replace it.
+        data: The images; test images that are also training images are left out.
+        margins: Acceptable loss of accuracy, as for margins.margins_for.
 
     Raises:
-        UsageError: A margin is for no group, or no fraction.
-        BundleError: A file does not run on the images, or gives no logits.
+        UsageError: A margin is not a fraction, or is given for an unknown group.
+        BundleError: A file does not run on the images, or its first output is not the logits.
         RunError: A run gives logits that are not finite.
     """
     task, (certify, num_duplicates) = data.task, unsplit_test_images(data)
-    asked = Reference(
+    baseline = Reference(
         task=task,
         certify=certify,
         logits_NC=reference.logits(certify.images),
         sample_M=np.zeros(0, np.int64),
-        copies=(),
-        oracle_MC=None,
+        duplicates=(),
+        float64_logits_MC=None,
         onnx=reference.content,
     )
     report = CandidateReport(
@@ -116,134 +117,139 @@ def compare_models(
         file=candidate.file,
         sha256=candidate.sha256,
         num_bytes=candidate.num_bytes,
-        runtime=Runtime(onnxruntime=runtime_version(), provider=CPU, isa=isa(), tf32=None),
+        runtime=Runtime(onnxruntime=runtime_version(), provider=CPU, isa=instruction_set(), tf32=None),
         margins=margins_for("int8", margins, task.groups),
         gates=(),
     )
-    judged = apply_gates(report, candidate.content, candidate.logits(certify.images), asked, rounding_only=False)
+    assessed = apply_gates(report, candidate.content, candidate.logits(certify.images), baseline, rounding_only=False)
     return ParityReport(
         name=candidate.file,
-        verdict=judged.verdict,
-        reference=reference.words,
+        verdict=assessed.verdict,
+        reference=reference.description,
         groups=task.groups.names,
         data=DataRecord(
-            description=f"the {len(certify.label_N):,} test images",
+            description=f"the {len(certify.labels_N):,} test images",
             splits=(split_record("certify", certify, task.groups),),
             num_views=0,
             num_duplicates=num_duplicates,
         ),
         versions={name: importlib.metadata.version(name) for name in ("ltkd", "numpy")},
         confidence=CONFIDENCE,
-        candidates=(judged,),
+        candidates=(assessed,),
     )
 
 
 def precision_of(model: ModelProto) -> Precision:
-    """What a file was made into: int8 if it has quantised layers, fp16 if it has half precision weights."""
+    """The precision of a model: int8 if it has quantised layers, fp16 if it has float16 weights, else fp32."""
     if any(node.op_type in ("QuantizeLinear", "QLinearConv", "ConvInteger") for node in model.graph.node):
         return "int8"
-    half = any(weight.data_type == weight.FLOAT16 for weight in model.graph.initializer)
-    return "fp16" if half else "fp32"
+    has_float16 = any(weight.data_type == weight.FLOAT16 for weight in model.graph.initializer)
+    return "fp16" if has_float16 else "fp32"
 
 
-def _run_side(path: Path, task: Task) -> ComparedModel:
-    trained = open_run(path)
-    own = trained.task
-    _same_classes(path, own.class_names, task, RunError)
-    if own.input_px != task.input_px:
-        raise RunError(f"{path} takes {own.input_px} pixels, the images have {task.input_px}; use --input-px.")
-    network = trained.load_network()
+def _open_run_model(path: Path, task: Task) -> ComparedModel:
+    run = open_run(path)
+    _check_classes(path, run.task.class_names, task, RunError)
+    if run.task.input_px != task.input_px:
+        raise RunError(
+            f"the input of {path} has {run.task.input_px} pixels a side, the images have {task.input_px}; "
+            f"use --input-px {run.task.input_px}."
+        )
+    network = run.load_network()
     return ComparedModel(
-        words=f"torch float32 of the run {path}",
+        description=f"torch float32 of the run {path}",
         file=path.resolve().name,
-        sha256=sha256_of(trained.weights_path),
-        num_bytes=trained.weights_path.stat().st_size,
+        sha256=sha256_of(run.weights_path),
+        num_bytes=run.weights_path.stat().st_size,
         content=None,
         precision="fp32",
-        logits=lambda images: torch_logits(network, own, images, torch.float32),
+        logits=lambda images: torch_logits(network, run.task, images, torch.float32),
     )
 
 
-def _file_side(path: Path, words: str, task: Task) -> ComparedModel:
+def _open_file(path: Path, description: str, task: Task) -> ComparedModel:
     content = path.read_bytes()
     model = read_model(content)
-    said = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
-        names = json.loads(said.get("class_names", "null"))
+        names = json.loads(metadata.get("class_names", "null"))
     except ValueError:
-        names = None  # another tool's entry of that name
+        names = None  # another tool has an entry of that name in another format
     if isinstance(names, list):
-        _same_classes(path, names, task, BundleError)
+        _check_classes(path, names, task, BundleError)
     session = open_session(content)
-    feed, batch = _form(path, session, task)
+    to_input, batch_size = _input_format(path, session, task)
     return ComparedModel(
-        words=words,
+        description=description,
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
         num_bytes=len(content),
         content=content if session.get_inputs()[0].name == INPUT else None,
         precision=precision_of(model),
-        logits=lambda images: _run(path, session, feed, batch, images, len(task.class_names)),
+        logits=lambda images: _run_file(path, session, to_input, batch_size, images, len(task.class_names)),
     )
 
 
-def _same_classes(path: Path, names: Sequence[str], task: Task, error: type[RunError] | type[BundleError]) -> None:
+def _check_classes(path: Path, names: Sequence[str], task: Task, error: type[RunError] | type[BundleError]) -> None:
     if tuple(names) != task.class_names:
         differ = next(
             (at for at, pair in enumerate(zip(names, task.class_names, strict=False)) if len(set(pair)) > 1), 0
         )
-        shown = names[differ] if differ < len(names) else "none"
+        name = names[differ] if differ < len(names) else "missing"
         raise error(
-            f"{path} has {len(names)} classes, the images {len(task.class_names)}; class {differ} is {shown} there "
-            f"and {task.class_names[differ]} here. Hold it against images of its own classes, in its own order."
+            f"{path} has {len(names)} classes, the images have {len(task.class_names)}; class {differ} is {name} in "
+            f"the model and {task.class_names[differ]} in the images. Use images with the model's classes in the same "
+            "order."
         )
 
 
-Feed = Callable[[NDArray[np.uint8]], NDArray[np.generic]]
+ToInput = Callable[[NDArray[np.uint8]], NDArray[np.generic]]
 
 
-def _form(path: Path, session: InferenceSession, task: Task) -> tuple[Feed, int]:
-    """How pixels become the file's input, and the batch it takes; 0 where it takes any."""
+def _input_format(path: Path, session: InferenceSession, task: Task) -> tuple[ToInput, int]:
+    """How pixels are converted to the file's input, and its batch size; 0 if any size is accepted."""
     side, (first, *more) = task.input_px, session.get_inputs()
     shape = list(first.shape)
-    batch = shape[0] if shape and isinstance(shape[0], int) else 0
+    batch_size = shape[0] if shape and isinstance(shape[0], int) else 0
     sizes = [None if isinstance(size, str) else size for size in shape[1:]]
-    expected = {"tensor(uint8)": [side, side, 3], "tensor(float)": [3, side, side]}
-    wanted = expected.get(first.type)
-    fits = wanted is not None and len(sizes) == 3 and all(s in (None, w) for s, w in zip(sizes, wanted, strict=True))
+    expected = {"tensor(uint8)": [side, side, 3], "tensor(float)": [3, side, side]}.get(first.type)
+    fits = (
+        expected is not None and len(sizes) == 3 and all(s in (None, e) for s, e in zip(sizes, expected, strict=True))
+    )
     if more or not fits:
-        takes = [(node.name, node.type, node.shape) for node in session.get_inputs()]
+        inputs = [(node.name, node.type, node.shape) for node in session.get_inputs()]
         raise UsageError(
-            f"{path} takes {takes}, expected one input: uint8 [N, {side}, {side}, 3] or normalised float32 "
+            f"{path} has the inputs {inputs}, expected one input: uint8 [N, {side}, {side}, 3] or normalised float32 "
             f"[N, 3, {side}, {side}]. For images of another size use --input-px."
         )
     if first.type == "tensor(uint8)":
-        return lambda images_BSS3: images_BSS3, batch
+        return lambda images_BSS3: images_BSS3, batch_size
     mean, std = (np.array(values, np.float32) for values in (task.mean, task.std))
     return (
         lambda images_BSS3: (
             ((images_BSS3.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
         ),
-        batch,
+        batch_size,
     )
 
 
-def _run(
-    path: Path, session: InferenceSession, feed: Feed, batch: int, images: Images, num_classes: int
+def _run_file(
+    path: Path, session: InferenceSession, to_input: ToInput, batch_size: int, images: Images, num_classes: int
 ) -> NDArray[np.floating]:
-    name, size = session.get_inputs()[0].name, batch or BATCH_SIZE
-    found = []
-    for start in range(0, len(images), size):
-        images_BSS3 = images[start : start + size]
-        whole = np.resize(images_BSS3, (batch or len(images_BSS3), *images_BSS3.shape[1:]))  # fills a fixed batch
+    name, step = session.get_inputs()[0].name, batch_size or BATCH_SIZE
+    batches = []
+    for start in range(0, len(images), step):
+        images_BSS3 = images[start : start + step]
+        # a fixed batch size needs a full last batch: repeat images
+        padded = np.resize(images_BSS3, (batch_size or len(images_BSS3), *images_BSS3.shape[1:]))
         try:
-            logits_BC = session.run(None, {name: feed(whole)})[0][: len(images_BSS3)]
-        except Exception as reason:  # ONNX Runtime has a dozen error types and no parent for them
-            raise BundleError(f"{path} does not run on {len(whole)} images ({str(reason).splitlines()[0]}).") from None
+            logits_BC = session.run(None, {name: to_input(padded)})[0][: len(images_BSS3)]
+        except Exception as reason:  # the error types of ONNX Runtime have no common base class
+            raise BundleError(f"{path} does not run on {len(padded)} images ({str(reason).splitlines()[0]}).") from None
         if logits_BC.shape != (len(images_BSS3), num_classes):
             raise BundleError(
-                f"{path} gives {list(logits_BC.shape)} for {len(images_BSS3)} images, expected logits "
-                f"[{len(images_BSS3)}, {num_classes}]; its first output has to be the logits."
+                f"the first output of {path} has shape {list(logits_BC.shape)} for {len(images_BSS3)} images, expected "
+                f"logits [{len(images_BSS3)}, {num_classes}]; the first output must be the logits."
             )
-        found.append(logits_BC)
-    return np.concatenate(found)
+        batches.append(logits_BC)
+    return np.concatenate(batches)

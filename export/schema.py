@@ -1,4 +1,8 @@
-"""The parity report: what was held against what, on which images, and what came out. The content of parity.json."""
+"""The records of the parity report: the compared models, the images, and the results of every gate.
+
+``ParityReport`` is the content of parity.json. The module has no dependencies within ``export``; the other modules fill
+and read these records.
+"""
 
 from typing import Annotated, Literal
 
@@ -12,17 +16,17 @@ Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 GateName = Literal["G0 structure", "G1 numeric", "G2 decisions", "G3 task", "G4 confidence", "G5 host"]
 
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
-"""What a command that certifies exits with; 2 is kept for usage and input."""
+"""Exit code of the commands that certify, by verdict; 2 is reserved for errors in usage and input."""
 
 ALL = "all"
-"""The name of the row for all images together."""
+"""Name of the row for all images together."""
 
 
 class Gate(Record):
-    """What one gate says.
+    """The result of one gate.
 
     Attributes:
-        findings: Sentences for people; those of a gate that was not passed say why.
+        findings: Sentences for people; unless the verdict is PASS, they give the reason.
     """
 
     name: GateName
@@ -31,12 +35,12 @@ class Gate(Record):
 
 
 class Margins(Record):
-    """The loss of accuracy that is acceptable, as a fraction.
+    """The acceptable loss of accuracy, as a fraction.
 
     Attributes:
-        overall: For all images together.
-        group: For each group that is not named in ``groups``.
-        groups: By the name of a group.
+        overall: Margin for all images together.
+        group: Margin for each group that is not in ``groups``.
+        groups: Margins by group name.
     """
 
     overall: float = Field(gt=0, lt=1)
@@ -44,26 +48,30 @@ class Margins(Record):
     groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
 
     def of(self, group: str) -> float:
-        """The margin of a group, or of ``all``."""
+        """The margin of a group, or of ``all`` images."""
         return self.overall if group == ALL else self.groups.get(group, self.group)
 
 
 class GroupParity(Record):
-    """Reference and candidate on the images of one group, or on ``all``. Limits are one-sided at 95 %.
+    """Reference and candidate on the images of one group, or on ``all`` images. Limits are one-sided at 95 %.
 
-    A wrong PASS of the whole table must get past every row, so each row's upper limit may err in one case of twenty. A
-    wrong FAIL takes one row, so the lower limits err together in one case of twenty (Bonferroni).
+    A wrong PASS of the table requires a wrong PASS in every row, so each row's upper limit has an error rate of 5 %. A
+    wrong FAIL requires only one row, so the lower limits have a joint error rate of 5 % (Bonferroni).
 
     Attributes:
-        reference_accuracy: None, like all that is undefined, when there are no images.
-        loss: Reference minus candidate accuracy.
-        loss_lower_limit: At 95 % for all rows together.
-        loss_upper_limit: Tango's, raised where it would err too often; the smallest margin that these images certify.
+        reference_accuracy: A fraction; None, as every undefined value, if there are no images.
+        loss: Reference accuracy minus candidate accuracy.
+        loss_lower_limit: Lower confidence limit of the loss, at 95 % for all rows jointly.
+        loss_upper_limit: Tango's upper confidence limit of the loss, raised where its error rate would exceed 5 %; the
+            smallest margin that these images certify.
         num_flips: Images whose most likely class changed.
-        flip_rate_upper_limit: Clopper and Pearson's.
-        num_clear_flips: Flips of images whose class was clear to the reference, or whose logits are not finite.
-        mcnemar_p: Exact two-sided p-value of McNemar's test, adjusted by Holm over the rows. An alarm, no verdict.
-        verdict: PASS when the upper limit of the loss lies below the margin, FAIL when the lower one lies above.
+        flip_rate_upper_limit: Upper confidence limit of the rate of flips, by Clopper and Pearson.
+        num_clear_flips: Flips of images that the reference classifies with a clear margin, or for which the candidate's
+            logits are not finite.
+        mcnemar_p: Exact two-sided p-value of McNemar's test, adjusted over the rows by Holm's method. It is only
+            a warning and does not affect the verdict.
+        verdict: PASS if the upper limit of the loss is below the margin, FAIL if the lower limit is above it, else
+            INCONCLUSIVE.
     """
 
     group: str
@@ -88,7 +96,7 @@ class ClassParity(Record):
 
     Attributes:
         p_value: Exact one-sided p-value of McNemar's test that the class lost accuracy.
-        flagged: Whether the class is among the discoveries at a false discovery rate of 5 % (Benjamini and Hochberg).
+        flagged: Whether the class is a discovery at a false discovery rate of 5 % (Benjamini and Hochberg).
     """
 
     label: str
@@ -102,13 +110,13 @@ class ClassParity(Record):
 
 
 class FlipsByMargin(Record):
-    """How many images changed class, by how clear their class was to the reference.
+    """How many images changed class, for one interval of the reference's margin between the two highest logits.
 
     Attributes:
-        above: Lower end of the interval of the margin between the two highest logits, as a share of their span.
-        up_to: Its upper end.
-        num_images: Images of each group, in the order of the task's groups.
-        num_flips: Of these, the ones that changed class.
+        above: Lower end of the interval, as a share of the span of the logits.
+        up_to: Upper end of the interval.
+        num_images: Images in the interval, for each group in the order of the task's groups.
+        num_flips: Number of these images that changed class.
     """
 
     above: float
@@ -118,7 +126,7 @@ class FlipsByMargin(Record):
 
 
 class Difference(Record):
-    """A mean difference, candidate minus reference, with its 95 % interval by paired bootstrap."""
+    """A mean difference, candidate minus reference, with its 95 % confidence interval from a paired bootstrap."""
 
     value: float
     low: float
@@ -126,17 +134,19 @@ class Difference(Record):
 
 
 class ConfidenceParity(Record):
-    """How far the probabilities of a group's images moved (by true class), or of ``all``.
+    """How much the probabilities changed, for the images whose true class is in one group, or for ``all`` images.
 
     Attributes:
         kl: Mean Kullback-Leibler divergence of the candidate's probabilities from the reference's, in nats.
         confidence_change: Mean absolute change of the highest probability.
-        nll: Of the negative log likelihood, in nats.
-        brier: Of the Brier score.
-        reference_ece: Expected calibration error, 15 equal intervals, uncalibrated; None without images.
-        candidate_ece: Likewise.
-        ece_null: What a perfectly calibrated model of the candidate's confidences would show on so few images, mean.
-        ece_null_upper: The 95 % quantile of that.
+        nll: Difference of the negative log likelihood, in nats.
+        brier: Difference of the Brier score.
+        reference_ece: Expected calibration error of the reference, with 15 equal intervals and without calibration;
+            None without images.
+        candidate_ece: The same for the candidate.
+        ece_null: Mean expected calibration error that a perfectly calibrated model with the candidate's confidences
+            would have on this number of images.
+        ece_null_upper: The 95 % quantile of the same.
     """
 
     group: str
@@ -152,7 +162,7 @@ class ConfidenceParity(Record):
 
 
 class ReliabilityBin(Record):
-    """Predictions of one interval of confidence: how sure and how often right, on certification images."""
+    """Mean confidence and accuracy of the predictions in one interval of confidence, on the certify images."""
 
     above: float
     up_to: float
@@ -162,16 +172,16 @@ class ReliabilityBin(Record):
 
 
 class GroupReliability(Record):
-    """How true the confidence of predictions in one group is, before and after calibration.
+    """How well the confidence of predictions in one group agrees with their accuracy, before and after calibration.
 
     Attributes:
-        group: Of the *predicted* class.
-        num_images: Certification images predicted in it.
-        before: With the logits as they are.
-        after: With the group's temperature.
-        ece_before: Expected calibration error; None without images.
-        ece_after: Likewise.
-        ece_null: What a perfectly calibrated model would show on so few images, mean.
+        group: Group of the *predicted* class.
+        num_images: Certify images whose prediction is in the group.
+        before: Reliability with the original logits.
+        after: Reliability with the group's temperature.
+        ece_before: Expected calibration error with the original logits; None without images.
+        ece_after: Expected calibration error with the group's temperature; None without images.
+        ece_null: Mean expected calibration error that a perfectly calibrated model would have on this number of images.
     """
 
     group: str
@@ -184,15 +194,15 @@ class GroupReliability(Record):
 
 
 class ConfidenceCertificate(Record):
-    """What the service will say of confidence, and how it held on images that fitted none of it.
+    """The calibration that the service uses, and its evaluation on images that were not used to fit it.
 
     Attributes:
-        calibration: What goes into the manifest.
-        reliability: One entry a predicted group.
+        calibration: The calibration that is written to the manifest.
+        reliability: One entry per predicted group.
         mean_set_size: Mean number of classes in a prediction set.
         empty_sets: Share of images whose prediction set is empty.
-        num_temperature_images: Images that fitted the temperatures.
-        num_threshold_images: Images that fitted expected accuracy, abstention and prediction sets.
+        num_temperature_images: Images on which the temperatures were fitted.
+        num_threshold_images: Images on which expected accuracy, abstention and prediction sets were fitted.
     """
 
     calibration: Calibration
@@ -204,16 +214,16 @@ class ConfidenceCertificate(Record):
 
 
 class QuantisationTrial(Record):
-    """One configuration of int8 and what it lost on the selection images.
+    """One int8 configuration and its loss of accuracy on the selection images.
 
     Attributes:
-        configuration: In words, such as ``minmax, per channel, balanced``.
+        configuration: Description such as ``minmax, per channel, balanced``.
         float_layers: Nodes that were kept in float.
-        worst_group: Where the most accuracy was lost.
-        worst_group_loss: That loss, a fraction.
-        overall_loss: Of all selection images.
+        worst_group: Group with the largest loss of accuracy.
+        worst_group_loss: Loss of accuracy in this group, a fraction.
+        overall_loss: Loss of accuracy over all selection images, a fraction.
         kl: Mean divergence from the fp32 model's probabilities in the group where it is largest; breaks ties.
-        chosen: Whether this is the one that went on to the gates.
+        chosen: Whether this configuration was selected for certification.
     """
 
     configuration: str
@@ -226,13 +236,13 @@ class QuantisationTrial(Record):
 
 
 class LayerError(Record):
-    """How far a layer's output is from the reference's, given what the reference gives to that layer.
+    """The error of one layer's output if the layer gets the reference's inputs.
 
     Attributes:
         layer: Name of the node.
-        operator: Its type.
-        error: Root mean square of the difference as a share of the reference's root mean square; at most 1,000, which
-            also stands for what is not finite.
+        operator: Operator type of the node.
+        error: Root mean square of the difference, as a share of the reference's root mean square; at most 1,000, which
+            also stands for errors that are not finite.
     """
 
     layer: str
@@ -241,7 +251,7 @@ class LayerError(Record):
 
 
 class Latency(Record):
-    """How long one batch takes, in milliseconds: median and quartiles of interleaved repeats."""
+    """The time of one batch in milliseconds: median and quartiles of interleaved repetitions."""
 
     batch: int
     median_ms: float
@@ -250,12 +260,13 @@ class Latency(Record):
 
 
 class Runtime(Record):
-    """What ran the candidate.
+    """The software and hardware that ran the candidate.
 
     Attributes:
+        onnxruntime: Version of ONNX Runtime.
         provider: Execution provider of ONNX Runtime.
-        isa: The vector instructions that decide how int8 is computed, such as ``avx2`` or ``avx512_vnni``.
-        tf32: Whether float32 was shortened to TF32; None where there is no such thing.
+        isa: The vector instruction set, such as ``avx2`` or ``avx512_vnni``, on which int8 results depend.
+        tf32: Whether float32 was computed in TF32; None on devices without TF32.
     """
 
     onnxruntime: str
@@ -265,13 +276,13 @@ class Runtime(Record):
 
 
 class CandidateReport(Record):
-    """One precision, held against the reference.
+    """The comparison of one candidate with the reference.
 
     Attributes:
-        file: Name in the bundle, or of the file that was given.
+        file: Name of the file in the bundle, or of the file that was given.
         classes: Sorted by training count, most frequent first.
-        layers: On FAIL, the layers in which the difference arises, in the order of the graph; the first one above
-            rounding is named in the findings.
+        layers: After FAIL, the layers in which the difference arises, in the order of the graph; the findings name the
+            first one above rounding.
     """
 
     precision: Precision
@@ -293,10 +304,10 @@ class CandidateReport(Record):
 
 
 class SplitRecord(Record):
-    """One part of the images, and what it was used for.
+    """One split of the images; its name states its use.
 
     Attributes:
-        sha256: Of the images, then the labels, as they lie in memory.
+        sha256: Hash of the bytes of the images in memory, followed by those of the labels.
     """
 
     name: Literal["quantisation", "selection", "confidence", "certify"]
@@ -306,14 +317,14 @@ class SplitRecord(Record):
 
 
 class DataRecord(Record):
-    """The images that the gates were run on.
+    """The images on which the gates were evaluated.
 
     Attributes:
-        description: Which they are, in words.
-        splits: Parts that share no image; ``certify`` chose nothing.
-        num_views: How many of the certify images are random views of others, made because there were too few.
-        num_duplicates: Test images left out because they are copies: of another test image, or of a training image
-            where these are in memory.
+        description: Description of the images for people.
+        splits: Splits without common images; the images of ``certify`` influenced neither weights nor settings.
+        num_views: How many of the certify images are random augmented views of others, added if there were too few.
+        num_duplicates: Test images that were left out because they are copies of another test image, or of a training
+            image (checked only if the training images are in memory).
     """
 
     description: str
@@ -326,12 +337,12 @@ class ParityReport(VersionedRecord):
     """The content of parity.json.
 
     Attributes:
-        verdict: Of the bundle: PASS when fp32 passed. A precision that did not pass is not in the bundle.
-        reference: What the candidates were held against.
+        verdict: Verdict on the bundle: PASS if fp32 passed. A precision that did not pass is not in the bundle.
+        reference: Description of the model with which the candidates were compared.
         groups: Names of the class groups, most frequent classes first.
-        versions: Package name to version, of what converted and certified.
-        confidence: Of every one-sided limit in the report.
-        candidates: One a precision that was tried, fp32 first.
+        versions: Versions of the packages that converted and certified, by package name.
+        confidence: Confidence level of every one-sided limit in the report.
+        candidates: One per precision that was tried, fp32 first.
     """
 
     schema_version: int = 2

@@ -1,11 +1,11 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server.
+"""Write a bundle as a model repository for NVIDIA Triton Inference Server.
 
     OUT/NAME_PRECISION/config.pbtxt   input, labels, batching, warm-up
-    OUT/NAME_PRECISION/labels.txt     a class name a line, in the order of the logits
+    OUT/NAME_PRECISION/labels.txt     one class name per line, in the order of the logits
     OUT/NAME_PRECISION/1/model.onnx   the certified file, unchanged
 
-Every precision becomes a model of its own, which runs where it was certified. A repository is written as a whole and
-replaced as a whole, and only if it is one of these.
+Every precision becomes a separate model, which runs on the kind of device on which it was certified. A repository is
+written and replaced as a whole. A directory with anything else in it is not replaced.
 """
 
 import re
@@ -19,15 +19,15 @@ from ltkd.errors import BundleError
 CONFIG_FILE, LABEL_FILE, MODEL_FILE = "config.pbtxt", "labels.txt", "1/model.onnx"
 MAX_BATCH, PREFERRED_BATCHES = 32, (8, 16, 32)
 QUEUE_DELAY_US = 2000
-"""How long a request waits for others: little beside a batch of 32 on a CPU, and long enough to meet some."""
+"""How long a request waits for others to join its batch; short compared with the time of a batch of 32 on a CPU."""
 _MARK = "# A model repository made from the bundle"
 
 
 def write_triton(bundle: Bundle, out: Path) -> Path:
-    """Write the repository of all precisions of a bundle, whole or not at all.
+    """Write a repository with all precisions of a bundle, completely or not at all.
 
     Raises:
-        BundleError: ``out`` holds something else than such a repository, or the bundle was changed.
+        BundleError: There is something other than such a repository at ``out``, or the bundle was changed.
     """
     with staged(out, check_replaceable) as stage:
         for precision, model in bundle.manifest.precisions.items():
@@ -35,13 +35,13 @@ def write_triton(bundle: Bundle, out: Path) -> Path:
             (folder / MODEL_FILE).parent.mkdir(parents=True)
             (folder / MODEL_FILE).write_bytes(bundle.read(model))
             (folder / CONFIG_FILE).write_text(model_config(bundle, precision, model), encoding="utf-8")
-            labels = "".join(f"{_in_one_line(name)}\n" for name in bundle.manifest.task.class_names)
+            labels = "".join(f"{_single_line(name)}\n" for name in bundle.manifest.task.class_names)
             (folder / LABEL_FILE).write_text(labels, encoding="utf-8")
     return out
 
 
 def model_name(bundle: Bundle, precision: Precision) -> str:
-    """What a client of Triton asks for."""
+    """The name of the model in Triton's requests."""
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", bundle.manifest.name).lstrip(".-") or "model"
     return f"{plain}_{precision}"
 
@@ -54,7 +54,7 @@ def model_config(bundle: Bundle, precision: Precision, model: CertifiedModel) ->
     preferred = ", ".join(str(size) for size in PREFERRED_BATCHES)
     warm_up = "".join(_warm_up(size, side) for size in (1, MAX_BATCH))
     return f"""\
-{_MARK} {_in_one_line(bundle.manifest.name)}, sha256 {model.sha256}
+{_MARK} {_single_line(bundle.manifest.name)}, sha256 {model.sha256}
 name: {_quoted(model_name(bundle, precision))}
 backend: "onnxruntime"
 default_model_filename: "model.onnx"
@@ -76,23 +76,23 @@ dynamic_batching {{
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse a place that holds anything but a repository of this module's making.
+    """Check that ``out`` does not exist, or contains nothing but models that this module has written.
 
     Raises:
-        BundleError: It does; the message names what is there.
+        BundleError: Something else is there; the message names it.
     """
     if not out.exists():
         return
     models = sorted(out.iterdir()) if out.is_dir() else [out]
-    foreign = next((model for model in models if not _is_ours(model)), None)
+    foreign = next((model for model in models if not _is_from_bundle(model)), None)
     if foreign is not None:
         raise BundleError(
-            f"{foreign} is no model that was written from a bundle, so {out} is not replaced; give another folder. "
-            "Triton takes several: --model-repository A --model-repository B."
+            f"{foreign} was not written from a bundle, so {out} is not replaced; give another directory. "
+            "Triton accepts several: --model-repository A --model-repository B."
         )
 
 
-def _is_ours(model: Path) -> bool:
+def _is_from_bundle(model: Path) -> bool:
     try:
         return (model / CONFIG_FILE).read_text(encoding="utf-8").startswith(_MARK)
     except (OSError, UnicodeDecodeError):
@@ -113,6 +113,6 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _in_one_line(text: str) -> str:
-    """A name as a line of a text file: a label with a line break in it would move all that follow."""
+def _single_line(text: str) -> str:
+    """Replace line breaks, which would shift all later labels in the file, and other white space with spaces."""
     return " ".join(text.split())

@@ -1,4 +1,8 @@
-"""A bundle, held against its own claims on this machine; needs no torch and no data."""
+"""Verify a bundle on this machine: its hashes, its report, and the outputs of its models for the golden images.
+
+Verification needs neither torch nor the data set. ``ltkd verify`` calls this module; the gates are those of
+``export.certification``.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +19,11 @@ from ltkd.errors import BundleError, DeviceError
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was checked of one precision.
+    """The result of the checks of one precision.
 
     Attributes:
-        provider: Where it was run; None where it could only be held against its hashes and its report.
-        finding: What came out, in words.
+        provider: Execution provider that ran the model; None if only its hash and its report could be checked.
+        finding: The result as a sentence.
     """
 
     precision: Precision
@@ -29,11 +33,11 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """A bundle in which nothing is off, and what was looked at.
+    """A bundle that passed all checks, and their results.
 
     Attributes:
-        checks: One a precision.
-        unlisted_files: Names in its folder that the manifest does not vouch for; nothing reads them.
+        checks: One per precision.
+        unlisted_files: Names of files in its directory that the manifest does not list; they are never read.
     """
 
     bundle: Bundle
@@ -43,42 +47,44 @@ class Verification:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
 
 def verify_bundle(path: Path) -> Verification:
-    """Check that a bundle is whole, sound, certified, and still answers as it did when it was made.
+    """Check that a bundle is complete, unchanged and certified, and gives the same outputs as when it was exported.
 
-    Every precision is run where it was certified. One that was certified on CUDA is run on the CPU where CUDA does not
-    work, and if it does not run there either, that is said and is no error: the machine cannot tell.
+    Every model is run on the provider on which it was certified. A model that was certified on CUDA is run on the CPU
+    if CUDA does not work. If it does not run there either, the result states that it was not run; this is not an error,
+    because it is a property of the machine and not of the bundle.
 
     Raises:
-        BundleError: Something is off; the message names the first thing.
+        BundleError: A check failed; the message describes the first failure.
     """
     bundle = open_bundle(path)
     report = read_report(bundle)
     unlisted_files = bundle.unlisted_files()
     for name in unlisted_files:
         if name.endswith(".onnx"):
-            raise BundleError(f"{path / name} lies in the bundle and nobody certified it; remove it, or export again.")
+            raise BundleError(f"{path / name} is in the bundle but was not certified; remove it, or export again.")
     golden = bundle.golden()
     checks = [
-        _checked(bundle, report, precision, model, golden) for precision, model in bundle.manifest.precisions.items()
+        _check_model(bundle, report, precision, model, golden)
+        for precision, model in bundle.manifest.precisions.items()
     ]
     return Verification(bundle, report, tuple(checks), tuple(unlisted_files))
 
 
 def read_report(bundle: Bundle) -> ParityReport:
-    """What the gates said of a bundle.
+    """Read the parity report of a bundle.
 
     Raises:
-        BundleError: It cannot be read.
+        BundleError: The report cannot be read.
     """
     return read_record(bundle.path / bundle.manifest.parity.path, ParityReport, BundleError)
 
 
-def _checked(
+def _check_model(
     bundle: Bundle, report: ParityReport, precision: Precision, model: CertifiedModel, golden: Golden
 ) -> ModelCheck:
     path = bundle.path / model.path
@@ -86,37 +92,39 @@ def _checked(
     content = bundle.model(precision)
     try:
         read_model(content)
-        provider, session = _session(content, model.provider)
+        provider, session = _open_on_provider(content, model.provider)
     except BundleError as reason:
         raise BundleError(f"{path}: {reason}") from None
     except DeviceError as reason:
         return ModelCheck(
-            precision, None, f"not run here; its hash, its report and the ONNX checker have no objection. {reason}"
+            precision,
+            None,
+            f"not run on this machine; its hash, its report and the ONNX checker found no error. {reason}",
         )
     expected_MC = golden.logits[precision]
-    checks = (
+    gates = (
         structure(content, bundle.manifest.task, golden.images_MSS3, precision, provider),
         host(session, golden.images_MSS3, expected_MC, precision),
     )
-    for gate in checks:
+    for gate in gates:
         if gate.verdict != "PASS":
             raise BundleError(f"{path} does not pass {gate.name} on {provider} of this machine: {gate.findings[0]}")
-    return ModelCheck(precision, provider, _words(checks[-1], provider, model.provider))
+    return ModelCheck(precision, provider, _finding(gates[-1], provider, model.provider))
 
 
 def _check_certified(path: Path, report: ParityReport, precision: Precision, model: CertifiedModel) -> None:
-    """Hold the report against the manifest: it must have passed this very file."""
+    """Check that the report has a PASS for exactly the file that the manifest lists."""
     certified = next((candidate for candidate in report.candidates if candidate.precision == precision), None)
-    seen = "nothing" if certified is None else f"{certified.verdict} of a model {certified.sha256[:12]}..."
-    if report.verdict != "PASS" or certified is None or not _is_about(certified, model):
+    found = "no entry" if certified is None else f"{certified.verdict} (sha256 {certified.sha256[:12]}...)"
+    if report.verdict != "PASS" or certified is None or not _certifies(certified, model):
         raise BundleError(
-            f"the report beside {path} says {report.verdict} of the bundle and {seen} of {precision}, expected PASS of "
-            f"{model.path} ({model.sha256[:12]}...); export again."
+            f"the report beside {path} has {report.verdict} for the bundle and {found} for {precision}, expected PASS "
+            f"for {model.path} (sha256 {model.sha256[:12]}...); export again."
         )
 
 
-def _is_about(certified: CandidateReport, model: CertifiedModel) -> bool:
-    """Whether what passed is this file, on this provider, with this meaning of its confidence."""
+def _certifies(certified: CandidateReport, model: CertifiedModel) -> bool:
+    """Whether the report has a PASS for this file, on this provider, with this calibration."""
     calibration = certified.certificate.calibration if certified.certificate else None
     return (certified.verdict, certified.sha256, certified.runtime.provider, calibration) == (
         "PASS",
@@ -126,20 +134,20 @@ def _is_about(certified: CandidateReport, model: CertifiedModel) -> bool:
     )
 
 
-def _session(content: bytes, certified_on: str) -> tuple[str, InferenceSession]:
+def _open_on_provider(content: bytes, certified_on: str) -> tuple[str, InferenceSession]:
     try:
         return certified_on, open_session(content, certified_on)
-    except DeviceError as elsewhere:
+    except DeviceError as error:
         if certified_on == CPU:
             raise
         try:
             return CPU, open_session(content)
         except BundleError:
-            raise elsewhere from None
+            raise error from None
 
 
-def _words(replay: Gate, provider: str, certified_on: str) -> str:
-    words = replay.findings[0]
+def _finding(replay: Gate, provider: str, certified_on: str) -> str:
+    finding = replay.findings[0]
     if provider == certified_on:
-        return words
-    return f"{words} It was certified on {certified_on}, which does not work here."
+        return finding
+    return f"{finding} It was certified on {certified_on}, which does not work on this machine."

@@ -1,7 +1,7 @@
-"""Train, certify and serve classifiers that look after the tail of long-tailed data.
+"""Train, certify and serve image classifiers that stay accurate on the rare classes of long-tailed data.
 
-The loss is a function for any training loop: ``from ltkd import ltkd_loss``. Names are imported when they are first
-used, so ``import ltkd`` needs neither torch nor time.
+The LTKD loss is a function that works in any training loop: ``from ltkd import ltkd_loss``. Each public name is
+imported when it is first used, so ``import ltkd`` is fast and does not need torch.
 """
 
 import importlib

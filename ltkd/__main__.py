@@ -1,4 +1,4 @@
-"""``python -m ltkd`` is the command ``ltkd``; torchrun starts it so."""
+"""Run the command ``ltkd`` as ``python -m ltkd``, which is the form that torchrun needs."""
 
 from ltkd.cli.main import main
 

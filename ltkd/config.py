@@ -1,4 +1,4 @@
-"""What defines a run: data, network, method, recipe and seed. ``config.json`` holds one RunConfig."""
+"""The configuration of a run: data, network, method, recipe and seed. ``config.json`` contains one RunConfig."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +14,21 @@ ComputePrecision = Literal["float32", "bfloat16", "float16"]
 
 
 class DataConfig(Record):
-    """Which images, how long their tail is, and how the classes are grouped.
+    """Which images are used, how imbalanced they are, and how the classes are grouped.
 
     Attributes:
         name: A key of ltkd.data.formats.DATASETS.
-        root: Directory of the images, where the data set has one.
-        gamma: Largest over smallest class after sampling; None keeps the training set as it is.
-        holdout: Share of every class that is taken out of the training set, before its tail is cut, and stands in
-            for the test set: what parameters are chosen on. 0 uses the whole training set and the test set.
+        root: Directory of the images; None if the data set does not need one.
+        gamma: Size of the largest class divided by that of the smallest after sampling; None keeps all training images.
+        holdout: Fraction of every class that is removed from the training set before the long-tailed subset is drawn.
+            These images replace the test set, so that parameters can be chosen on them. 0 uses the whole training set
+            and the test set.
         groups: ``share`` (33/34/33), ``count`` (many/medium/few), ``quantile:K`` or the path of a JSON mapping.
         input_px: Side of the square images; None takes the data set's own size.
-        skip_unreadable: Leave out image files that cannot be read, instead of refusing the data set.
-        train_list: Lines of ``path label`` that name the training images below the root, where the data set is
-            given by lists.
-        test_list: The same of the test images.
+        skip_unreadable: Exclude image files that cannot be read instead of rejecting the data set.
+        train_list: For a data set given by lists, a file with a line ``path label`` for each training image. The paths
+            are relative to the root.
+        test_list: The same for the test images.
     """
 
     name: str = "glyphs"
@@ -42,14 +43,14 @@ class DataConfig(Record):
 
 
 class Recipe(Record):
-    """How long and how fast a network is trained. SGD with momentum; weight decay on every parameter.
+    """Epochs, batch size and optimiser settings. SGD with momentum; weight decay on every parameter.
 
     Attributes:
-        schedule: ``one-cycle`` (linear up over a quarter of the steps, cosine down to zero) or ``steps``
-            (times 0.1 after each milestone).
-        epochs: 0 takes a network as it is.
-        milestones: Epochs after which ``steps`` lowers the rate.
-        eval_every: Epochs between two looks at the test set; the last epoch is always looked at.
+        schedule: ``one-cycle`` (linear increase over a quarter of the steps, then cosine decay to zero) or ``steps``
+            (multiplied by 0.1 after each milestone).
+        epochs: Number of epochs; 0 keeps the network's weights as they are.
+        milestones: Epochs after which ``steps`` lowers the learning rate.
+        eval_every: Epochs between two evaluations on the test set; the last epoch is always evaluated.
     """
 
     name: str
@@ -64,20 +65,20 @@ class Recipe(Record):
 
 
 class MethodConfig(Record):
-    """A key of ltkd.methods.registry.METHODS with all of its parameters."""
+    """A method, by its key in ltkd.methods.registry.METHODS, with all of its parameters."""
 
     name: str
     parameters: dict[str, Parameter]
 
 
 class Execution(Record):
-    """Where and how the passes of a training are made.
+    """The device, precision and number of processes of a training.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        precision: Of the forward passes, by autocast; the loss and the weights are float32.
-        compiled: Whether torch.compile makes the passes.
-        num_devices: Processes that share every batch.
+        precision: Precision of the forward passes, set by autocast; the loss and the weights are float32.
+        compiled: Whether the passes are compiled with torch.compile.
+        num_devices: Number of processes that share every batch.
     """
 
     device: str = "cpu"
@@ -90,12 +91,13 @@ class RunConfig(VersionedRecord):
     """Everything needed to repeat a run.
 
     Attributes:
-        model: A name that ltkd.models.registry.model_of knows.
-        weights_from: A file of weights that the network starts with; None starts with random ones.
-        weights_from_sha256: Which weights these were.
-        teacher: The teacher's run folder; None when a network learns from labels alone.
-        teacher_weights_sha256: Which weights the teacher had.
-        teacher_views: Fixed views of every image, whose teacher logits are kept; None draws a fresh one each epoch.
+        model: A name that ltkd.models.registry.model_builder accepts.
+        weights_from: A file of initial weights; None starts with random weights.
+        weights_from_sha256: SHA-256 of the initial weights.
+        teacher: The teacher's run folder; None if the network is trained from labels only.
+        teacher_weights_sha256: SHA-256 of the teacher's weights.
+        teacher_views: Number of fixed augmented views per image, whose teacher logits are stored; None draws a new
+            view each epoch.
         versions: Package name to version at training time.
     """
 
@@ -114,24 +116,24 @@ class RunConfig(VersionedRecord):
 
 
 def demo() -> Recipe:
-    """Glyphs on two CPU cores in a few minutes."""
+    """Train on glyphs with two CPU cores in a few minutes."""
     return Recipe(name="demo", epochs=12, batch_size=32, peak_learning_rate=0.1, schedule="one-cycle", eval_every=3)
 
 
 def short() -> Recipe:
-    """CIFAR-100-LT, a teacher and six students for three seeds, on two CPU cores in about two hours."""
+    """Train a teacher and six students on CIFAR-100-LT for three seeds, on two CPU cores in about two hours."""
     return Recipe(name="short", epochs=12, peak_learning_rate=0.1, schedule="one-cycle", eval_every=4)
 
 
 def paper() -> Recipe:
-    """The benchmark's full recipe for the residual networks (METHOD: 240 epochs, batch 64); for a GPU."""
+    """The benchmark's full recipe for residual networks (240 epochs, batch size 64), intended for a GPU."""
     return Recipe(
         name="paper", epochs=240, peak_learning_rate=0.05, schedule="steps", milestones=(150, 180, 210), eval_every=1
     )
 
 
 def adopt() -> Recipe:
-    """No training: the network as its weights are, measured; for a teacher from elsewhere."""
+    """Evaluate a network without training it; for a teacher that was trained elsewhere."""
     return Recipe(name="adopt", epochs=0, peak_learning_rate=0.1, schedule="one-cycle")
 
 
@@ -139,11 +141,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "short": short, "paper
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name.
+    """Look up a recipe by name.
 
     Raises:
         UsageError: The name is not in RECIPES.
     """
     if name not in RECIPES:
-        raise UsageError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}.")
+        raise UsageError(f"unknown recipe '{name}'; choose one of: {', '.join(RECIPES)}.")
     return RECIPES[name]()

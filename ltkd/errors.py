@@ -1,24 +1,25 @@
-"""Everything that can be wrong with what a user hands over, as one family.
+"""Every error that a user can correct, as one tree of exceptions.
 
     LtkdError
-    ├── UsageError          an option, a name or a combination that does not exist
-    ├── DataError           a data set, a class folder, a partition of classes
-    │   └── ImageError      one image
-    │       ├── ImageTypeError      bytes of no image type that is read
-    │       └── ImageDecodeError    damaged, truncated or too large
-    ├── TrainingError       a loss that is not finite
-    ├── StoppedError        a training that was asked to stop, and is saved
-    ├── RunError            a run folder
-    ├── BundleError         a bundle
-    └── DeviceError         an execution device that is not there
+    ├── UsageError          an option, a name or a combination does not exist
+    ├── DataError           a data set, a class folder or a partition of classes cannot be used
+    │   └── ImageError      one image cannot be used
+    │       ├── ImageTypeError      the bytes are not a supported image type
+    │       └── ImageDecodeError    the image is damaged, truncated or too large
+    ├── TrainingError       training cannot continue, for example because the loss is not finite
+    ├── StoppedError        a signal stopped training after a checkpoint was saved
+    ├── RunError            a run folder cannot be used
+    ├── BundleError         a bundle cannot be used
+    └── DeviceError         an execution device is not available
 
-A message says what was seen, what was expected and what to do. Commands print it, in one line but for lists of files,
-and exit with 2 (a stopped training with 128 plus the signal); any other exception is a bug and shows its traceback.
+A message states what was found, what was expected and what to do. Commands print it in one line (lists of files take
+one line per file) and exit with code 2; a stopped training exits with 128 plus the signal number. Any other exception
+is a bug and shows its traceback.
 """
 
 
 class LtkdError(Exception):
-    """Something the user can put right; the message says how."""
+    """An error that the user can correct; the message explains how."""
 
 
 class UsageError(LtkdError):
@@ -34,7 +35,7 @@ class ImageError(DataError):
 
 
 class ImageTypeError(ImageError):
-    """Bytes that are no image of a type that is read."""
+    """Bytes that are not an image of a supported type."""
 
 
 class ImageDecodeError(ImageError):
@@ -42,15 +43,15 @@ class ImageDecodeError(ImageError):
 
 
 class TrainingError(LtkdError):
-    """A training that cannot go on."""
+    """Training cannot continue."""
 
 
 class StoppedError(LtkdError):
-    """A training that was asked to stop by a signal, and was saved first.
+    """A signal stopped training, and a checkpoint was saved first.
 
     Args:
-        message: Where it stopped and how to go on.
-        signal_number: What asked.
+        message: Where training stopped and how to resume it.
+        signal_number: The number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -59,12 +60,12 @@ class StoppedError(LtkdError):
 
 
 class RunError(LtkdError):
-    """A run folder that is missing, incomplete or does not fit."""
+    """A run folder that is missing, incomplete or does not match the request."""
 
 
 class BundleError(LtkdError):
-    """A bundle that is missing, incomplete, changed or of another schema."""
+    """A bundle that is missing, incomplete, changed or has another schema."""
 
 
 class DeviceError(LtkdError):
-    """An execution device that was asked for and is not there."""
+    """A requested execution device is not available."""

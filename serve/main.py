@@ -1,7 +1,7 @@
-"""What the command ``ltkd serve`` does.
+"""The command ``ltkd serve``: opens the port, starts the first engine process and runs the server.
 
-Nothing heavy is imported here: the engine process of the bundle is started first, and while it proves and warms the
-model, this process imports the framework.
+Nothing heavy is imported at the top of this module. The engine process of the bundle is started first; while it
+verifies and warms up the model, this process imports the web framework (serve/server.py).
 """
 
 import gc
@@ -14,47 +14,48 @@ from types import FrameType
 
 from ltkd.contract.bundle import MANIFEST_FILE
 from ltkd.errors import UsageError
-from serve.pool.dispatcher import EnginePool, orders
+from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess, launch
+from serve.pool.supervisor import engine_config
 from serve.settings import Settings
 
 
 def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = None) -> None:
-    """Serve a bundle, or a directory of them, until SIGTERM or SIGINT; both end it cleanly.
+    """Serve a bundle, or a directory of bundles, until SIGTERM or SIGINT. Both signals stop the service cleanly.
 
     Args:
         path: A bundle, or a directory of bundles or of versions.
-        settings: As read.
-        given: What the command line gave, for the print of the settings.
+        settings: The settings of this start.
+        given: The options given on the command line, to mark them when the settings are printed.
 
     Raises:
         LtkdError: A bundle, the device or the address cannot be used.
     """
-    with _signals_exit(), _listening(settings.host, settings.port) as listener:
-        gc.disable()  # until the start is over (ltkd.contract.resources)
-        ahead: list[ChildProcess] = []
+    with _exit_on_signals(), _listener(settings.host, settings.port) as listener:
+        gc.disable()  # until the service has started (ltkd.contract.resources)
+        started_early: list[ChildProcess] = []
         if (path / MANIFEST_FILE).exists():
-            ahead.append(launch(orders(path, settings)))
+            started_early.append(launch(engine_config(path, settings)))
 
-        async def start_worker(bundle: Path) -> EnginePool:
+        async def start_pool(bundle: Path) -> EnginePool:
             def start_process() -> ChildProcess:
-                return ahead.pop() if ahead else launch(orders(bundle, settings))
+                return started_early.pop() if started_early else launch(engine_config(bundle, settings))
 
             return await EnginePool.start_with(start_process, settings)
 
         try:
-            from serve.server import run  # noqa: PLC0415 - takes as long as the engine process, which starts meanwhile
+            from serve.server import run  # noqa: PLC0415 - slow; the engine process starts meanwhile
 
-            run(path, settings, given or {}, listener, start_worker)
+            run(path, settings, given or {}, listener, start_pool)
         finally:
             gc.enable()
-            for launched in ahead:  # the start ended before it was needed
-                launched.kill()
-                launched.line.close()
+            for child in started_early:  # the service stopped before it used this process
+                child.kill()
+                child.connection.close()
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def _listener(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as reason:
@@ -64,9 +65,9 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _signals_exit() -> Iterator[None]:
-    """Leave with 0 on SIGTERM and SIGINT, at any time; uvicorn raises again what it caught, once it has drained."""
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGINT)}
+def _exit_on_signals() -> Iterator[None]:
+    """Exit with code 0 on SIGTERM and SIGINT at any time; uvicorn raises the signal again once it has drained."""
+    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -74,5 +75,5 @@ def _signals_exit() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(_number: int, _frame: FrameType | None) -> None:
+def _exit(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)

@@ -1,15 +1,16 @@
-"""What went wrong, as RFC 9457 problem details.
+"""Errors of the API as RFC 9457 problem details.
 
-The status says which kind of problem it is, so ``type`` is ``about:blank`` and ``title`` the HTTP phrase:
+The HTTP status identifies the kind of problem, so ``type`` is ``about:blank`` and ``title`` is the status phrase:
 
-    400  the request is malformed            415  not an image of a type that is read
-    401  no key, or one that is not known    422  damaged, truncated or too many pixels
-    404  no such path or model               429  too many requests in hand
-    405  not this method                     500  a defect of the service
-    408  the body took too long              503  not ready
-    413  too many bytes                      504  no answer within the request's deadline
+    400  the request is malformed            415  the image type is not supported
+    401  the API key is missing or invalid   422  the image is damaged, truncated or has too many pixels
+    403  the role of the key is too low      429  the queue is full
+    404  no such path or model               500  internal error
+    405  the method is not allowed           503  the service is not ready
+    408  the body arrived too slowly         504  no response within the request's deadline
+    413  the body is too large
 
-Nothing here knows of HTTP servers: the engine's process says what is wrong with an image in the same words.
+This module does not depend on an HTTP server, because the engine processes create the problems of images with it.
 """
 
 from collections.abc import Mapping
@@ -25,11 +26,11 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(Record):
-    """A problem as RFC 9457 has it.
+    """One problem in the form of RFC 9457.
 
     Attributes:
         detail: What was seen, what was expected and what to do.
-        error: The same again, where clients of the Open Inference Protocol look for it.
+        error: The same text, in the field that clients of the Open Inference Protocol read.
     """
 
     type: str = "about:blank"
@@ -40,16 +41,16 @@ class Problem(Record):
 
     @cached_property
     def body(self) -> bytes:
-        """The problem in JSON, of type MEDIA_TYPE."""
+        """The problem as JSON; its media type is MEDIA_TYPE."""
         return self.model_dump_json().encode()
 
 
 Content = bytes | Problem
-"""The file of an image as it came, or what was wrong with it before anybody looked inside."""
+"""The bytes of an image file, or the problem that was found before the file was decoded."""
 
 
 class ProblemError(LtkdError):
-    """A request that ends with a problem."""
+    """Raised to answer a request with a problem."""
 
     def __init__(self, problem: Problem, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(problem.detail)
@@ -57,11 +58,11 @@ class ProblemError(LtkdError):
         self.headers = headers
 
 
-def problem_of(status: int, detail: str) -> Problem:
-    """The problem that a status and a sentence make."""
+def make_problem(status: int, detail: str) -> Problem:
+    """A problem with this HTTP status and this detail."""
     return Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, error=detail)
 
 
 def image_problem(error: ImageError) -> Problem:
-    """The problem of one image: 415 for bytes of no known type, 422 for an image that cannot be decoded."""
-    return problem_of(415 if isinstance(error, ImageTypeError) else 422, str(error))
+    """The problem of one image: 415 if its type is not supported, 422 if it cannot be decoded."""
+    return make_problem(415 if isinstance(error, ImageTypeError) else 422, str(error))

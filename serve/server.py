@@ -1,4 +1,7 @@
-"""The server: starts the models, listens, and on SIGTERM leaves in good order."""
+"""Runs the server process: starts the models, serves HTTP with uvicorn and shuts down gracefully on SIGTERM.
+
+serve/main.py calls it with an open socket; serve/api/app.py has the routes.
+"""
 
 import asyncio
 import contextlib
@@ -19,7 +22,7 @@ from serve.http.fast_path import Connection
 from serve.http.service import Service
 from serve.monitoring.logs import log_settings, set_up_logging
 from serve.pool.dispatcher import EnginePool
-from serve.pool.repository import StartWorker
+from serve.pool.repository import StartPool
 from serve.settings import Settings
 
 
@@ -28,23 +31,23 @@ def run(
     settings: Settings,
     given: Mapping[str, object],
     listener: socket.socket,
-    start_worker: StartWorker[EnginePool],
+    start_pool: StartPool[EnginePool],
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         path: A bundle, or a directory of bundles or of versions.
-        settings: As read.
-        given: What the command line gave, for the print of the settings.
-        listener: Bound and listening.
-        start_worker: Starts the engine processes of a bundle.
+        settings: The settings of this start.
+        given: The options given on the command line, to mark them when the settings are printed.
+        listener: A bound, listening socket.
+        start_pool: Starts the engine processes of a bundle.
 
     Raises:
         LtkdError: A bundle or the device cannot be used.
     """
     set_up_logging(settings.log_format, settings.log_level)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(Service(path, settings, start_worker), given, listener))
+        runner.run(_serve(Service(path, settings, start_pool), given, listener))
 
 
 async def _serve(service: Service, given: Mapping[str, object], listener: socket.socket) -> None:
@@ -54,7 +57,7 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
         reload_on_hangup(service.models, service.keys)
         log_settings(service.settings, given)
         host, port = listener.getsockname()[:2]
-        print(_greeting(service, host, port), flush=True)  # noqa: T201 - the line a user waits for
+        print(_start_message(service, host, port), flush=True)  # noqa: T201 - the user waits for this line
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -72,60 +75,64 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a delay between the signal and the end in which it says that it is leaving."""
+    """uvicorn's server, with a delay between the signal and the shutdown.
+
+    During the delay the service is not ready but still answers, so that load balancers can send requests elsewhere.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._leave_at = 0.0
-        self._num_refused = 0
-        self._engines_finish = False
+        self._stop_at = 0.0
+        self._num_rejected = 0
+        self._yields_to_engines = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the delay; a second one ends it."""
-        if self._service.leaving:
+        """Start the delay on the first signal; end it on a second one."""
+        if self._service.stopping:
             super().handle_exit(sig, frame)
             return
         self._captured_signals.append(sig)
-        self._service.leaving = True
-        self._leave_at = time.monotonic() + self._service.settings.delay_seconds
+        self._service.stopping = True
+        self._stop_at = time.monotonic() + self._service.settings.delay_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether it is time to end; called ten times a second."""
-        num_refused = self._service.telemetry.num_rejected("full")
-        self._let_engines_finish(num_refused > self._num_refused)
-        self._num_refused = num_refused
-        if self._service.leaving and time.monotonic() >= self._leave_at:
+        """Return whether to shut down. uvicorn calls this ten times a second."""
+        num_rejected = self._service.telemetry.num_rejected("full")
+        self._yield_to_engines(num_rejected > self._num_rejected)
+        self._num_rejected = num_rejected
+        if self._service.stopping and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
-    def _let_engines_finish(self, overloaded: bool) -> None:
-        """On one core, while requests are refused, look at what arrives only when a run pauses or has had its slice.
+    def _yield_to_engines(self, overloaded: bool) -> None:
+        """On one core, lower this process's scheduling class while requests are rejected.
 
-        Otherwise each request that arrives interrupts a run, and one is turned away as dearly as one is answered.
+        Otherwise each arriving request interrupts a run of the network, and rejecting a request would cost as much time
+        as answering one. With SCHED_BATCH a run is interrupted only when it blocks or its time slice ends.
         """
-        if overloaded != self._engines_finish and sys.platform == "linux" and num_cores() == 1:
-            self._engines_finish = overloaded
+        if overloaded != self._yields_to_engines and sys.platform == "linux" and num_cores() == 1:
+            self._yields_to_engines = overloaded
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH if overloaded else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
-        import uvloop  # noqa: PLC0415 - not on every system
+        import uvloop  # noqa: PLC0415 - not available on every system
     except ImportError:
         return None
     return uvloop.new_event_loop
 
 
-def _greeting(service: Service, host: str, port: int) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    what = ", ".join(
-        f"{served.key.name} ({len(served.worker.manifest.task.class_names)} classes, {served.worker.precision}, "
-        f"{served.worker.provider})"
+def _start_message(service: Service, host: str, port: int) -> str:
+    url_host = f"[{host}]" if ":" in host else host
+    models = ", ".join(
+        f"{served.key.name} ({len(served.pool.manifest.task.class_names)} classes, {served.pool.precision}, "
+        f"{served.pool.provider})"
         for served in service.models.all()
     )
     return (
-        f"serving {what} on http://{shown}:{port} - try: "
-        f"curl -H 'Content-Type: image/jpeg' --data-binary @FILE http://{shown}:{port}/v1/classify"
+        f"serving {models} on http://{url_host}:{port} - try: "
+        f"curl -H 'Content-Type: image/jpeg' --data-binary @FILE http://{url_host}:{port}/v1/classify"
     )

@@ -1,4 +1,4 @@
-"""The settings of the service: one place, from the command line or from ``LTKD_`` variables."""
+"""The settings of the service, read from the command line and from ``LTKD_`` environment variables."""
 
 import difflib
 import os
@@ -18,43 +18,43 @@ PILLOW_MAX_PIXELS = 89_478_485
 
 
 class Settings(BaseModel):
-    """How the service listens and what it takes; each field is also ``LTKD_<NAME>``.
+    """Settings of the service; each can also be set with the environment variable ``LTKD_<NAME>``.
 
     Attributes:
-        host: Address to listen on; only this machine reaches the default.
-        port: TCP port; 0 takes a free one.
+        host: Address to listen on; the default is reachable from this machine only.
+        port: TCP port; 0 chooses a free one.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: ``fp32``, ``int8`` or ``fp16``; by default the fastest that is certified, of those for the device.
-        processes: Engine processes for each model version; they share the cores.
+        precision: ``fp32``, ``int8`` or ``fp16``; by default the fastest one that is certified and suits the device.
+        processes: Engine processes per model version; they share the cores.
         max_batch: Images in one run of the network.
         max_wait_ms: How long an image waits for others to fill its batch; by default 0 on a CPU and 1 on a GPU.
-        max_body_bytes: Larger request bodies are refused while they arrive.
-        max_pixels: Images with more pixels are refused from their header. Pillow's own guard ends at its limit.
-        max_images: Images in one request.
-        max_queue_images: Images in hand at one time, decoded or not; beyond them the answer is 429.
-        max_queue_bytes: Encoded bytes in hand at one time, likewise.
-        max_queue_seconds: A request that would wait longer for its turn, at the measured rate, is answered 429; by
-            default ten times what the model needs for one image, at least 0.05.
-        max_connections: Open connections; one more is answered 503 and closed.
-        max_header_bytes: Request line and headers together.
-        max_headers: Header lines.
-        header_seconds: Request line and headers must have arrived within this time of the first byte.
-        body_seconds: A request body must have arrived within this time.
+        max_body_bytes: Larger request bodies are rejected with 413 while they arrive.
+        max_pixels: Images with more pixels are rejected before they are decoded. The upper limit is that of Pillow.
+        max_images: Images per request.
+        max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
+        max_queue_bytes: Bytes of request bodies in memory; requests beyond this limit are rejected with 429.
+        max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429; by default ten
+            times what the model needs for one image, at least 0.05.
+        max_connections: Open connections; further ones are answered with 503 and closed.
+        max_header_bytes: Size of the request line and headers together.
+        max_headers: Number of header lines.
+        header_seconds: Request line and headers must arrive within this time of the first byte.
+        body_seconds: A request body must arrive within this time.
         idle_seconds: A connection without a request is closed after this time.
-        write_seconds: A client that does not read its answer for this time is cut off.
-        timeout_seconds: A request that is not answered within this time gets 504; a request may ask for less.
-        stall_seconds: An engine process that has work and says nothing for this time is killed and replaced.
-        delay_seconds: After SIGTERM readiness is false for this time before connections are refused, so that
-            load balancers can look elsewhere.
-        drain_seconds: What accepted requests are given after that; with the delay shorter than the 10 s of
-            ``docker stop``.
-        top_k: Classes listed in an answer when the request does not say.
-        default_model: Which model answers a request that names none; not needed where there is one.
-        key_file: Who may use the service, and give it orders; without it everybody may use it and nobody orders.
+        write_seconds: A connection is closed if the client does not read its response for this time.
+        timeout_seconds: A request that is not answered within this time gets 504; a request may set a shorter time.
+        stall_seconds: An engine process that has requests but sends no message for this time is killed and replaced.
+        delay_seconds: Time after SIGTERM in which the service is not ready but still accepts connections, so that load
+            balancers can send requests elsewhere.
+        drain_seconds: Time after that delay in which accepted requests are answered. The two together must be shorter
+            than the 10 s of ``docker stop``.
+        top_k: Classes listed per answer if the request does not set a number.
+        default_model: The model for requests that name none; not needed if only one model is served.
+        key_file: File with the API keys. Without it classification needs no key and administration is disabled.
         window_images: Predictions in the rolling window of each model.
-        feedback_images: Answers that are remembered until somebody tells their true label.
+        feedback_images: Most recent answers that are kept until their true labels arrive.
         log_format: ``plain`` or ``json``.
-        log_level: ``debug``, ``info`` (one line a request), ``warning`` or ``error``.
+        log_level: ``debug``, ``info`` (log one line per request), ``warning`` or ``error``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,41 +92,41 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.max_body_bytes > self.max_queue_bytes:
             raise ValueError(
                 f"max_queue_bytes ({self.max_queue_bytes:,}) is less than max_body_bytes ({self.max_body_bytes:,}): "
-                "the largest body allowed could never be taken"
+                "the largest allowed body would always be rejected; raise the first or lower the second"
             )
         if self.max_images > self.max_queue_images:
             raise ValueError(
                 f"max_queue_images ({self.max_queue_images:,}) is less than max_images ({self.max_images:,}): "
-                "the largest request allowed could never be taken"
+                "the largest allowed request would always be rejected; raise the first or lower the second"
             )
         if self.device == "cpu" and self.precision == "fp16":
-            raise ValueError("precision fp16 is for CUDA and device is cpu: take int8 or fp32")
+            raise ValueError("precision fp16 needs CUDA, but device is cpu; use int8 or fp32")
         return self
 
 
 def read_settings(given: Mapping[str, str | int | float | Path | None]) -> Settings:
-    """The settings of this start: what was given on the command line, then the environment, then the defaults.
+    """Read the settings. The command line takes precedence over the environment, the environment over the defaults.
 
     Args:
-        given: Field name to value; None means not given.
+        given: Field name to value from the command line; None means not given.
 
     Raises:
-        UsageError: A value is out of range, two contradict each other, or an ``LTKD_`` variable names no setting.
+        UsageError: A value is out of range, two settings contradict each other, or a variable is not a setting.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     variables = {name: value for name, value in sorted(os.environ.items()) if name.upper().startswith(PREFIX)}
     for variable in variables:
         if variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), known, 1) or sorted(known)
-            raise UsageError(f"the variable {variable} is no setting; did you mean {' or '.join(near)}? Unset it.")
-    wanted: dict[str, object] = {name.upper().removeprefix(PREFIX).lower(): value for name, value in variables.items()}
-    wanted |= {name: value for name, value in given.items() if value is not None}
+            raise UsageError(f"the variable {variable} is not a setting; did you mean {' or '.join(near)}? Unset it.")
+    values: dict[str, object] = {name.upper().removeprefix(PREFIX).lower(): value for name, value in variables.items()}
+    values |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings.model_validate(wanted)
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:

@@ -1,4 +1,4 @@
-"""A network that learns in a second, and ways to damage its ONNX file. Shared by the tests of export."""
+"""A small network that trains in a second, and functions that damage its ONNX file, for the tests of export."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ TAIL_CLASSES = TASK.groups.members("tail")
 
 
 class TinyNet(nn.Module):
-    """Convolution, batch normalisation, pooling, classifier: what can go wrong in an export, small."""
+    """Convolution, batch normalisation, pooling and classifier: a small network with the usual risks of an export."""
 
     def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class Toy:
 
 @functools.cache
 def toy() -> Toy:
-    """A trained network that is right on most but not all of 10,000 images, 600 of them of tail classes."""
+    """A trained network that classifies most but not all of 10,000 images correctly; 600 are of tail classes."""
     images, labels = coloured_images([2350, 2350, 2350, 2350, 300, 300], seed=0)
     network = trained(*coloured_images([200] * 6, seed=1))
     return Toy(network, images, labels, to_onnx(network, TASK))
 
 
 def coloured_images(counts: list[int], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Noise around one colour a class."""
+    """Images of noise around one colour per class."""
     rng = np.random.default_rng(seed)
     colours = np.array([[200, 80, 60], [60, 80, 200], [80, 190, 60], [180, 180, 60], [60, 180, 180], [120, 120, 120]])
     labels = np.repeat(np.arange(6), counts)

@@ -1,6 +1,8 @@
-"""Run by test_serve_clients.py where tritonclient and kserve are installed: ask a server everything, print its words.
+"""Calls a server with tritonclient and kserve, and prints the results as JSON.
 
-python protocol_clients.py HOST:PORT PIXELS.npy FILE...
+tests/serve/api/test_clients.py runs it in an environment that has both clients:
+
+    python protocol_clients.py HOST:PORT PIXELS.npy FILE...
 """
 
 import asyncio
@@ -20,17 +22,17 @@ MODEL = "toy"
 
 
 def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[str, object]:
-    """Every call of tritonclient that a model's user makes."""
+    """Make all calls of tritonclient that a user of a model needs."""
     client = triton.InferenceServerClient(address, concurrency=4)
 
     def tensor(name: str, array: np.ndarray, datatype: str, binary: bool) -> triton.InferInput:
-        made = triton.InferInput(name, list(array.shape), datatype)
-        made.set_data_from_numpy(array, binary_data=binary)
-        return made
+        result = triton.InferInput(name, list(array.shape), datatype)
+        result.set_data_from_numpy(array, binary_data=binary)
+        return result
 
-    def logits(made: triton.InferInput, binary: bool | None = None, **how: object) -> list[list[float]]:
-        wanted = None if binary is None else [triton.InferRequestedOutput("logits", binary_data=binary)]
-        return client.infer(MODEL, [made], outputs=wanted, **how).as_numpy("logits").tolist()
+    def logits(tensor: triton.InferInput, binary: bool | None = None, **options: object) -> list[list[float]]:
+        outputs = None if binary is None else [triton.InferRequestedOutput("logits", binary_data=binary)]
+        return client.infer(MODEL, [tensor], outputs=outputs, **options).as_numpy("logits").tolist()
 
     encoded = np.array(files, dtype=object)
     in_base64 = np.array([base64.b64encode(file).decode() for file in files], dtype=object)
@@ -42,13 +44,13 @@ def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[st
         [tensor("image", pixels, "UINT8", True)],
         outputs=[triton.InferRequestedOutput("logits", binary_data=False, class_count=3)],
     ).as_numpy("logits")
-    waiting = [client.async_infer(MODEL, [tensor("image", pixels, "UINT8", True)]) for _ in range(3)]
-    asynchronous = [request.get_result().as_numpy("logits").tolist() for request in waiting]
+    requests = [client.async_infer(MODEL, [tensor("image", pixels, "UINT8", True)]) for _ in range(3)]
+    asynchronous = [request.get_result().as_numpy("logits").tolist() for request in requests]
     try:
         client.infer("other", [tensor("image", pixels, "UINT8", True)])
         error = ""
-    except InferenceServerException as refused:
-        error = f"{refused.status()} {refused.message()}"
+    except InferenceServerException as raised:
+        error = f"{raised.status()} {raised.message()}"
     return {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
@@ -66,7 +68,7 @@ def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[st
             "binary in and out": logits(tensor("image", pixels, "UINT8", True), True),
             "JSON in and out": logits(tensor("image", pixels, "UINT8", False), False),
             "binary in, JSON out": logits(tensor("image", pixels, "UINT8", True), False),
-            "nothing said of outputs": logits(tensor("image", pixels, "UINT8", True)),
+            "outputs not specified": logits(tensor("image", pixels, "UINT8", True)),
             "files": logits(tensor("image_bytes", encoded, "BYTES", True), True),
             "files as a column": logits(tensor("image_bytes", encoded[:, None], "BYTES", True), True),
             "files in JSON": logits(tensor("image_bytes", in_base64, "BYTES", False), False),
@@ -84,7 +86,7 @@ def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[st
 
 
 async def with_kserve(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[str, object]:
-    """The same with kserve's REST client, which cannot list or describe."""
+    """Make the same calls with kserve's REST client, which has no calls for the index and metadata."""
     url = f"http://{address}"
     client = kserve.InferenceRESTClient(RESTConfig(protocol="v2"))
 
@@ -101,14 +103,14 @@ async def with_kserve(address: str, pixels: np.ndarray, files: list[bytes]) -> d
     try:
         await client.infer(url, {"inputs": []}, model_name=MODEL)
         error = ""
-    except Exception as refused:
-        error = str(refused)
+    except Exception as raised:
+        error = str(raised)
     plain = await client.infer(
         url,
         {"inputs": [{"name": "image", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.tolist()}]},
         model_name=MODEL,
     )
-    seen = {
+    results = {
         "live": await client.is_server_live(url),
         "ready": await client.is_server_ready(url),
         "model_ready": await client.is_model_ready(url, MODEL),
@@ -123,14 +125,14 @@ async def with_kserve(address: str, pixels: np.ndarray, files: list[bytes]) -> d
         },
     }
     await client.close()
-    return seen
+    return results
 
 
 if __name__ == "__main__":
     address, pixels, *files = sys.argv[1:]
     images, contents = np.load(pixels), [Path(file).read_bytes() for file in files]
-    found = {
+    all_results = {
         "tritonclient": with_triton(address, images, contents),
         "kserve": asyncio.run(with_kserve(address, images, contents)),
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(all_results) + "\n")

@@ -1,4 +1,4 @@
-"""A network with all that int8 has to cope with, small and trained in seconds. Shared by the tests of int8 and fp16."""
+"""A small network with the layers that are hard to quantise, trained in seconds. Used by the tests of int8 and fp16."""
 
 import functools
 
@@ -54,8 +54,8 @@ def small_onnx() -> bytes:
     return to_onnx(small_net(), TASK)
 
 
-def part(num_images: int, seed: int) -> LabelledImages:
-    """As many images of every class."""
+def labelled_images(num_images: int, seed: int) -> LabelledImages:
+    """Return shuffled images with their labels, equally many of each class."""
     images, labels = coloured_images([num_images // 6] * 6, seed)
     order = np.random.default_rng(seed).permutation(len(labels))
     return LabelledImages(images[order], labels[order])

@@ -1,4 +1,4 @@
-"""Parity reports as an export writes them, drawn from simulated decisions. Shared by the tests of what people read.
+"""Parity reports and bundles from simulated predictions, for the tests of reports, bundles and ``verify``.
 
 Shape legend: N images, C classes, K class groups, B bins.
 """
@@ -46,7 +46,7 @@ from ltkd.contract.bundle import (
     Manifest,
     Precision,
     Provenance,
-    record_of,
+    file_record,
     staged_bundle,
 )
 from ltkd.contract.calibration import (
@@ -91,13 +91,13 @@ MARGINS: dict[Precision, Margins] = {
 
 
 def task_of(num_classes: int) -> Task:
-    """A long tail of classes, not in the order of their counts."""
-    counts = [max(2, int(500 * 0.01 ** (place / (num_classes - 1)))) for place in range(num_classes)]
-    names = [f"{WORDS[place % len(WORDS)]} {place // len(WORDS)}" for place in range(num_classes)]
+    """Make a long-tailed task whose classes are not sorted by training count."""
+    counts = [max(2, int(500 * 0.01 ** (index / (num_classes - 1)))) for index in range(num_classes)]
+    names = [f"{WORDS[index % len(WORDS)]} {index // len(WORDS)}" for index in range(num_classes)]
     order = np.random.default_rng(3).permutation(num_classes)
-    shuffled = tuple(counts[place] for place in order)
+    shuffled = tuple(counts[index] for index in order)
     return Task(
-        class_names=tuple(names[place] for place in order),
+        class_names=tuple(names[index] for index in order),
         train_counts=shuffled,
         groups=groups_by_share(shuffled),
         input_px=32,
@@ -108,7 +108,7 @@ def task_of(num_classes: int) -> Task:
 
 @functools.cache
 def report_of(num_classes: int = 100, failing: Precision | None = None) -> ParityReport:
-    """A report on fp32, fp16 and int8, of which one may have failed for what happened to its tail."""
+    """Make a report on fp32, fp16 and int8; the precision ``failing`` loses accuracy in the tail and fails."""
     task = task_of(num_classes)
     candidates = tuple(candidate_of(task, precision, precision == failing) for precision in PROVIDERS)
     return ParityReport(
@@ -134,15 +134,15 @@ def report_of(num_classes: int = 100, failing: Precision | None = None) -> Parit
 
 
 def candidate_of(task: Task, precision: Precision, failed: bool) -> CandidateReport:
-    """One candidate: fp32 changes nothing, the others a little; a failed one loses half of what it knew of the tail."""
+    """Make one candidate. fp32 changes no prediction, the others change a few; a failed one loses tail accuracy."""
     rng = np.random.default_rng(len(task.class_names))
-    label_N = np.repeat(np.arange(len(task.class_names)), IMAGES_PER_CLASS)
-    group_N = task.groups.index[label_N]
-    reference_N = rng.random(len(label_N)) < np.array([0.72, 0.55, 0.31])[group_N]
-    changes_N = rng.random(len(label_N)) < {"fp32": 0.0, "fp16": 0.001, "int8": 0.012}[precision]
-    damaged_N = (group_N == len(task.groups.names) - 1) & (rng.random(len(label_N)) < 0.5)
+    labels_N = np.repeat(np.arange(len(task.class_names)), IMAGES_PER_CLASS)
+    group_N = task.groups.index[labels_N]
+    reference_N = rng.random(len(labels_N)) < np.array([0.72, 0.55, 0.31])[group_N]
+    changes_N = rng.random(len(labels_N)) < {"fp32": 0.0, "fp16": 0.001, "int8": 0.012}[precision]
+    damaged_N = (group_N == len(task.groups.names) - 1) & (rng.random(len(labels_N)) < 0.5)
     candidate_N = np.where(changes_N, ~reference_N, reference_N) & ~(damaged_N & failed)
-    flipped_N = (reference_N != candidate_N) | (changes_N & (rng.random(len(label_N)) < 0.5))
+    flipped_N = (reference_N != candidate_N) | (changes_N & (rng.random(len(labels_N)) < 0.5))
     margins = MARGINS[precision]
     rows = [
         _group(name, reference_N[of_N], candidate_N[of_N], flipped_N[of_N], margin)
@@ -151,7 +151,7 @@ def candidate_of(task: Task, precision: Precision, failed: bool) -> CandidateRep
                 (name, group_N == k, margins.groups.get(name, margins.group))
                 for k, name in enumerate(task.groups.names)
             ),
-            ("all", np.ones(len(label_N), bool), margins.overall),
+            ("all", np.ones(len(labels_N), bool), margins.overall),
         )
     ]
     verdicts = [row.verdict for row in rows]
@@ -171,7 +171,7 @@ def candidate_of(task: Task, precision: Precision, failed: bool) -> CandidateRep
         margins=margins,
         gates=_gates(verdict, rows),
         groups=tuple(rows),
-        classes=_classes(task, label_N, reference_N, candidate_N),
+        classes=_classes(task, labels_N, reference_N, candidate_N),
         flips=_flips(task, flipped_N, group_N, rng),
         confidence=_confidence(rows, precision),
         certificate=certificate_of(task, rng),
@@ -189,7 +189,7 @@ def candidate_of(task: Task, precision: Precision, failed: bool) -> CandidateRep
 
 
 def certificate_of(task: Task, rng: np.random.Generator) -> ConfidenceCertificate:
-    """An overconfident network before, a fair one after; no threshold can be had for the rarest group."""
+    """Certify a network that is overconfident before calibration; the rarest group gets no confidence threshold."""
     return ConfidenceCertificate(
         calibration=calibration_of(task),
         reliability=tuple(_reliability(name, k, rng) for k, name in enumerate(task.groups.names)),
@@ -201,7 +201,7 @@ def certificate_of(task: Task, rng: np.random.Generator) -> ConfidenceCertificat
 
 
 def calibration_of(task: Task) -> Calibration:
-    """What confidence means in each group of a task."""
+    """Make the calibration of each group of a task."""
     last = len(task.groups.names) - 1
     return tuple(
         GroupCalibration(
@@ -245,7 +245,7 @@ SOURCE = Provenance(
 def write_bundle(
     out: Path, task: Task, report: ParityReport, contents: Mapping[Precision, bytes], golden: Golden
 ) -> Path:
-    """A bundle of what passed, as an export fills it; the report's sizes and hashes become those of the contents."""
+    """Write a bundle of the precisions that passed; the report gets the sizes and hashes of ``contents``."""
     candidates = tuple(
         candidate.model_copy(
             update={
@@ -264,7 +264,7 @@ def write_bundle(
             if candidate.verdict == "PASS" and candidate.precision in contents and candidate.certificate:
                 (stage / candidate.file).write_bytes(contents[candidate.precision])
                 models[candidate.precision] = CertifiedModel(
-                    **record_of(stage / candidate.file).model_dump(),
+                    **file_record(stage / candidate.file).model_dump(),
                     provider=candidate.runtime.provider,
                     calibration=candidate.certificate.calibration,
                 )
@@ -275,10 +275,10 @@ def write_bundle(
             name=report.name,
             task=task,
             precisions=models,
-            parity=record_of(stage / PARITY_FILE),
-            report=record_of(stage / REPORT_FILE),
-            card=record_of(stage / CARD_FILE),
-            golden=record_of(stage / GOLDEN_FILE),
+            parity=file_record(stage / PARITY_FILE),
+            report=file_record(stage / REPORT_FILE),
+            card=file_record(stage / CARD_FILE),
+            golden=file_record(stage / GOLDEN_FILE),
             certified_on=report.data.description,
             source=SOURCE,
         )
@@ -287,7 +287,7 @@ def write_bundle(
 
 
 def idle_bundle(out: Path, num_classes: int = 12, failing: Precision | None = None) -> Path:
-    """A bundle in which nothing runs, for what only reads it."""
+    """Write a bundle whose model files are not ONNX, for code that only reads the manifest and the report."""
     task = task_of(num_classes)
     golden = Golden(
         np.zeros((1, 32, 32, 3), np.uint8),
@@ -299,7 +299,7 @@ def idle_bundle(out: Path, num_classes: int = 12, failing: Precision | None = No
 
 
 def passing(report: ParityReport, failing: Precision | None) -> ParityReport:
-    """The same report with wider margins, so that a dozen classes pass too."""
+    """Mark every candidate but ``failing`` as passed; few classes have too few images to pass their margins."""
     candidates = tuple(
         candidate if candidate.precision == failing else candidate.model_copy(update={"verdict": "PASS"})
         for candidate in report.candidates
@@ -316,7 +316,8 @@ def _group(
 ) -> GroupParity:
     n = len(reference_N)
     b, c = int((reference_N & ~candidate_N).sum()), int((~reference_N & candidate_N).sum())
-    loss, half = (b - c) / n, 1.645 * math.sqrt(b + c + 2.7) / n  # about Tango's; a picture needs no more
+    # roughly Tango's interval, which is enough for these tests
+    loss, half_width = (b - c) / n, 1.645 * math.sqrt(b + c + 2.7) / n
     num_flips = int(flipped_N.sum())
     return GroupParity(
         group=name,
@@ -326,14 +327,14 @@ def _group(
         right_to_wrong=b,
         wrong_to_right=c,
         loss=loss,
-        loss_lower_limit=loss - half,
-        loss_upper_limit=loss + half,
+        loss_lower_limit=loss - half_width,
+        loss_upper_limit=loss + half_width,
         margin=margin,
         num_flips=num_flips,
         flip_rate_upper_limit=min(1.0, (num_flips + 3) / n),
         num_clear_flips=num_flips // 40,
         mcnemar_p=math.exp(-abs(b - c) / 4),
-        verdict="PASS" if loss + half < margin else "FAIL" if loss - half > margin else "INCONCLUSIVE",
+        verdict="PASS" if loss + half_width < margin else "FAIL" if loss - half_width > margin else "INCONCLUSIVE",
     )
 
 
@@ -360,21 +361,21 @@ def _gates(verdict: Verdict, rows: list[GroupParity]) -> tuple[Gate, ...]:
 
 
 def _classes(
-    task: Task, label_N: NDArray[np.int64], reference_N: NDArray[np.bool_], candidate_N: NDArray[np.bool_]
+    task: Task, labels_N: NDArray[np.int64], reference_N: NDArray[np.bool_], candidate_N: NDArray[np.bool_]
 ) -> tuple[ClassParity, ...]:
     order = sorted(range(len(task.class_names)), key=lambda label: -task.train_counts[label])
     rows = []
     for label in order:
-        was, now = reference_N[label_N == label], candidate_N[label_N == label]
-        lost = int((was & ~now).sum()) - int((~was & now).sum())
+        before, after = reference_N[labels_N == label], candidate_N[labels_N == label]
+        lost = int((before & ~after).sum()) - int((~before & after).sum())
         rows.append(
             ClassParity(
                 label=task.class_names[label],
                 group=task.group_name(label),
                 train_count=task.train_counts[label],
-                num_images=len(was),
-                reference_accuracy=float(was.mean()),
-                candidate_accuracy=float(now.mean()),
+                num_images=len(before),
+                reference_accuracy=float(before.mean()),
+                candidate_accuracy=float(after.mean()),
                 p_value=min(1.0, 2.0**-lost),
                 flagged=lost > 8,
             )
@@ -426,12 +427,12 @@ def _reliability(name: str, k: int, rng: np.random.Generator) -> GroupReliabilit
     edges = np.linspace(0, 1, 11)
 
     def bins(overconfidence: float) -> tuple[ReliabilityBin, ...]:
-        made = []
+        result = []
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             n = 0 if low < 0.1 else int(900 * high**2 / (k + 1))
             middle = (low + high) / 2
             accuracy = float(np.clip(middle - overconfidence * middle + rng.normal(0, 0.02), 0, 1))
-            made.append(
+            result.append(
                 ReliabilityBin(
                     above=low,
                     up_to=high,
@@ -440,7 +441,7 @@ def _reliability(name: str, k: int, rng: np.random.Generator) -> GroupReliabilit
                     accuracy=accuracy if n else None,
                 )
             )
-        return tuple(made)
+        return tuple(result)
 
     return GroupReliability(
         group=name,
@@ -454,7 +455,7 @@ def _reliability(name: str, k: int, rng: np.random.Generator) -> GroupReliabilit
 
 
 def _trials() -> tuple[QuantisationTrial, ...]:
-    named = (
+    trials = (
         ("minmax, per channel, balanced", (), "tail", 0.021, 0.012, 0.011, False),
         ("minmax, per tensor, balanced", (), "tail", 0.034, 0.018, 0.022, False),
         ("percentile 99.99, per channel, balanced", (), "medium", 0.012, 0.006, 0.0072, False),
@@ -463,7 +464,7 @@ def _trials() -> tuple[QuantisationTrial, ...]:
     )
     return tuple(
         QuantisationTrial(
-            configuration=words,
+            configuration=configuration,
             float_layers=layers,
             worst_group=group,
             worst_group_loss=loss,
@@ -471,7 +472,7 @@ def _trials() -> tuple[QuantisationTrial, ...]:
             kl=kl,
             chosen=chosen,
         )
-        for words, layers, group, loss, overall, kl, chosen in named
+        for configuration, layers, group, loss, overall, kl, chosen in trials
     )
 
 

@@ -1,4 +1,4 @@
-"""A bundle small enough to compute by hand, served by the real engine over real sockets."""
+"""Toys for the tests of the service: a bundle small enough to compute by hand, toy engines and running services."""
 
 import atexit
 import io
@@ -41,7 +41,7 @@ from ltkd.contract.bundle import (
     Manifest,
     Precision,
     Provenance,
-    record_of,
+    file_record,
     staged_bundle,
 )
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
@@ -50,11 +50,11 @@ from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
-from serve.engine.message_loop import serve_line
+from serve.engine.message_loop import serve_connection
 from serve.http.fast_path import Connection
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
-from serve.pool.engine_process import ChildProcess, connected_lines
+from serve.pool.engine_process import ChildProcess, connected_sockets
 from serve.settings import Settings
 
 SIZE_PX = 8
@@ -71,12 +71,12 @@ TASK = Task(
 
 
 def layer_weights() -> NDArray[np.float32]:
-    """The toy network's only layer: every pixel has a say of its own, so turning an image changes the answer."""
+    """The weights of the toy network's only layer. Each pixel has its own, so a rotated image gets another answer."""
     return np.random.default_rng(7).normal(0, 0.2, (SIZE_PX * SIZE_PX * 3, len(CLASS_NAMES))).astype(np.float32)
 
 
 def expected_logits(images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the toy network gives, in NumPy."""
+    """The logits of the toy network, computed in NumPy."""
     unit_NF = images_NSS3.reshape(len(images_NSS3), -1).astype(np.float32) / np.float32(255)
     return np.asarray(unit_NF @ layer_weights(), np.float32)
 
@@ -93,7 +93,7 @@ def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", exif: Im
 
 
 def bomb_png(side_px: int = 20_000) -> bytes:
-    """A whole, valid black 1-bit PNG: tens of kilobytes that would become hundreds of megabytes."""
+    """A valid black 1-bit PNG: tens of kilobytes that decode to hundreds of megabytes."""
     packer = zlib.compressobj(9)
     row = bytes(1 + (side_px + 7) // 8)
     rows = b"".join([packer.compress(row) for _ in range(side_px)]) + packer.flush()
@@ -127,7 +127,7 @@ def toy_model() -> onnx.ModelProto:
 
 
 def convolution() -> onnx.ModelProto:
-    """A network with the layers of a real one: normalisation, two convolutions, pooling, a classifier."""
+    """A network with the usual layers: normalisation, two convolutions, pooling and a classifier."""
     random = np.random.default_rng(11)
 
     def weights(name: str, *shape: int) -> TensorProto:
@@ -161,7 +161,7 @@ def convolution() -> onnx.ModelProto:
 
 
 def logits_of(model: onnx.ModelProto, images_NSS3: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What ONNX Runtime gives for a model."""
+    """The logits that ONNX Runtime computes with a model."""
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(["logits"], {"image": images_NSS3})[0], np.float32)
 
@@ -172,18 +172,18 @@ def write_toy_bundle(
     model: onnx.ModelProto | None = None,
     precisions: Sequence[Precision] = ("fp32",),
 ) -> Path:
-    """A whole bundle of the toy network.
+    """Write a complete bundle of the toy network.
 
     Args:
-        path: Where it becomes.
-        golden_shift: Added to the golden logits, to plant a mismatch.
-        model: Another network than the toy.
-        precisions: Under which names it is certified; it is the same network under each.
+        path: Directory of the bundle.
+        golden_shift: Added to the golden logits, to create a mismatch.
+        model: A network to use instead of the toy.
+        precisions: The certified precisions; each has the same network.
     """
     images = np.stack([toy_pixels(seed) for seed in range(6)])
     try:
         logits = expected_logits(images) if model is None else logits_of(model, images)
-    except Exception:  # a network that cannot be run: that is what the test is about
+    except Exception:  # the network cannot be run; a test needs such a bundle
         logits = expected_logits(images)
     golden = Golden(images, np.arange(6), dict.fromkeys(precisions, logits + np.float32(golden_shift)))
     with staged_bundle(path) as stage:
@@ -192,11 +192,11 @@ def write_toy_bundle(
         (stage / GOLDEN_FILE).write_bytes(golden.to_bytes())
         for file in (PARITY_FILE, REPORT_FILE, CARD_FILE):
             (stage / file).write_text("{}")
-        records = [record_of(stage / file) for file in (PARITY_FILE, REPORT_FILE, CARD_FILE, GOLDEN_FILE)]
-        manifest = toy_manifest(record_of(stage / MODEL_FILES["fp32"]), *records)
+        records = [file_record(stage / file) for file in (PARITY_FILE, REPORT_FILE, CARD_FILE, GOLDEN_FILE)]
+        manifest = toy_manifest(file_record(stage / MODEL_FILES["fp32"]), *records)
         certified = {
             precision: CertifiedModel(
-                **record_of(stage / MODEL_FILES[precision]).model_dump(),
+                **file_record(stage / MODEL_FILES[precision]).model_dump(),
                 provider="CPUExecutionProvider",
                 calibration=toy_calibration(),
             )
@@ -207,7 +207,10 @@ def write_toy_bundle(
 
 
 def toy_calibration(temperature: float = 1.0) -> Calibration:
-    """Round figures: expected accuracy 0.25 up to a confidence of one half and 0.75 above, abstention below 0.4."""
+    """A calibration with round numbers.
+
+    The expected accuracy is 0.25 up to a confidence of 0.5 and 0.75 above; predictions below 0.4 are abstentions.
+    """
 
     def share(value: float) -> Proportion:
         return Proportion(value=value, low=value - 0.1, high=value + 0.1, n=40)
@@ -252,27 +255,33 @@ def toy_manifest(
 
 @dataclass
 class ToyEngine:
-    """The toy network without ONNX Runtime; ``breaks`` makes it fail as a defect would."""
+    """The toy network without ONNX Runtime; with ``fails`` it raises an unexpected error."""
 
     manifest: Manifest
     precision: Precision = "fp32"
     provider: str = "ToyProvider"
-    breaks: bool = False
+    fails: bool = False
     seconds_of: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 4, 8, 16, 32), 0.001))
 
     def logits(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        if self.breaks:
-            raise RuntimeError("a secret of the inside")
+        if self.fails:
+            raise RuntimeError("a secret internal detail")
         return expected_logits(np.stack(list(images)))
 
 
-def toy_engine(breaks: bool = False) -> ToyEngine:
+def toy_engine(fails: bool = False) -> ToyEngine:
     nothing = FileRecord(path="model.onnx", sha256="f" * 64, num_bytes=0)
-    return ToyEngine(toy_manifest(*[nothing] * 5), breaks=breaks)
+    return ToyEngine(toy_manifest(*[nothing] * 5), fails=fails)
 
 
-class HeldEngine(ToyEngine):
-    """Holds every run until it is let go, and remembers how many images each had."""
+class BlockedEngine(ToyEngine):
+    """Blocks every run until ``go`` is set, and records the batch sizes.
+
+    Attributes:
+        begun: Set when a run has begun.
+        go: Set by the test to let runs finish.
+        sizes: Images of each run.
+    """
 
     begun: threading.Event
     go: threading.Event
@@ -285,16 +294,16 @@ class HeldEngine(ToyEngine):
         return super().logits(images)
 
 
-def held_engine() -> HeldEngine:
-    engine = HeldEngine(toy_engine().manifest)
+def blocked_engine() -> BlockedEngine:
+    engine = BlockedEngine(toy_engine().manifest)
     engine.begun, engine.go, engine.sizes = threading.Event(), threading.Event(), []
     return engine
 
 
 def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> ChildProcess:
-    """An engine process that is a thread of this one, so that tests can hold it and look inside."""
-    ours, theirs = connected_lines()
-    thread = threading.Thread(target=serve_line, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
+    """A toy engine process: a thread of this process, so that tests can block and inspect it."""
+    ours, theirs = connected_sockets()
+    thread = threading.Thread(target=serve_connection, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
     thread.start()
 
     def kill() -> None:
@@ -306,7 +315,7 @@ def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: in
 
 @cache
 def toy_bundle() -> Path:
-    """A toy bundle for all tests that do not change it."""
+    """The toy bundle that all tests share; they must not change it."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     return write_toy_bundle(folder / "toy")
@@ -315,12 +324,12 @@ def toy_bundle() -> Path:
 def toy_service(
     engine: ToyEngine | None = None, settings: Settings | None = None, processes: Iterator[ChildProcess] | None = None
 ) -> Service:
-    """The service around a toy engine.
+    """A service with a toy engine.
 
     Args:
-        engine: What every engine process runs.
-        settings: Otherwise the defaults, without a delay at the end.
-        processes: The engine processes, one after another, instead.
+        engine: The engine of every engine process.
+        settings: By default the default settings without a delay at shutdown.
+        processes: Engine processes to use, in order, instead of toy ones.
     """
     engine = engine or toy_engine()
     settings = settings or Settings(delay_seconds=0)
@@ -328,20 +337,20 @@ def toy_service(
     def start_process() -> ChildProcess:
         return next(processes) if processes else toy_process(engine, settings.max_pixels)
 
-    async def start_worker(_: Path) -> EnginePool:
+    async def start_pool(_: Path) -> EnginePool:
         return await EnginePool.start_with(start_process, settings)
 
-    return Service(toy_bundle(), settings, start_worker)
+    return Service(toy_bundle(), settings, start_pool)
 
 
 def toy_app(engine: ToyEngine | None = None, settings: Settings | None = None) -> FastAPI:
-    """The app around a toy engine."""
+    """The application with a toy engine."""
     return create_app(toy_service(engine, settings))
 
 
 @contextmanager
 def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
-    """A client of the app behind a real server on a free port of this machine."""
+    """Run the application in a real server on a free local port, and give a client of it."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http=Connection, log_config=None, ws="none", access_log=False, lifespan=lifespan  # type: ignore[arg-type]
@@ -359,25 +368,31 @@ def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
 
 @dataclass(frozen=True)
 class Served:
-    """A service in a process of its own."""
+    """A service that runs in its own process.
+
+    Attributes:
+        process: The server process.
+        url: Its address.
+        greeting: The line that it printed when it had started.
+    """
 
     process: "subprocess.Popen[str]"
     url: str
     greeting: str
 
     def peak_bytes(self) -> int:
-        """The most memory that the front and its engine processes have held so far, each for itself (Linux)."""
+        """The sum of the peak memory of the server process and its engine processes (Linux)."""
         return sum(_kibibytes(pid, "VmHWM") for pid in self.pids())
 
     def resident_bytes(self) -> int:
-        """The memory that they hold now (Linux)."""
+        """The sum of their current memory (Linux)."""
         return sum(_kibibytes(pid, "VmRSS") for pid in self.pids())
 
     def pids(self) -> list[int]:
-        """The front and its engine processes (Linux)."""
+        """The ids of the server process and its engine processes (Linux)."""
         pids = [self.process.pid]
         for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
                 pids += [int(pid) for pid in (thread / "children").read_text().split()]
         return pids
 
@@ -399,7 +414,7 @@ serve(Path(sys.argv[1]), read_settings({"port": 0, "delay_seconds": 0} | json.lo
 
 @contextmanager
 def served(bundle: Path, **settings: float) -> Iterator[Served]:
-    """The real thing: ``serve`` in a fresh process, from start to SIGTERM."""
+    """Run ``serve`` in a fresh process, and stop it with SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVE, str(bundle), json.dumps(settings)],

@@ -1,4 +1,4 @@
-"""Who may import whom: the layers that pyproject.toml states, and what a process has loaded when it has started."""
+"""The import rules of pyproject.toml, and the modules that are loaded when a process starts."""
 
 import os
 import re
@@ -15,21 +15,21 @@ MAX_MODULES, MAX_LINES = 12, 400
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", ROOT / "pyproject.toml"]
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", ROOT / "pyproject.toml"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_import_keeps_to_the_layers() -> None:
-    done = lint_imports(ROOT)
-    assert done.returncode == 0, done.stdout
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
     ("importer", "imported", "contract"),
     [
         ("ltkd/contract/task.py", "torch", "stay light"),
-        ("ltkd/contract/planted.py", "torch", "stay light"),  # the folder is the rule, not a list of modules
+        ("ltkd/contract/planted.py", "torch", "stay light"),  # the rule holds for the folder, also for new modules
         ("ltkd/data/glyphs.py", "ltkd.training.loop", "ltkd: layers"),
         ("ltkd/training/loop.py", "export.schema", "in its command line alone"),
         ("export/report/plots.py", "export.conversion.fp32", "from the schema alone"),
@@ -43,15 +43,15 @@ def test_every_import_keeps_to_the_layers() -> None:
 def test_an_import_that_breaks_a_rule_is_found(importer: str, imported: str, contract: str, tmp_path: Path) -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
-            copy = tmp_path / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+            copied = tmp_path / path.relative_to(ROOT)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(path.read_bytes())
     with (tmp_path / importer).open("a") as file:
         file.write(f"\n\ndef planted() -> None:\n    import {imported}\n")
-    done = lint_imports(tmp_path)
-    assert done.returncode == 1
-    broken = [line for line in done.stdout.splitlines() if "BROKEN" in line]
-    assert any(contract in line for line in broken), done.stdout
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1
+    broken = [line for line in result.stdout.splitlines() if "BROKEN" in line]
+    assert any(contract in line for line in broken), result.stdout
 
 
 def test_folders_and_modules_stay_small_enough_to_read() -> None:
@@ -63,30 +63,32 @@ def test_folders_and_modules_stay_small_enough_to_read() -> None:
                 assert len(path.read_text().splitlines()) <= MAX_LINES, path
 
 
-def loaded_by(code: str) -> set[str]:
+def packages_loaded_by(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in result.stdout.splitlines()[-1].split()}
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
-    loaded = loaded_by("import ltkd.cli.main\nltkd.cli.main.cli(['--help'], standalone_mode=False)")
+    loaded = packages_loaded_by("import ltkd.cli.main\nltkd.cli.main.cli(['--help'], standalone_mode=False)")
     assert not loaded & (HEAVY | {"numpy", "pydantic", "rich", "PIL", "export", "serve"})
 
 
-def test_what_all_packages_share_runs_without_torch() -> None:
+def test_the_shared_contract_runs_without_torch() -> None:
     modules = [f"ltkd.contract.{path.stem}" for path in (ROOT / "ltkd" / "contract").glob("[a-z]*.py")]
     assert len(modules) >= 9
-    assert not loaded_by("\n".join(f"import {name}" for name in (*modules, "ltkd.config", "ltkd.errors"))) & HEAVY
+    assert (
+        not packages_loaded_by("\n".join(f"import {name}" for name in (*modules, "ltkd.config", "ltkd.errors"))) & HEAVY
+    )
 
 
 def test_verifying_a_bundle_needs_no_torch() -> None:
-    assert not loaded_by("import export.verify") & {"torch", "torchvision", "matplotlib", "fastapi"}
+    assert not packages_loaded_by("import export.verify") & {"torch", "torchvision", "matplotlib", "fastapi"}
 
 
 @pytest.mark.parametrize("module", ["export.conversion.session", "serve.engine.session"])
-def test_onnx_runtime_reports_nothing_to_its_makers(module: str, tmp_path: Path) -> None:
-    # imported by itself it writes a device id below the home directory, and later sends it with facts about the model
+def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
+    # by default its import writes a device id to the home directory, which it later sends with facts about the model
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
     environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env=environment)
@@ -99,6 +101,6 @@ def test_every_invariant_of_the_architecture_names_a_test_that_exists() -> None:
     assert len(invariants) >= 10
     for line in invariants:
         named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", line)
-        assert named, f"names no test: {line}"
+        assert named, f"the line names no test: {line}"
         for file, test in named:
             assert f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"

@@ -1,4 +1,4 @@
-"""What a platform engineer does: install the service alone, without torch, and serve a bundle."""
+"""Install only the service, without torch, and serve a bundle: the installation of a production server."""
 
 import shutil
 import subprocess
@@ -46,11 +46,11 @@ def test_an_install_of_the_service_has_no_torch_and_serves(tmp_path: Path) -> No
     assert found.stdout.split() == ["False", "False", "True"]
 
     command = environment / "bin" / "ltkd"
-    refused = subprocess.run(
+    failed = subprocess.run(
         [command, "export", "run", "--out", "bundle"], check=False, cwd=tmp_path, capture_output=True, text=True
     )
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: this command needs ") and "pip install 'ltkd[" in refused.stderr
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: this command needs ") and "pip install 'ltkd[" in failed.stderr
 
     bundle = write_toy_bundle(tmp_path / "bundle")
     with subprocess.Popen([command, "serve", bundle, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""The README is true: its commands run in order, and its file tree is the one on disk."""
+"""The README is correct: its commands run in order, and its file tree matches the files on disk."""
 
 import json
 import os
@@ -25,7 +25,7 @@ NOT_LISTED = {".ci/run", ".dockerignore", ".gitignore", "py.typed"}
 
 def tracked() -> list[str]:
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout, so nothing says which files belong to the project")
+        pytest.skip("not a git checkout, so the files of the project are unknown")
     return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
@@ -55,16 +55,16 @@ def test_every_command_shown_exists() -> None:
     assert shown - {"trains", "distils"} <= set(cli.commands), "the README shows a command that does not exist"
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_the_target_of_every_link_exists() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files alone, as a clone has them, with the environment that is installed already."""
+    """A copy of the tracked files, as in a fresh clone, with a link to the existing environment."""
     if not (ROOT / ".venv" / ".installed").exists():
-        pytest.skip("the environment of `make install` is not there")
+        pytest.skip("there is no environment of `make install`")
     folder = tmp_path_factory.mktemp("readme") / "ltkd"
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sh(block: str, folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(
+def run_shell(block: str, folder: Path, environment: dict[str, str]) -> str:
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=folder,
         env=environment,
@@ -82,8 +82,8 @@ def sh(block: str, folder: Path, environment: dict[str, str]) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
 
 
 @contextmanager
@@ -106,11 +106,11 @@ def test_the_commands_of_the_readme_work_in_order(checkout: Path) -> None:
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MAKEFLAGS")}
     environment |= {"LTKD_PORT": str(port), "COLUMNS": "100"}
-    demo, serve, ask, look, example, tests = SHELL_BLOCKS
-    assert tests == "make check test\n"  # this very run
+    demo, serve, classify, inspect, example, tests = SHELL_BLOCKS
+    assert tests == "make check test\n"  # the run that contains this test
 
-    table = sh(demo, checkout, environment)
-    for said in (
+    table = run_shell(demo, checkout, environment)
+    for expected in (
         "teacher resnet20",
         "ce resnet8",
         "kd resnet8",
@@ -120,17 +120,17 @@ def test_the_commands_of_the_readme_work_in_order(checkout: Path) -> None:
         "tail",
         "3,384 images",
     ):
-        assert said in table
+        assert expected in table
     assert "PASS" in table and re.search(r"Serve it:   (\.venv/bin/)?ltkd serve bundles/demo", table)
     assert re.search(r"runs/demo/tail.png: \w+ \((head|medium|tail)\) with", table)
 
     with serving(serve, checkout, environment, port):
-        answer = json.loads(sh(ask.replace(":8000", f":{port}"), checkout, environment))
+        answer = json.loads(run_shell(classify.replace(":8000", f":{port}"), checkout, environment))
     (result,) = answer["results"]
     assert sum(result["group_confidence"].values()) == pytest.approx(1)
     assert len(result["top_k"]) == 5
 
-    looked = sh(look, checkout, environment)
-    assert "is whole and certified" in looked
-    assert f"runs/demo/tail.png: {result['label']} ({result['group']})" in looked
-    assert "step  80  loss" in sh(example, checkout, environment)
+    inspected = run_shell(inspect, checkout, environment)
+    assert "is complete and unchanged. It was certified (fp32" in inspected
+    assert f"runs/demo/tail.png: {result['label']} ({result['group']})" in inspected
+    assert "step  80  loss" in run_shell(example, checkout, environment)

@@ -1,4 +1,4 @@
-"""What others build on, frozen: a change here is a change for them, and belongs in CHANGELOG.md."""
+"""The public interface: Python names, command options and file fields. A change here belongs in CHANGELOG.md."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ OPTIONS = {
 }
 
 
-def test_the_python_api_has_these_names_and_importing_it_is_light() -> None:
+def test_the_python_api_has_these_names_and_its_import_is_light() -> None:
     assert set(ltkd.__all__) == {
         "ClassGroups", "GroupIndex", "LTKDLoss", "groups_by_count", "groups_by_mapping", "groups_by_share", "ltkd_loss",
     }  # fmt: skip
@@ -52,8 +52,8 @@ def test_the_python_api_has_these_names_and_importing_it_is_light() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'kd_los'; it has: .*ltkd_loss"):
         _ = ltkd.kd_los
     program = "import sys, ltkd; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)), ltkd.ltkd_loss)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("[] <function ltkd_loss")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("[] <function ltkd_loss")
 
 
 def test_the_commands_have_these_options_and_no_others() -> None:

@@ -1,4 +1,4 @@
-"""Data and networks small enough to train in a test."""
+"""Data sets and networks that are small enough to train in a test."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ltkd.config import DataConfig, Execution, Recipe, RunConfig
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.image_decoding import save_image
 from ltkd.contract.task import Task
-from ltkd.data.batches import batches_of
+from ltkd.data.batches import make_batches
 from ltkd.data.datasets import Dataset
 from ltkd.methods.registry import Method, method_config
 from ltkd.training.loop import EpochReport, Student, TrainState, train
@@ -26,15 +26,15 @@ NAMES = ("red", "green", "blue")
 
 
 def coloured(label: int, number: int, size_px: int = 8) -> NDArray[np.uint8]:
-    """An image that is mostly of its class's colour."""
+    """An image in the colour of its class, with noise."""
     noise = np.random.default_rng((label, number)).normal(0, 40, size=(size_px, size_px, 3))
     return (np.array(COLOURS[label]) + noise).clip(0, 255).astype(np.uint8)
 
 
 def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> Dataset:
-    """Three colours, the last one rare."""
+    """A data set of three classes, one colour each; the last class is rare."""
 
-    def images(counts: tuple[int, ...], first: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def make_images(counts: tuple[int, ...], first: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         labels = np.repeat(np.arange(3), counts)
         numbers = np.concatenate([first + np.arange(count) for count in counts])
         pixels = [coloured(label, number) for label, number in zip(labels, numbers, strict=True)]
@@ -48,11 +48,11 @@ def toy_data(train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    return Dataset(task, *images(train_counts, 0), *images((num_test,) * 3, 1000), mirror=True)
+    return Dataset(task, *make_images(train_counts, 0), *make_images((num_test,) * 3, 1000), mirror=True)
 
 
 def write_tree(root: Path, train_counts: tuple[int, int, int] = (24, 10, 3), num_test: int = 6) -> Path:
-    """The same colours as a tree of PNG files."""
+    """Write the same images as a tree of PNG files."""
     for split, counts, first in (("train", train_counts, 0), ("test", (num_test,) * 3, 1000)):
         for label, count in enumerate(counts):
             folder = root / split / NAMES[label]
@@ -63,7 +63,7 @@ def write_tree(root: Path, train_counts: tuple[int, int, int] = (24, 10, 3), num
 
 
 class ToyNet(nn.Module):
-    """Mean colour to three logits through one hidden layer."""
+    """A network from the mean colour to three logits, with one hidden layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def toy_config(
     teacher_views: int | None = None,
     execution: Execution = CPU,
 ) -> RunConfig:
-    """A configuration of the smallest real network on the toy data."""
+    """A run configuration of the smallest network of ltkd."""
     return run_config(
         DataConfig(name="glyphs"),
         "resnet8",
@@ -95,15 +95,15 @@ def toy_config(
     )
 
 
-def toy_learner(network: nn.Module | None = None) -> TrainState:
-    """A network with plain SGD."""
+def toy_train_state(network: nn.Module | None = None) -> TrainState:
+    """A network, by default ``ToyNet``, with an SGD optimiser."""
     student = Student(network or ToyNet())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     return TrainState(student, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def toy_training(
-    learner: TrainState,
+    state: TrainState,
     method: Method,
     *,
     data: Dataset | None = None,
@@ -112,8 +112,8 @@ def toy_training(
     teacher: nn.Module | None = None,
     execution: Execution = CPU,
 ) -> list[EpochReport]:
-    """Train to the last epoch, on the toy data where no other is given."""
+    """Train to the last epoch, by default on the toy data."""
     data = data or toy_data()
-    batches = batches_of(data, batch_size=recipe.batch_size, seed=seed, device=torch.device("cpu"))
-    taught_by = None if teacher is None else Teacher(teacher, execution)
-    return list(train(learner, data, batches, method, recipe, teacher=taught_by, execution=execution))
+    batches = make_batches(data, batch_size=recipe.batch_size, seed=seed, device=torch.device("cpu"))
+    wrapped_teacher = None if teacher is None else Teacher(teacher, execution)
+    return list(train(state, data, batches, method, recipe, teacher=wrapped_teacher, execution=execution))

@@ -1,11 +1,11 @@
-"""BentoML: a batchable API in one worker. A request is a list for it; here the raw body is a list of one."""
+"""BentoML: a batching API in one worker. BentoML expects a list per request, so the raw body becomes a list of one."""
 
 from typing import Annotated
 
 import bentoml
 from pydantic import BeforeValidator, WithJsonSchema
 
-from benchmarks.peers.model import MAX_BATCH, WAIT_MS, Answer, answers, decoded, open_session
+from benchmarks.peers.model import MAX_BATCH, WAIT_MS, ClassifyResponse, classify_batch, decode, open_session
 
 Bodies = Annotated[list[bytes], BeforeValidator(lambda body: [body]), WithJsonSchema({"type": "string"})]
 
@@ -20,6 +20,6 @@ class Classify:
         self.session = open_session()
 
     @bentoml.api(route="/classify", batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=round(WAIT_MS))
-    def classify(self, images: Bodies, /) -> list[Answer]:
+    def classify(self, images: Bodies, /) -> list[ClassifyResponse]:
         """Classify a batch."""
-        return answers(self.session, [decoded(content) for content in images])
+        return classify_batch(self.session, [decode(content) for content in images])

@@ -1,7 +1,7 @@
-"""A FastAPI handler as a careful engineer writes it: the session is made once, work goes to a few threads.
+"""A carefully written FastAPI handler: one session, and two threads for the work.
 
-The runtime and the decoder release the interpreter's lock, so threads keep the event loop free; more of them than two
-would only wait for the one core.
+The runtime and the decoder release the interpreter lock, so the threads keep the event loop free. More than two threads
+would compete for the one core.
 """
 
 import asyncio
@@ -11,23 +11,23 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from benchmarks.peers.model import PORT, Answer, answers, decoded, open_session
+from benchmarks.peers.model import PORT, ClassifyResponse, classify_batch, decode, open_session
 
 app = FastAPI()
 session = open_session()
 threads = ThreadPoolExecutor(2)
 
 
-def classified(content: bytes) -> Answer:
-    """One image, alone."""
-    return answers(session, [decoded(content)])[0]
+def classify_image(content: bytes) -> ClassifyResponse:
+    """Classify one image in a batch of one."""
+    return classify_batch(session, [decode(content)])[0]
 
 
 @app.post("/classify")
 async def classify(request: Request) -> Response:
-    """Classify the image that is the body."""
+    """Classify the image in the body."""
     content = await request.body()
-    return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, classified, content))
+    return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, classify_image, content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LitServe: batches in its inference process, requests over its fast queue."""
+"""LitServe: batching in its inference process, requests through its fast queue."""
 
 from typing import Annotated
 
@@ -7,29 +7,33 @@ import numpy as np
 from fastapi import Body
 from numpy.typing import NDArray
 
-from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, Answer, answers, decoded, open_session
+from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, ClassifyResponse, classify_batch, decode, open_session
 
 
 class Classify(litserve.LitAPI):
-    """The raw body in, because a form would cost it more."""
+    """The API; it reads the raw body, which is cheaper for LitServe than a form."""
 
     def setup(self, device: str) -> None:
         self.session = open_session()
 
     def decode_request(self, request: Annotated[bytes, Body(media_type="image/*")]) -> NDArray[np.uint8]:
-        return decoded(request)
+        return decode(request)
 
     def batch(self, inputs: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         return inputs
 
-    def predict(self, inputs: list[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Answer] | Answer:
-        """With a batch size of 1 there are no lists."""
-        return answers(self.session, inputs) if isinstance(inputs, list) else answers(self.session, [inputs])[0]
+    def predict(self, inputs: list[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[ClassifyResponse] | ClassifyResponse:
+        """With a batch size of 1, LitServe passes a single image instead of a list."""
+        return (
+            classify_batch(self.session, inputs)
+            if isinstance(inputs, list)
+            else classify_batch(self.session, [inputs])[0]
+        )
 
-    def unbatch(self, output: list[Answer]) -> list[Answer]:
+    def unbatch(self, output: list[ClassifyResponse]) -> list[ClassifyResponse]:
         return output
 
-    def encode_response(self, output: Answer) -> Answer:
+    def encode_response(self, output: ClassifyResponse) -> ClassifyResponse:
         return output
 
 

@@ -1,21 +1,22 @@
-"""What every peer serves: the same model file in the same runtime, the same pixels, one answer.
+"""What all peers share: the same model file, runtime, decoder and response format.
 
-A peer is a process that gets its orders from variables, because most of them start processes of their own:
+A peer is configured by environment variables, because most peers start their own processes:
 
     PEER_MODEL      the ONNX file: uint8 [N, S, S, 3] to float32 logits [N, C]
     PEER_SIZE_PX    S
-    PEER_PORT       where it listens on this machine
+    PEER_PORT       the port on localhost
     PEER_MAX_BATCH  images in one run of the session
-    PEER_WAIT_MS    how long a batch that is not full waits for more
+    PEER_WAIT_MS    how long an incomplete batch waits for more images
 
-Batch and wait of each peer are those with which it did best here (benchmarks/serving.py has them). Each takes the bytes
-of one image as the body of a POST and answers with the JSON of ``answers``. One thread: the peers get one core.
+The batch size and the delay of each peer are those with which it was fastest here (see benchmarks/servers.py). Each
+peer receives the bytes of one image as the body of a POST and responds with the JSON of ``classify_batch``. The session
+has one thread, because each peer has one core.
 """
 
 import os
 from collections.abc import Sequence
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before it is imported
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # must be set before the import of onnxruntime
 
 import numpy as np
 import onnxruntime as ort
@@ -28,11 +29,11 @@ MAX_BATCH, WAIT_MS = int(os.environ["PEER_MAX_BATCH"]), float(os.environ["PEER_W
 TOP_K = 5
 
 Ranked = dict[str, int | float]
-Answer = dict[str, list[Ranked]]
+ClassifyResponse = dict[str, list[Ranked]]
 
 
 def open_session() -> ort.InferenceSession:
-    """The session, with the options that our own engine has."""
+    """The session, with the same options as the engine of our service."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -42,12 +43,12 @@ def open_session() -> ort.InferenceSession:
     return session
 
 
-def decoded(content: bytes) -> NDArray[np.uint8]:
-    """The pixels of an image, uint8 [S, S, 3], by the decoder that training and parity share."""
+def decode(content: bytes) -> NDArray[np.uint8]:
+    """The pixels of an image, uint8 [S, S, 3], by the decoder of ``ltkd.contract``."""
     return decode_image(content, SIZE_PX).pixels_SS3
 
 
-def answers(session: ort.InferenceSession, images: Sequence[NDArray[np.uint8]]) -> list[Answer]:
+def classify_batch(session: ort.InferenceSession, images: Sequence[NDArray[np.uint8]]) -> list[ClassifyResponse]:
     """The five most probable classes of each image."""
     logits_NC = session.run(["logits"], {"image": np.stack(images)})[0]
     powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))

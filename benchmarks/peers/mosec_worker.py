@@ -1,10 +1,10 @@
-"""mosec: its HTTP front in Rust, one Python worker that decodes and runs batches."""
+"""mosec: HTTP server in Rust, and one Python worker that decodes and runs batches."""
 
 import sys
 
 from mosec import Server, Worker
 
-from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, Answer, answers, decoded, open_session
+from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, ClassifyResponse, classify_batch, decode, open_session
 
 
 class Classify(Worker):
@@ -17,11 +17,11 @@ class Classify(Worker):
     def deserialize(self, data: bytes) -> bytes:
         return bytes(data)
 
-    def forward(self, data: list[bytes] | bytes) -> list[Answer] | Answer:
-        """With a batch size of 1 there are no lists."""
+    def forward(self, data: list[bytes] | bytes) -> list[ClassifyResponse] | ClassifyResponse:
+        """With a batch size of 1, mosec passes a single image instead of a list."""
         if isinstance(data, list):
-            return answers(self.session, [decoded(content) for content in data])
-        return answers(self.session, [decoded(data)])[0]
+            return classify_batch(self.session, [decode(content) for content in data])
+        return classify_batch(self.session, [decode(data)])[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ray Serve: one replica that batches, behind its proxy."""
+"""Ray Serve: one replica that batches requests, behind the Ray proxy."""
 
 import time
 
@@ -6,7 +6,7 @@ import ray
 from ray import serve
 from starlette.requests import Request
 
-from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, Answer, answers, decoded, open_session
+from benchmarks.peers.model import MAX_BATCH, PORT, WAIT_MS, ClassifyResponse, classify_batch, decode, open_session
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=128, ray_actor_options={"num_cpus": 0})
@@ -17,13 +17,13 @@ class Classify:
         self.session = open_session()
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=WAIT_MS / 1000)
-    async def classify(self, contents: list[bytes]) -> list[Answer]:
+    async def classify(self, contents: list[bytes]) -> list[ClassifyResponse]:
         """Classify a batch."""
-        return answers(self.session, [decoded(content) for content in contents])
+        return classify_batch(self.session, [decode(content) for content in contents])
 
-    async def __call__(self, request: Request) -> Answer:
-        answered: Answer = await self.classify(await request.body())
-        return answered
+    async def __call__(self, request: Request) -> ClassifyResponse:
+        response: ClassifyResponse = await self.classify(await request.body())
+        return response
 
 
 if __name__ == "__main__":

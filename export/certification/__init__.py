@@ -1,1 +1,1 @@
-"""Whether a converted model kept its accuracy in every class group: splits, statistics, gates, calibration."""
+"""Tests whether a converted model kept its accuracy in every class group: splits, statistics, gates, calibration."""

@@ -1,6 +1,8 @@
-"""What confidence is worth, learnt group by group: temperature, accuracy, when to abstain, which classes to name.
+"""Fits the calibration of each class group: temperature, expected accuracy, abstention threshold, prediction sets.
 
-Pure functions. The images that fit the temperature must not be the ones that the other three are fitted on.
+Pure functions of logits and labels. The temperatures must be fitted on other images than the remaining three.
+``certify_confidence`` fits all four and measures them on certification images; ``ltkd.contract.calibration`` defines
+the records and applies them when a model is served.
 
 Shape legend: N images, M images of one group, C classes, K class groups, T thresholds, V distinct values, B bins.
 """
@@ -23,7 +25,7 @@ from ltkd.contract.calibration import (
     GroupCalibration,
     Proportion,
     SetThreshold,
-    calibrated,
+    calibrated_probabilities,
     confidence_bins,
     least_probabilities,
     softmax,
@@ -32,68 +34,69 @@ from ltkd.contract.class_groups import ClassGroups
 from ltkd.errors import DataError
 
 PRIOR_IMAGES = 50
-"""What all images together count for in the temperature of one group, in images."""
+"""Weight of all images together when the temperature of one group is fitted, in images."""
 IMAGES_A_BIN = 50
-"""Fewer tell nothing: with 50 the interval of an expected accuracy is up to 0.29 wide."""
+"""The minimum of images per bin. With 50 images, the interval of an expected accuracy is already up to 0.29 wide."""
 MOST_BINS = 10
 ABSTENTION_STEPS = 20
 
 
 def fit_temperatures(
-    logits_NC: NDArray[np.floating], label_N: NDArray[np.int64], groups: ClassGroups
+    logits_NC: NDArray[np.floating], labels_N: NDArray[np.int64], groups: ClassGroups
 ) -> NDArray[np.float64]:
-    """The temperature of each predicted group, float64 [K].
+    """Fit the temperature of each predicted group, float64 [K].
 
-    It minimises the negative log likelihood of the images predicted in the group, to which all images are added with
-    the weight of PRIOR_IMAGES together (a power prior; Ibrahim and Chen, Statistical Science 15, 2000). So a group
-    without an image gets the temperature of all, and one with many its own. As in Platt's scaling (1999), one image
-    more is imagined, whose label is drawn blindly: a model that is right on all N may not claim more than N show.
+    The temperature minimises the negative log likelihood of the images predicted in the group, plus that of all images
+    with a total weight of PRIOR_IMAGES (a power prior; Ibrahim and Chen, Statistical Science 15, 2000). A group without
+    images therefore gets the temperature of all images, and a group with many images gets its own. As in Platt scaling
+    (1999), one more image with a uniformly random label is added: a model that is correct on all N images gets no more
+    confidence than N images support.
     """
-    below_NC = np.asarray(logits_NC, dtype=np.float64)
-    below_NC = below_NC - below_NC.max(axis=1, keepdims=True)
-    own_N = below_NC[np.arange(len(label_N)), label_N]
-    target_N = own_N + (below_NC.mean(axis=1) - own_N) / (len(label_N) + 1)
+    shifted_NC = np.asarray(logits_NC, dtype=np.float64)
+    shifted_NC = shifted_NC - shifted_NC.max(axis=1, keepdims=True)
+    own_N = shifted_NC[np.arange(len(labels_N)), labels_N]
+    target_N = own_N + (shifted_NC.mean(axis=1) - own_N) / (len(labels_N) + 1)
     predicted_N = groups.index[np.asarray(logits_NC).argmax(axis=1)]
-    spans_N = -below_NC.min(axis=1)
-    if not spans_N.any():  # no logit differs from another, and no temperature makes it
+    spans_N = -shifted_NC.min(axis=1)
+    if not spans_N.any():  # all logits of each image are equal, so the temperature has no effect
         return np.ones(len(groups.names))
 
     def slope(log_temperature: float, weight_N: NDArray[np.float64]) -> float:
-        """Of the loss, over 1 / temperature, in which it is convex: rising, so it has one root."""
-        share_NC = np.exp(below_NC * math.exp(-log_temperature))
-        return float(weight_N @ ((share_NC * below_NC).sum(axis=1) / share_NC.sum(axis=1) - target_N))
+        """Derivative of the loss by 1 / temperature. The loss is convex in 1 / temperature, so there is one root."""
+        weight_NC = np.exp(shifted_NC * math.exp(-log_temperature))
+        return float(weight_N @ ((weight_NC * shifted_NC).sum(axis=1) / weight_NC.sum(axis=1) - target_N))
 
-    # at a thousandth of its span an image is certain, at ten times its span all classes are alike to it
-    certain, alike = math.log(spans_N[spans_N > 0].min() / 1000), math.log(spans_N.max() * 10)
-    found = []
+    # at a thousandth of the span of its logits an image has confidence 1; at ten times the span, nearly 1 / C
+    lowest, highest = math.log(spans_N[spans_N > 0].min() / 1000), math.log(spans_N.max() * 10)
+    log_temperatures = []
     for group in range(len(groups.names)):
-        weight_N = (predicted_N == group) + PRIOR_IMAGES / len(label_N)
-        if slope(alike, weight_N) >= 0:  # no better than blind
-            found.append(alike)
-        elif slope(certain, weight_N) <= 0:
-            found.append(certain)
+        weight_N = (predicted_N == group) + PRIOR_IMAGES / len(labels_N)
+        if slope(highest, weight_N) >= 0:  # no better than random guesses
+            log_temperatures.append(highest)
+        elif slope(lowest, weight_N) <= 0:
+            log_temperatures.append(lowest)
         else:
-            found.append(float(brentq(slope, certain, alike, args=(weight_N,), xtol=1e-9)))
-    return np.exp(found)
+            log_temperatures.append(float(brentq(slope, lowest, highest, args=(weight_N,), xtol=1e-9)))
+    return np.exp(log_temperatures)
 
 
 def accuracy_bins(confidence_M: NDArray[np.float64], right_M: NDArray[np.bool_]) -> tuple[ConfidenceBin, ...]:
-    """How often predictions were right, in bins of confidence from 0 to 1 without gaps.
+    """Measure the accuracy of predictions in bins of confidence that cover 0 to 1 without gaps.
 
-    Bins hold about equally many images, at least IMAGES_A_BIN where there are so many, and equal confidences share a
-    bin. Where the share falls from one bin to the next they are pooled (adjacent violators), so that more confidence
-    never means less: what is said of the wider bin is as true, only coarser.
+    Bins contain about equally many images, at least IMAGES_A_BIN if there are that many, and equal confidences share a
+    bin. If the accuracy falls from one bin to the next, the two are pooled (pool adjacent violators), so a higher
+    confidence never has a lower expected accuracy. The accuracy of a pooled bin is as valid, only coarser.
     """
     if not len(confidence_M):
         return ()
     num_bins = min(max(len(confidence_M) // IMAGES_A_BIN, 1), MOST_BINS)
     value_V, first_V = np.unique(np.sort(confidence_M), return_index=True)
-    edges, begun = [0.0], 0
-    for value, ended in zip(value_V[:-1], first_V[1:], strict=True):
-        due = ended >= len(edges) * len(confidence_M) / num_bins
-        if due and min(ended - begun, len(confidence_M) - ended) >= IMAGES_A_BIN:
+    edges, start = [0.0], 0
+    for value, end in zip(value_V[:-1], first_V[1:], strict=True):
+        full = end >= len(edges) * len(confidence_M) / num_bins
+        if full and min(end - start, len(confidence_M) - end) >= IMAGES_A_BIN:
             edges.append(float(value))
-            begun = ended
+            start = end
     bin_M = np.searchsorted(edges[1:], confidence_M, side="left")
     right_B = np.bincount(bin_M, right_M, len(edges)).astype(np.int64).tolist()
     num_B = np.bincount(bin_M, minlength=len(edges)).tolist()
@@ -117,14 +120,21 @@ def abstention_threshold(
     right_M: NDArray[np.bool_],
     target_precision: float,
 ) -> float | None:
-    """The smallest confidence from which on the target precision is proved; None where it is for none.
+    """Find the smallest confidence threshold at which the target precision is proved; None if no threshold is.
 
-    A search among thresholds finds luck. So, as in Learn then Test (Angelopoulos et al., arXiv 2110.01052), thresholds
-    are tested in an order that was fixed before these images were seen, each by the exact binomial test at 5 %, and the
-    first that fails ends it: the chance that any threshold passes whose precision lies below the target is at most 5 %,
-    whatever the confidences are worth. The order comes from the pilot images (as in Pareto testing, arXiv 2210.07913):
-    the threshold that is clearest to them, then down to the ones that accept more, in steps of 1 / ABSTENTION_STEPS of
-    the pilot predictions.
+    A search among thresholds would select lucky ones. Therefore, as in Learn then Test (Angelopoulos et al., arXiv
+    2110.01052), thresholds are tested in an order that does not depend on these images, each by the exact binomial test
+    at 5 %. The tests end with the first failure. The probability that a threshold passes although its precision is
+    below the target is then at most 5 %, however poor the confidences are. The order comes from the pilot images (as in
+    Pareto testing, arXiv 2210.07913): it starts at the threshold with the smallest p-value on them and goes down to
+    thresholds that accept more, in steps of 1 / ABSTENTION_STEPS of the pilot predictions.
+
+    Args:
+        pilot_confidence_M: Confidences of the pilot images, which determine the order.
+        pilot_right_M: Whether their predictions are correct.
+        confidence_M: Confidences of the images that test the thresholds.
+        right_M: Whether their predictions are correct.
+        target_precision: The required share of correct predictions among the accepted ones.
     """
     if not len(pilot_confidence_M):
         return None
@@ -140,19 +150,19 @@ def abstention_threshold(
 
 
 def set_threshold(own_M: NDArray[np.float64], target_coverage: float) -> tuple[float | None, float, float]:
-    """The least probability that a class needs to be in a prediction set, and the band of the coverage that this gives.
+    """Fit the least probability that puts a class into a prediction set, and the limits of the resulting coverage.
 
-    With the score 1 - p, this is the ceil((M + 1) target)-th smallest of the true classes' scores. Probabilities are
-    compared instead, because 1 - p rounds small ones away. The coverage of further images is beta-distributed (Vovk,
-    ACML 2012); between equal probabilities it is only higher.
+    With the score 1 - p, the threshold is the ceil((M + 1) target)-th smallest score of the true classes. The code
+    compares probabilities instead, because 1 - p rounds small ones away. The coverage of further images follows a beta
+    distribution (Vovk, ACML 2012); ties between probabilities can only raise it.
 
     Args:
         own_M: The probability of the true class, for images of one group.
-        target_coverage: The share of further images whose class shall be in the set, on average over fits.
+        target_coverage: The share of further images whose true class should be in the set, on average over fits.
 
     Returns:
-        None, 1 and 1 where there are too few images to leave any class out; else the probability, and the limits that
-        the coverage lies above, and below, in 95 of 100 fits each.
+        The least probability, and the lower and the upper limit of the coverage; each limit holds in 95 of 100 fits.
+        None, 1 and 1 if there are too few images to exclude any class.
     """
     rank = math.ceil((len(own_M) + 1) * target_coverage - 1e-9)  # 0.9 times 10 may round to more than 9
     if rank > len(own_M):
@@ -162,7 +172,7 @@ def set_threshold(own_M: NDArray[np.float64], target_coverage: float) -> tuple[f
 
 
 def proportion(k: int, n: int) -> Proportion:
-    """A share of n > 0 with its interval."""
+    """Build the share k / n, for n > 0, with its confidence interval."""
     low, high = clopper_pearson(k, n)
     return Proportion(value=k / n, low=low, high=high, n=n)
 
@@ -170,39 +180,39 @@ def proportion(k: int, n: int) -> Proportion:
 def _p_values(
     threshold_T: NDArray[np.float64], confidence_M: NDArray[np.float64], right_M: NDArray[np.bool_], target: float
 ) -> NDArray[np.float64]:
-    """For each threshold, how likely so many right predictions among the accepted were at the target precision."""
+    """P-value of each threshold: the chance of at least as many correct predictions if precision were the target."""
     accepted_TM = confidence_M >= threshold_T[:, None]
     return np.asarray(binom.sf((accepted_TM & right_M).sum(axis=1) - 1, accepted_TM.sum(axis=1), target))
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Predictions of one group: how sure, and whether right."""
+    """Predictions in one group: their confidence, and whether they are correct."""
 
     confidence_M: NDArray[np.float64]
     right_M: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What the model says of the images of one part."""
+class _SplitPredictions:
+    """The model's calibrated probabilities and predictions for the images of one split."""
 
     probability_NC: NDArray[np.float64]
     predicted_N: NDArray[np.int64]
-    label_N: NDArray[np.int64]
+    labels_N: NDArray[np.int64]
     groups: ClassGroups
 
     def predicted_in(self, group: int) -> _Predictions:
-        """The predictions of a group."""
+        """Return the predictions whose predicted class belongs to a group."""
         rows = self.groups.index[self.predicted_N] == group
         return _Predictions(
-            self.probability_NC[rows].max(axis=1, initial=0), self.predicted_N[rows] == self.label_N[rows]
+            self.probability_NC[rows].max(axis=1, initial=0), self.predicted_N[rows] == self.labels_N[rows]
         )
 
     def own_probability(self, group: int) -> NDArray[np.float64]:
-        """The probability of the true class, for the images whose true class is of the group."""
-        rows = np.flatnonzero(self.groups.index[self.label_N] == group)
-        return self.probability_NC[rows, self.label_N[rows]]
+        """Return the probability of the true class, for the images whose true class belongs to a group."""
+        rows = np.flatnonzero(self.groups.index[self.labels_N] == group)
+        return self.probability_NC[rows, self.labels_N[rows]]
 
 
 def certify_confidence(
@@ -216,33 +226,38 @@ def certify_confidence(
     target_precision: float = 0.9,
     target_coverage: float = 0.9,
 ) -> ConfidenceCertificate:
-    """Fit what confidence means in every group, and count on further images how it holds.
+    """Fit the calibration of every group, and measure it on further images.
+
+    The three sets of images must be disjoint.
 
     Args:
-        temperature_logits_NC: Logits of the model as it will be served, in its precision and on its provider.
+        temperature_logits_NC: Logits of the images that fit the temperatures. The model must be the one that will be
+            served, in the same precision and on the same provider.
         temperature_label_N: True classes of these images.
-        threshold_logits_NC: Logits of other images.
-        threshold_label_N: Their true classes.
-        certify_logits_NC: Logits of yet other images.
-        certify_label_N: Their true classes.
+        threshold_logits_NC: Logits of the images that fit expected accuracy, abstention and prediction sets.
+        threshold_label_N: True classes of these images.
+        certify_logits_NC: Logits of the images that measure the result.
+        certify_label_N: True classes of these images.
         groups: The partition of the C classes.
-        target_precision: The share of right predictions from which on an answer is to be trusted.
-        target_coverage: The share of each group's images whose class shall be in their prediction set.
+        target_precision: The required share of correct predictions among those that are accepted.
+        target_coverage: The required share of each group's images whose true class is in the prediction set.
 
     Raises:
-        DataError: A part is empty, has labels that do not fit its logits, or logits that are not finite.
+        DataError: A set is empty, its labels do not match its logits, or its logits are not finite.
     """
-    parts = {
+    splits = {
         "temperature": (temperature_logits_NC, temperature_label_N),
         "threshold": (threshold_logits_NC, threshold_label_N),
         "certify": (certify_logits_NC, certify_label_N),
     }
-    for name, (logits_NC, label_N) in parts.items():
-        _check(name, logits_NC, label_N, groups)
+    for name, (logits_NC, labels_N) in splits.items():
+        _check(name, logits_NC, labels_N, groups)
     temperature_K = fit_temperatures(temperature_logits_NC, temperature_label_N, groups)
     pilot, fit, certify = (
-        _Part(calibrated(logits_NC, groups, temperature_K), logits_NC.argmax(axis=1), label_N, groups)
-        for logits_NC, label_N in parts.values()
+        _SplitPredictions(
+            calibrated_probabilities(logits_NC, groups, temperature_K), logits_NC.argmax(axis=1), labels_N, groups
+        )
+        for logits_NC, labels_N in splits.values()
     )
     calibration = tuple(
         GroupCalibration(
@@ -258,7 +273,7 @@ def certify_confidence(
         )
         for group, name in enumerate(groups.names)
     )
-    uncalibrated = _Part(softmax(certify_logits_NC), certify.predicted_N, certify_label_N, groups)
+    uncalibrated = _SplitPredictions(softmax(certify_logits_NC), certify.predicted_N, certify_label_N, groups)
     size_N = (certify.probability_NC >= least_probabilities(calibration, groups)).sum(axis=1)
     return ConfidenceCertificate(
         calibration=calibration,
@@ -273,22 +288,22 @@ def certify_confidence(
     )
 
 
-def _check(name: str, logits_NC: NDArray[np.floating], label_N: NDArray[np.int64], groups: ClassGroups) -> None:
+def _check(name: str, logits_NC: NDArray[np.floating], labels_N: NDArray[np.int64], groups: ClassGroups) -> None:
     num_classes = len(groups.group_of_class)
-    if logits_NC.ndim != 2 or label_N.shape != logits_NC.shape[:1] or logits_NC.shape[1] != num_classes:
+    if logits_NC.ndim != 2 or labels_N.shape != logits_NC.shape[:1] or logits_NC.shape[1] != num_classes:
         raise DataError(
-            f"the {name} images have logits of shape {logits_NC.shape} and labels of shape {label_N.shape}; expected "
-            f"one row of {num_classes} logits and one label an image. Are model and data of the same task?"
+            f"the {name} images have logits of shape {logits_NC.shape} and labels of shape {labels_N.shape}; expected "
+            f"one row of {num_classes} logits and one label per image. Check that model and data have the same task."
         )
-    if not len(label_N):
-        raise DataError(f"there are no {name} images; without any, nothing can be said of confidence. Give more.")
-    if label_N.min() < 0 or label_N.max() >= num_classes:
+    if not len(labels_N):
+        raise DataError(f"there are no {name} images, so confidence cannot be calibrated; add images.")
+    if labels_N.min() < 0 or labels_N.max() >= num_classes:
         raise DataError(
-            f"the {name} images have labels from {label_N.min()} to {label_N.max()}, but the task has "
-            f"{num_classes} classes. Are model and data of the same task?"
+            f"the {name} images have labels from {labels_N.min()} to {labels_N.max()}, but the task has "
+            f"{num_classes} classes. Check that model and data have the same task."
         )
     if not np.isfinite(logits_NC).all():
-        raise DataError(f"the logits of the {name} images are not all finite; such a model has no confidence to fit.")
+        raise DataError(f"the logits of the {name} images are not all finite, so confidence cannot be calibrated.")
 
 
 def _abstention(pilot: _Predictions, fit: _Predictions, certify: _Predictions, target_precision: float) -> Abstention:
@@ -318,27 +333,27 @@ def _prediction_set(
 
 
 def _reliability(name: str, before: _Predictions, after: _Predictions) -> GroupReliability:
-    some = len(after.right_M) > 0
+    any_images = len(after.right_M) > 0
     return GroupReliability(
         group=name,
         num_images=len(after.right_M),
         before=_reliability_bins(before),
         after=_reliability_bins(after),
-        ece_before=calibration_error(before.confidence_M, before.right_M) if some else None,
-        ece_after=calibration_error(after.confidence_M, after.right_M) if some else None,
-        ece_null=calibration_error_null(after.confidence_M)[0] if some else None,
+        ece_before=calibration_error(before.confidence_M, before.right_M) if any_images else None,
+        ece_after=calibration_error(after.confidence_M, after.right_M) if any_images else None,
+        ece_null=calibration_error_null(after.confidence_M)[0] if any_images else None,
     )
 
 
-def _reliability_bins(said: _Predictions) -> tuple[ReliabilityBin, ...]:
-    bin_M = confidence_bins(said.confidence_M)
+def _reliability_bins(predictions: _Predictions) -> tuple[ReliabilityBin, ...]:
+    bin_M = confidence_bins(predictions.confidence_M)
     return tuple(
         ReliabilityBin(
             above=place / HISTOGRAM_BINS,
             up_to=(place + 1) / HISTOGRAM_BINS,
             num_images=int((bin_M == place).sum()),
-            mean_confidence=_mean(said.confidence_M[bin_M == place]),
-            accuracy=_mean(said.right_M[bin_M == place]),
+            mean_confidence=_mean(predictions.confidence_M[bin_M == place]),
+            accuracy=_mean(predictions.right_M[bin_M == place]),
         )
         for place in range(HISTOGRAM_BINS)
     )

@@ -1,4 +1,6 @@
-"""One candidate through all gates: what the report says of it.
+"""Runs one candidate ONNX file through the gates and collects the results in its report.
+
+``certify`` calls this module for each precision. ``ltkd parity`` calls ``apply_gates`` to compare any two models.
 
 Shape legend: N images, M sampled images, C classes.
 """
@@ -12,10 +14,10 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from export.certification.comparison import compare, compare_classes, compare_confidence, flips_by_margin
-from export.certification.gates import confidence, decisions, numeric, structure, task_accuracy, worst
+from export.certification.gates import combine_verdicts, confidence, decisions, numeric, structure, task_accuracy
 from export.certification.layer_errors import find_layer_errors, first_above_rounding
 from export.certification.reference import Reference
-from export.conversion.session import CPU, isa, open_session, run, runtime_version
+from export.conversion.session import CPU, instruction_set, open_session, run, runtime_version
 from export.schema import CandidateReport, Gate, LayerError, Margins, Runtime
 from ltkd.contract.bundle import Precision
 
@@ -24,12 +26,12 @@ LOCATE_IMAGES = 32
 
 @dataclass(frozen=True)
 class Assessment:
-    """What became of a candidate.
+    """The result of testing a candidate.
 
     Attributes:
-        report: What the gates say.
-        session: It, opened where it was judged; None where it failed the structure.
-        certify_NC: Its logits of the certify images, likewise.
+        report: The report with the results of the gates.
+        session: The candidate's session on its provider; None if gate G0 failed.
+        certify_NC: The candidate's logits of the certification images; None if gate G0 failed.
     """
 
     report: CandidateReport
@@ -40,9 +42,18 @@ class Assessment:
 def assess_candidate(
     candidate: bytes, file: str, precision: Precision, reference: Reference, margins: Margins, provider: str = CPU
 ) -> Assessment:
-    """Put any ONNX file that claims to be the reference through the gates.
+    """Run an ONNX file through the gates, as a candidate for the reference network.
 
-    A file that fails the structure is asked nothing more. On FAIL the layers in which the difference arises are sought.
+    If gate G0 fails, the file is not run on the images. If another gate fails, the layers that cause the difference are
+    located.
+
+    Args:
+        candidate: The ONNX file.
+        file: Its name in the report.
+        precision: The precision of the candidate.
+        reference: The network that the candidate is compared with.
+        margins: The acceptable loss of accuracy.
+        provider: The ONNX Runtime provider on which the candidate is certified.
 
     Raises:
         DeviceError: The provider does not work here.
@@ -55,7 +66,10 @@ def assess_candidate(
         sha256=hashlib.sha256(candidate).hexdigest(),
         num_bytes=len(candidate),
         runtime=Runtime(
-            onnxruntime=runtime_version(), provider=provider, isa=isa(), tf32=None if provider == CPU else False
+            onnxruntime=runtime_version(),
+            provider=provider,
+            isa=instruction_set(),
+            tf32=None if provider == CPU else False,
         ),
         margins=margins,
         gates=(structure(candidate, reference.task, images, precision, provider),),
@@ -75,55 +89,58 @@ def apply_gates(
     *,
     rounding_only: bool = True,
 ) -> CandidateReport:
-    """A report with all that a candidate's logits say: numbers, decisions, task and confidence.
+    """Apply the gates on logits (G1 to G4) and return the completed report.
 
     Args:
-        report: What is known already, with the margins.
-        candidate: The ONNX file, to find the layer that errs; None where there is none.
-        candidate_NC: Its logits of the certify images.
-        reference: What it is held against.
-        rounding_only: Whether the candidate claims to compute the same as the reference, so that a clear image that
-            changes class is an error of fp32 and fp16.
+        report: The report so far, which contains the margins.
+        candidate: The ONNX file, used to locate the layer that causes a difference; None if there is no file.
+        candidate_NC: The candidate's logits of the certification images.
+        reference: The model that the candidate is compared with.
+        rounding_only: Whether the candidate is meant to compute the same function as the reference. If so, gate G1
+            applies, and in fp32 and fp16 gate G2 fails when the class of a clear image changes.
     """
     groups, precision = reference.task.groups, report.precision
-    seen = (reference.logits_NC, candidate_NC, reference.certify.label_N)
-    rows = compare(*seen, groups, report.margins, precision)
-    classes = compare_classes(*seen, reference.task)
-    shifts = compare_confidence(*seen, groups)
-    gates = [*report.gates, *(_numbers(precision, reference, candidate_NC) if rounding_only else ())]
+    compared = (reference.logits_NC, candidate_NC, reference.certify.labels_N)
+    rows = compare(*compared, groups, report.margins, precision)
+    classes = compare_classes(*compared, reference.task)
+    shifts = compare_confidence(*compared, groups)
+    gates = [*report.gates, *(_numeric_gate(precision, reference, candidate_NC) if rounding_only else ())]
     gates += [
         decisions(rows, precision if rounding_only else "int8"),
-        task_accuracy(rows, classes, reference.copies),
+        task_accuracy(rows, classes, reference.duplicates),
         confidence(shifts),
     ]
-    verdict = worst(gate.verdict for gate in gates)
+    verdict = combine_verdicts(gate.verdict for gate in gates)
     layers: tuple[LayerError, ...] = ()
     if verdict == "FAIL" and reference.onnx is not None and candidate is not None:
         layers = find_layer_errors(reference.onnx, candidate, reference.certify.images[:LOCATE_IMAGES])
-        gates = [_with_place(gate, layers) for gate in gates]
+        gates = [_with_layer(gate, layers) for gate in gates]
     update = {
         "verdict": verdict,
         "gates": tuple(gates),
         "groups": rows,
         "classes": classes,
-        "flips": flips_by_margin(*seen, groups),
+        "flips": flips_by_margin(*compared, groups),
         "confidence": shifts,
         "layers": layers,
     }
     return report.model_copy(update=update)
 
 
-def _numbers(precision: Precision, reference: Reference, candidate_NC: NDArray[np.floating]) -> list[Gate]:
-    """G1, where float32 is held against the exact logits; other precisions round by intention."""
-    if precision != "fp32" or reference.oracle_MC is None:
+def _numeric_gate(precision: Precision, reference: Reference, candidate_NC: NDArray[np.floating]) -> list[Gate]:
+    """G1 for fp32, which is compared with the float64 logits; the other precisions round by design and skip G1."""
+    if precision != "fp32" or reference.float64_logits_MC is None:
         return []
     sample_M = reference.sample_M
-    return [numeric(reference.oracle_MC, reference.logits_NC[sample_M], candidate_NC[sample_M])]
+    return [numeric(reference.float64_logits_MC, reference.logits_NC[sample_M], candidate_NC[sample_M])]
 
 
-def _with_place(gate: Gate, layers: Sequence[LayerError]) -> Gate:
+def _with_layer(gate: Gate, layers: Sequence[LayerError]) -> Gate:
     first = first_above_rounding(layers)
     if gate.verdict != "FAIL" or first is None:
         return gate
-    found = f"the difference arises in {first.layer} ({first.operator}), which is {100 * first.error:.2g} % off."
-    return gate.model_copy(update={"findings": (*gate.findings, found)})
+    finding = (
+        f"the difference arises in the layer {first.layer} ({first.operator}), whose relative error is "
+        f"{100 * first.error:.2g} %."
+    )
+    return gate.model_copy(update={"findings": (*gate.findings, finding)})

@@ -1,4 +1,7 @@
-"""A network to certified ONNX files in every precision that this machine can prove.
+"""Converts a network to every precision that this machine can certify, and certifies each one.
+
+For each precision, ``certify`` converts the network (``export.conversion``), runs the gates (candidate), calibrates
+confidence (calibration) and measures latency. ``export.bundling`` writes the result as a bundle.
 
 Shape legend: N images, M sampled images, C classes.
 """
@@ -14,7 +17,7 @@ from torch import nn
 
 from export.certification.calibration import certify_confidence
 from export.certification.candidate import assess_candidate
-from export.certification.gates import host, worst
+from export.certification.gates import combine_verdicts, host
 from export.certification.latency import measure
 from export.certification.margins import margins_for
 from export.certification.reference import reference_of, spread_over_groups
@@ -34,19 +37,19 @@ PROVIDERS: dict[Precision, str] = {"fp32": CPU, "int8": CPU, "fp16": CUDA}
 
 
 def discard_message(_: str) -> None:
-    """Take news of the work and say nothing."""
+    """Ignore a progress message."""
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What is asked of an export.
+class ExportRequirements:
+    """The requirements of an export.
 
     Attributes:
-        precisions: Which to try besides fp32; None tries int8, and fp16 where CUDA works.
-        margins: Acceptable loss of accuracy by the name of a group, or ``all``; a fraction. The others keep the
-            defaults of their precision.
-        target_precision: Share of accepted predictions of a group that shall be right.
-        target_coverage: Share of a group's images whose class shall be in the prediction set.
+        precisions: Precisions to try in addition to fp32; None tries int8, and fp16 if CUDA works.
+        margins: Acceptable loss of accuracy, a fraction, by the name of a group or ``all``. Groups that are not named
+            keep the default of the precision.
+        target_precision: Required share of correct predictions among the accepted predictions of a group.
+        target_coverage: Required share of a group's images whose true class is in the prediction set.
     """
 
     precisions: tuple[Precision, ...] | None = None
@@ -55,22 +58,28 @@ class Policy:
     target_coverage: float = 0.9
 
     @property
-    def tried(self) -> tuple[Precision, ...]:
+    def precisions_to_certify(self) -> tuple[Precision, ...]:
         """The precisions to try, fp32 first.
 
         Raises:
-            DeviceError: fp16 was asked for, which is certified on CUDA, and there is none.
+            DeviceError: fp16 is among ``precisions``, but CUDA, on which it is certified, does not work here.
         """
         if self.precisions is None:
             return ("fp32", "int8", "fp16") if cuda_works() else ("fp32", "int8")
         if "fp16" in self.precisions and not cuda_works():
-            raise DeviceError("fp16 is certified on CUDA, which does not work here; export it where a GPU is.")
+            raise DeviceError("fp16 is certified on CUDA, which does not work here; export on a machine with a GPU.")
         return ("fp32", *(precision for precision in self.precisions if precision != "fp32"))
 
 
 @dataclass(frozen=True)
 class Certification:
-    """What the gates said of every precision, the files they were asked about, and what the good ones answer."""
+    """The result of certifying a network.
+
+    Attributes:
+        report: The results of the gates for every precision.
+        contents: The ONNX file of each precision that was tried.
+        golden: Golden images, with the logits of each precision that passed before gate G5.
+    """
 
     report: ParityReport
     contents: dict[Precision, bytes]
@@ -78,7 +87,7 @@ class Certification:
 
     @property
     def passed(self) -> dict[Precision, CandidateReport]:
-        """What may go into a bundle: nothing unless fp32 passed."""
+        """The reports of the precisions that may go into a bundle; empty unless fp32 passed."""
         if self.report.verdict != "PASS":
             return {}
         return {report.precision: report for report in self.report.candidates if passed(report)}
@@ -90,50 +99,50 @@ def certify(
     splits: Splits,
     name: str,
     description: str,
-    policy: Policy | None = None,
+    policy: ExportRequirements | None = None,
     on_message: Callable[[str], None] = discard_message,
 ) -> Certification:
-    """Convert any network to every precision asked for and put the results through the gates.
+    """Convert a network to every requested precision and run each result through the gates.
 
     Args:
-        network: Takes normalised float32 [N, 3, S, S], gives logits [N, C].
-        task: Its classes, groups and preprocessing.
-        splits: Images for each purpose; those that certify chose nothing, neither weights nor settings.
-        name: Of the model, for the report.
-        description: Which images these are, in words, for the report.
-        policy: What is asked; None asks for the defaults.
-        on_message: As in export_run.
+        network: Takes normalised float32 [N, 3, S, S] and returns logits [N, C].
+        task: Classes, groups and preprocessing of the network.
+        splits: Images for each purpose. The certification images must not have influenced weights or settings.
+        name: Name of the model in the report.
+        description: Describes the images in the report.
+        policy: The requirements; None uses the defaults.
+        on_message: Called with progress messages, as in ``export_run``.
 
     Raises:
         DataError: Images or labels do not fit the task.
         RunError: The network itself gives logits that are not finite.
-        DeviceError: A precision was asked for whose device is not here.
+        DeviceError: A requested precision needs a device that this machine does not have.
     """
-    policy = policy or Policy()
+    policy = policy or ExportRequirements()
     splits.check(task)
     on_message("converting to ONNX")
     fp32 = to_onnx(network, task)
-    on_message("asking the network itself")
+    on_message("running the network in PyTorch as the reference")
     reference = reference_of(network, task, splits, fp32)
     contents: dict[Precision, bytes] = {}
     reports: list[CandidateReport] = []
     sessions: dict[Precision, InferenceSession] = {}
-    for precision in policy.tried:
+    for precision in policy.precisions_to_certify:
         if reports and not passed(reports[0]):
-            break  # what is wrong with fp32 is wrong with what is made of it
+            break  # the other precisions are made from the fp32 file and would have the same fault
         margins = margins_for(precision, policy.margins, task.groups)
-        contents[precision], trials = _converted(precision, fp32, splits, task, margins, on_message)
-        on_message(f"{precision}: certifying on {len(splits.certify.label_N):,} images")
+        contents[precision], trials = _convert(precision, fp32, splits, task, margins, on_message)
+        on_message(f"{precision}: certifying on {len(splits.certify.labels_N):,} images")
         file, provider = MODEL_FILES[precision], PROVIDERS[precision]
-        judged = assess_candidate(contents[precision], file, precision, reference, margins, provider)
+        assessment = assess_candidate(contents[precision], file, precision, reference, margins, provider)
         update: dict[str, object] = {"quantisation": trials}
-        if passed(judged.report) and judged.session is not None and judged.certify_NC is not None:
-            sessions[precision] = judged.session
-            update["certificate"] = _certificate(judged.session, judged.certify_NC, splits, task, policy)
-        reports.append(judged.report.model_copy(update=update))
-    on_message("replaying golden images, measuring speed")
+        if passed(assessment.report) and assessment.session is not None and assessment.certify_NC is not None:
+            sessions[precision] = assessment.session
+            update["certificate"] = _certificate(assessment.session, assessment.certify_NC, splits, task, policy)
+        reports.append(assessment.report.model_copy(update=update))
+    on_message("checking golden images and measuring latency")
     golden = golden_of(sessions, task, splits)
-    reports = [_on_this_host(report, contents, golden) for report in reports]
+    reports = [_with_host_gate(report, contents, golden) for report in reports]
     latency = measure(sessions, splits.certify.images)
     return Certification(
         ParityReport(
@@ -152,20 +161,20 @@ def certify(
 
 
 def golden_of(sessions: Mapping[Precision, InferenceSession], task: Task, splits: Splits) -> Golden:
-    """A few images of every group with each model's logits, for replay wherever the bundle is served."""
-    num_real = len(splits.certify.label_N) - splits.num_views
-    sample_M = spread_over_groups(splits.certify.label_N[:num_real], task.groups, GOLDEN_PER_GROUP)
+    """Take a few images of every group with each model's logits, to check the model wherever the bundle is served."""
+    num_real = len(splits.certify.labels_N) - splits.num_views
+    sample_M = spread_over_groups(splits.certify.labels_N[:num_real], task.groups, GOLDEN_PER_GROUP)
     images_MSS3 = splits.certify.images[sample_M]
     logits = {precision: run(session, images_MSS3) for precision, session in sessions.items()}
-    return Golden(images_MSS3, splits.certify.label_N[sample_M], logits)
+    return Golden(images_MSS3, splits.certify.labels_N[sample_M], logits)
 
 
 def passed(report: CandidateReport) -> bool:
-    """Whether a candidate may be served."""
+    """Whether a candidate passed all gates and may be served."""
     return report.verdict == "PASS"
 
 
-def _converted(
+def _convert(
     precision: Precision, fp32: bytes, splits: Splits, task: Task, margins: Margins, on_message: Callable[[str], None]
 ) -> tuple[bytes, tuple[QuantisationTrial, ...]]:
     if precision == "fp32":
@@ -173,35 +182,37 @@ def _converted(
     if precision == "fp16":
         return to_fp16(fp32), ()
 
-    def told(trial: QuantisationTrial) -> None:
-        on_message(f"int8: {trial.configuration}: {trial.worst_group} loses {100 * trial.worst_group_loss:.2f} %")
+    def on_trial(trial: QuantisationTrial) -> None:
+        loss = f"{100 * trial.worst_group_loss:.2f} percentage points"
+        on_message(f"int8: {trial.configuration}: the worst group, {trial.worst_group}, loses {loss} of accuracy")
 
-    tolerated_loss = min(map(margins.of, task.groups.names)) / 4  # leaves room to prove the rest
-    return search_int8(fp32, splits.quantisation, splits.selection, task.groups, told, tolerated_loss)
+    # a quarter of the margin: the statistical uncertainty of certification takes up much of the rest
+    tolerated_loss = min(map(margins.of, task.groups.names)) / 4
+    return search_int8(fp32, splits.quantisation, splits.selection, task.groups, on_trial, tolerated_loss)
 
 
 def _certificate(
-    session: InferenceSession, certify_NC: NDArray[np.float32], splits: Splits, task: Task, policy: Policy
+    session: InferenceSession, certify_NC: NDArray[np.float32], splits: Splits, task: Task, policy: ExportRequirements
 ) -> ConfidenceCertificate:
-    num_real = len(splits.certify.label_N) - splits.num_views  # views of one image are not further images
+    num_real = len(splits.certify.labels_N) - splits.num_views  # augmented views are not independent images
     return certify_confidence(
         run(session, splits.selection.images),
-        splits.selection.label_N,
+        splits.selection.labels_N,
         run(session, splits.confidence.images),
-        splits.confidence.label_N,
+        splits.confidence.labels_N,
         certify_NC[:num_real],
-        splits.certify.label_N[:num_real],
+        splits.certify.labels_N[:num_real],
         task.groups,
         policy.target_precision,
         policy.target_coverage,
     )
 
 
-def _on_this_host(report: CandidateReport, contents: Mapping[Precision, bytes], golden: Golden) -> CandidateReport:
-    """The report with G5, asked of a session opened anew, as the service will."""
+def _with_host_gate(report: CandidateReport, contents: Mapping[Precision, bytes], golden: Golden) -> CandidateReport:
+    """Add gate G5 to a report, run in a new session as the service would open it."""
     if not passed(report):
         return report
     precision = report.precision
     session = open_session(contents[precision], report.runtime.provider)
     gates = (*report.gates, host(session, golden.images_MSS3, golden.logits[precision], precision))
-    return report.model_copy(update={"gates": gates, "verdict": worst(gate.verdict for gate in gates)})
+    return report.model_copy(update={"gates": gates, "verdict": combine_verdicts(gate.verdict for gate in gates)})

@@ -1,4 +1,4 @@
-"""How long models take, side by side, so that what else the machine does hits all of them alike.
+"""Measures the latency of several models in turn, so that other load on the machine affects all of them equally.
 
 Shape legend: N images, B in the batch, S side in pixels.
 """
@@ -25,12 +25,13 @@ Name = TypeVar("Name", bound=str)
 def measure(
     sessions: Mapping[Name, InferenceSession], images: Images, seconds: float = SECONDS
 ) -> dict[Name, tuple[Latency, ...]]:
-    """Time every model on batches of 1 and of 32 images: each once, then each again, and so on.
+    """Time every model on batches of 1 and of 32 images, in rounds in which each model runs once.
 
     Args:
-        sessions: Models by name.
-        images: Real ones, at least one; fewer than a batch are repeated.
-        seconds: For each size of batch, after one round that warms up. Three rounds are timed even if they take longer.
+        sessions: Sessions by name of the model.
+        images: At least one real image. Images are repeated if there are fewer than a batch needs.
+        seconds: Time limit for each batch size, after one warm-up round. At least three rounds are timed even if they
+            take longer.
     """
     first_NSS3 = images[: max(BATCHES)]
     times: dict[Name, list[Latency]] = {name: [] for name in sessions}
@@ -40,14 +41,14 @@ def measure(
         end = time.perf_counter() + seconds
         while len(rounds) <= LEAST_REPEATS or (len(rounds) <= MOST_REPEATS and time.perf_counter() < end):
             rounds.append(_round(sessions, images_BSS3))
-        for name, found in times.items():
+        for name, latencies in times.items():
             low, median, high = np.percentile([times_ms[name] for times_ms in rounds[1:]], (25, 50, 75)).tolist()
-            found.append(Latency(batch=batch, median_ms=median, low_ms=low, high_ms=high))
-    return {name: tuple(found) for name, found in times.items()}
+            latencies.append(Latency(batch=batch, median_ms=median, low_ms=low, high_ms=high))
+    return {name: tuple(latencies) for name, latencies in times.items()}
 
 
 def _round(sessions: Mapping[Name, InferenceSession], images_BSS3: NDArray[np.uint8]) -> dict[Name, float]:
-    """Milliseconds of each model, once."""
+    """Run each model once and return the times in milliseconds."""
     times_ms = {}
     for name, session in sessions.items():
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The margins: how much accuracy a class group may lose, by precision."""
+"""Defines the margins: how much accuracy each class group may lose, by precision."""
 
 from collections.abc import Mapping
 
@@ -15,23 +15,25 @@ MARGINS: dict[Precision, Margins] = {
 
 
 def margins_for(precision: Precision, overrides: Mapping[str, float], groups: ClassGroups) -> Margins:
-    """The margins of a precision, with some of them changed.
+    """Return the default margins of a precision, with some of them replaced.
 
     Args:
-        precision: Whose defaults hold for all that is not named.
+        precision: Determines the defaults.
         overrides: Acceptable loss of accuracy, a fraction, by the name of a group, or ``all`` for all images.
-        groups: Of the task.
+        groups: The class groups of the task.
 
     Raises:
-        UsageError: There is no such group, or the margin is no fraction between 0 and 1.
+        UsageError: A group does not exist, or a margin is not a fraction between 0 and 1.
     """
     for name, margin in overrides.items():
         if name != ALL and name not in groups.names:
             raise UsageError(
-                f"a margin is given for '{name}', which is no group; known: {', '.join(groups.names)}, all."
+                f"a margin is given for '{name}', which is not a group; choose from {', '.join(groups.names)}, all."
             )
         if not 0 < margin < 1:
-            raise UsageError(f"the margin of {name} is {100 * margin:g} %, expected more than 0 and less than 100 %.")
+            raise UsageError(
+                f"the margin of {name} is {100 * margin:g} percentage points, expected more than 0 and less than 100."
+            )
     default = MARGINS[precision]
     named = {name: margin for name, margin in overrides.items() if name != ALL}
     return Margins(overall=overrides.get(ALL, default.overall), group=default.group, groups=named)

@@ -1,4 +1,4 @@
-"""The network itself, as torch runs it: what a candidate is held against.
+"""Runs the original network in PyTorch to compute the reference logits that candidates are compared with.
 
 Shape legend: N images, S side in pixels, C classes.
 """
@@ -23,51 +23,52 @@ NUMERIC_IMAGES = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """What candidates are held against: its answers to the certify images, computed once.
+    """The model that candidates are compared with, and its logits of the certification images.
 
     Attributes:
         task: Classes and groups.
-        certify: Images that chose nothing.
-        logits_NC: The reference's logits of them.
-        sample_M: Images of which the exact logits are known.
-        copies: What is wrong with the certify images, as gates.copied finds it.
-        oracle_MC: Their logits in float64; none where the reference is itself a file.
-        onnx: A sound fp32 file of the reference, to find the layer in which a candidate errs; None where there is none.
+        certify: The certification images, which must not have influenced any candidate.
+        logits_NC: Logits of the reference on these images.
+        sample_M: Positions of the images for which float64 logits were computed.
+        duplicates: Sentences on duplicates among the certification images, from ``find_duplicates``.
+        float64_logits_MC: Logits of the sampled images in float64; None if the reference is itself an ONNX file.
+        onnx: A correct fp32 ONNX file of the reference, used to locate the layer that causes a difference; None if
+            there is no such file.
     """
 
     task: Task
     certify: LabelledImages
     logits_NC: NDArray[np.floating]
     sample_M: NDArray[np.int64]
-    copies: tuple[str, ...]
-    oracle_MC: NDArray[np.floating] | None
+    duplicates: tuple[str, ...]
+    float64_logits_MC: NDArray[np.floating] | None
     onnx: bytes | None
 
 
 def reference_of(network: nn.Module, task: Task, splits: Splits, fp32: bytes | None) -> Reference:
-    """The network's own answers to the certify images.
+    """Compute the reference logits of a network on the certification images.
 
     Raises:
-        RunError: They are not finite.
+        RunError: The logits are not finite.
     """
     certify = splits.certify
-    sample_M = spread_over_groups(certify.label_N, task.groups, NUMERIC_IMAGES // len(task.groups.names) or 1)
-    others: dict[str, Images] = {name: part.images for name, part in splits.parts.items() if name != "certify"}
+    sample_M = spread_over_groups(certify.labels_N, task.groups, NUMERIC_IMAGES // len(task.groups.names) or 1)
+    other_splits: dict[str, Images] = {name: part.images for name, part in splits.parts.items() if name != "certify"}
     return Reference(
         task=task,
         certify=certify,
         logits_NC=torch_logits(network, task, certify.images, torch.float32),
         sample_M=sample_M,
-        copies=find_duplicates(certify.images, splits.num_views, others),
-        oracle_MC=torch_logits(network, task, certify.images[sample_M], torch.float64),
+        duplicates=find_duplicates(certify.images, splits.num_views, other_splits),
+        float64_logits_MC=torch_logits(network, task, certify.images[sample_M], torch.float64),
         onnx=fp32,
     )
 
 
 def torch_logits(network: nn.Module, task: Task, images: Images, dtype: torch.dtype) -> NDArray[np.floating]:
-    """Logits [N, C] of the network in evaluation mode, computed in ``dtype`` on the CPU.
+    """Compute logits [N, C] of the network in evaluation mode, in ``dtype`` on the CPU.
 
-    The pixels are normalised here step by step, so that an error in the exported graph's folded form shows.
+    The pixels are normalised step by step. The exported graph uses a folded form, and a comparison shows errors in it.
 
     Raises:
         RunError: A logit is not finite.
@@ -87,12 +88,12 @@ def torch_logits(network: nn.Module, task: Task, images: Images, dtype: torch.dt
     return logits_NC
 
 
-def spread_over_groups(label_N: NDArray[np.int64], groups: ClassGroups, per_group: int) -> NDArray[np.int64]:
-    """Positions of up to ``per_group`` images of each group, evenly over its classes; the same every time."""
-    by_class_N = np.argsort(label_N, kind="stable")
-    picked = []
+def spread_over_groups(labels_N: NDArray[np.int64], groups: ClassGroups, per_group: int) -> NDArray[np.int64]:
+    """Choose positions of up to ``per_group`` images of each group, spread evenly over its classes; deterministic."""
+    by_class_N = np.argsort(labels_N, kind="stable")
+    chosen = []
     for group in range(len(groups.names)):
-        members = by_class_N[groups.index[label_N[by_class_N]] == group]
+        members = by_class_N[groups.index[labels_N[by_class_N]] == group]
         steps = np.linspace(0, len(members), min(per_group, len(members)), endpoint=False).astype(np.int64)
-        picked.append(members[steps])
-    return np.concatenate(picked)
+        chosen.append(members[steps])
+    return np.concatenate(chosen)

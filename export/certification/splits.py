@@ -1,14 +1,14 @@
-"""The test images, divided by class into parts that share no image, each with one purpose.
+"""Divides the test images into disjoint splits, stratified by class, each with one purpose.
 
-    quantisation  10 %   shows int8 the range of every activation
-    selection     20 %   chooses the int8 configuration, and fits the temperatures
-    confidence    20 %   fits what confidence means
-    certify       50 %   chooses nothing, so what it says holds
+    quantisation  10 %   measures the range of every activation for int8
+    selection     20 %   selects the int8 configuration and fits the temperatures
+    confidence    20 %   fits expected accuracy, abstention thresholds and prediction sets
+    certify       50 %   influences no choice, so results on it are valid
 
-The division depends on the images alone, not on their order: within a class they are sorted by a hash of their pixels
-and dealt out in turn. Equal images have one hash, so they never fall into two parts. Copies are left out: of a test
-image the second one, because it would count one observation twice, and what is also a training image altogether,
-because the network knows it by heart.
+The division depends on the images but not on their order: the images of each class are sorted by a hash of their pixels
+and assigned to the splits in turn. Equal images have equal hashes, so no image is in two splits. Duplicates are left
+out. A test image that occurs twice is used once, because otherwise one observation would be counted twice. A test image
+that is also a training image is not used at all, because the network was trained on it.
 
 Shape legend: N images, B of them, S pixels a side.
 """
@@ -26,7 +26,7 @@ from export.schema import DataRecord, Margins, SplitRecord
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.task import Task
 from ltkd.data.datasets import Dataset
-from ltkd.data.image_files import Images, LabelledImages, digests, in_batches
+from ltkd.data.image_files import Images, LabelledImages, iterate_batches, pixel_hashes
 from ltkd.errors import DataError
 
 SplitName = Literal["quantisation", "selection", "confidence", "certify"]
@@ -35,17 +35,18 @@ _TURNS: tuple[SplitName, ...] = (
     "certify", "selection", "certify", "confidence", "certify",
     "quantisation", "certify", "selection", "certify", "confidence",
 )  # fmt: skip
-"""Every second image certifies, so every class with two images does; six images give every part one."""
-_FEWEST = _TURNS.index("quantisation") + 1
+"""The order in which images are assigned. Every second image goes to certify, so each class with two images is
+certified. Six images are enough to give every split one."""
+_MIN_IMAGES = _TURNS.index("quantisation") + 1
 
 
 @dataclass(frozen=True)
 class Splits:
-    """All parts of the test images.
+    """The splits of the test images.
 
     Attributes:
-        num_views: So many of the certify images, the last ones, are random views of the others.
-        num_duplicates: Test images left out because they are copies.
+        num_views: Number of random augmented views among the certify images; they come last.
+        num_duplicates: Number of test images left out because they are duplicates.
     """
 
     quantisation: LabelledImages
@@ -57,7 +58,7 @@ class Splits:
 
     @property
     def parts(self) -> dict[SplitName, LabelledImages]:
-        """The parts by name, in the order of SPLITS."""
+        """The splits by name, in the order of SPLITS."""
         return {
             "quantisation": self.quantisation,
             "selection": self.selection,
@@ -66,11 +67,11 @@ class Splits:
         }
 
     def record(self, description: str, groups: ClassGroups) -> DataRecord:
-        """Describe the parts so that anybody who has the images can tell whether they are the same.
+        """Describe the splits, with hashes that identify their images.
 
         Args:
-            description: Which images these are, in words.
-            groups: Of the task, to count by.
+            description: Describes the images in words.
+            groups: The class groups of the task, by which the images are counted.
         """
         return DataRecord(
             description=description,
@@ -80,33 +81,33 @@ class Splits:
         )
 
     def check(self, task: Task) -> None:
-        """Refuse images that are not the task's.
+        """Check that images and labels fit the task.
 
         Raises:
-            DataError: A part is empty, its images are of another type or size, or a label is none of the task's.
+            DataError: A split is empty, its images have another type or size, or a label is not a class of the task.
         """
         for name, part in self.parts.items():
-            expected = (len(part.label_N), task.input_px, task.input_px, 3)
+            expected = (len(part.labels_N), task.input_px, task.input_px, 3)
             first = part.images[:1]
-            seen = (len(part.images), *first.shape[1:])
-            if not len(part.label_N) or first.dtype != np.uint8 or seen != expected:
+            shape = (len(part.images), *first.shape[1:])
+            if not len(part.labels_N) or first.dtype != np.uint8 or shape != expected:
                 raise DataError(
-                    f"the images for {name} are {first.dtype} {list(seen)}, expected uint8 {list(expected)} and at "
-                    "least one; bring them to the task's size with ltkd.contract.image_decoding."
+                    f"the images for {name} are {first.dtype} {list(shape)}, expected uint8 {list(expected)} and at "
+                    "least one image; resize them to the task's size with ltkd.contract.image_decoding."
                 )
-            if part.label_N.min() < 0 or part.label_N.max() >= len(task.class_names):
+            if part.labels_N.min() < 0 or part.labels_N.max() >= len(task.class_names):
                 raise DataError(
-                    f"the labels for {name} run from {part.label_N.min()} to {part.label_N.max()}, the task has "
-                    f"classes 0 to {len(task.class_names) - 1}; give the images the task was made for."
+                    f"the labels for {name} run from {part.labels_N.min()} to {part.labels_N.max()}, but the task has "
+                    f"classes 0 to {len(task.class_names) - 1}; use the data set that belongs to the task."
                 )
 
 
 class Subset:
-    """Some images of others, by position; none is copied before it is asked for.
+    """A subset of images, selected by position. Images are read when they are indexed.
 
     Args:
-        images: The others.
-        rows_N: Which of them.
+        images: The images to select from.
+        rows_N: Positions of the selected images.
     """
 
     def __init__(self, images: Images, rows_N: NDArray[np.int64]) -> None:
@@ -120,75 +121,82 @@ class Subset:
 
 
 def split_test_images(data: Dataset, margins: Margins) -> Splits:
-    """Divide the test images, and top up those that certify with views where the margins take more.
+    """Divide the test images, and add augmented views to the certify split if the margins need more images.
 
-    The shares hold over all images and, to the rounding, within each class. An image that is the only one of its group
-    certifies, where the other part can spare it.
+    The shares hold for all images together and, up to rounding, within each class. If a group has only one image, the
+    image goes to certify, unless another split would become empty.
 
     Args:
-        data: Test images that chose nothing yet, and the training images to hold them against. Files are read once.
-        margins: The tightest ones that will be asked for.
+        data: Test images that have not influenced the model, and the training images, to exclude duplicates. Image
+            files are read once.
+        margins: The smallest margins that will be tested.
 
     Raises:
-        DataError: There are too few different images to give every part one.
+        DataError: There are too few distinct images to give every split one.
     """
-    rows_N, num_duplicates = _different(data)
-    if len(rows_N) < _FEWEST:
+    rows_N, num_duplicates = _distinct_rows(data)
+    if len(rows_N) < _MIN_IMAGES:
         raise DataError(
-            f"{len(data.test_labels)} test images are {len(rows_N)} different ones that are not training images too; "
-            f"at least {_FEWEST} are needed, so that what chooses a model and what certifies it share none. Add some."
+            f"of {len(data.test_labels)} test images, {len(rows_N)} are distinct and not training images too; at least "
+            f"{_MIN_IMAGES} are needed, because selection and certification use separate images. Add test images."
         )
-    label_N, groups = data.test_labels[rows_N], data.task.groups
+    labels_N, groups = data.test_labels[rows_N], data.task.groups
     turn_N = np.empty(len(rows_N), dtype=np.int64)
-    turn_N[np.argsort(label_N, kind="stable")] = np.resize([SPLITS.index(name) for name in _TURNS], len(rows_N))
-    _let_every_group_certify(turn_N, groups.index[label_N])
+    turn_N[np.argsort(labels_N, kind="stable")] = np.resize([SPLITS.index(name) for name in _TURNS], len(rows_N))
+    _move_single_images_to_certify(turn_N, groups.index[labels_N])
     parts: dict[SplitName, LabelledImages] = {}
     for turn, name in enumerate(SPLITS):
         rows = np.sort(rows_N[turn_N == turn])
         parts[name] = LabelledImages(Subset(data.test_images, rows), data.test_labels[rows])
     certify = parts["certify"]
-    images, labels, num_views = topped_up(certify.images, certify.label_N, groups, margins, mirror=data.mirror)
+    images, labels, num_views = topped_up(certify.images, certify.labels_N, groups, margins, mirror=data.mirror)
     parts["certify"] = LabelledImages(images, labels)
     return Splits(**parts, num_views=num_views, num_duplicates=num_duplicates)
 
 
 def unsplit_test_images(data: Dataset) -> tuple[LabelledImages, int]:
-    """Every different test image, to certify a model that none of them chose; and how many copies were left out.
+    """Return all distinct test images, to certify a model that none of them influenced.
+
+    Returns:
+        The images, and the number of duplicates left out.
 
     Raises:
         DataError: Every test image is also a training image.
     """
-    rows_N, num_duplicates = _different(data)
+    rows_N, num_duplicates = _distinct_rows(data)
     if not len(rows_N):
-        raise DataError(f"all {len(data.test_labels)} test images are training images too; nothing can be certified.")
+        raise DataError(
+            f"all {len(data.test_labels)} test images are training images too, so nothing can be certified; "
+            "use test images that the model was not trained on."
+        )
     rows_N = np.sort(rows_N)
     return LabelledImages(Subset(data.test_images, rows_N), data.test_labels[rows_N]), num_duplicates
 
 
 def split_record(name: SplitName, part: LabelledImages, groups: ClassGroups) -> SplitRecord:
-    """Describe a part: how many images of each group, and their hash."""
+    """Describe a split: the number of images of each group, and a hash of images and labels."""
     return SplitRecord(
         name=name,
-        num_images=len(part.label_N),
-        per_group=tuple(np.bincount(groups.index[part.label_N], minlength=len(groups.names)).tolist()),
+        num_images=len(part.labels_N),
+        per_group=tuple(np.bincount(groups.index[part.labels_N], minlength=len(groups.names)).tolist()),
         sha256=_sha256_of(part),
     )
 
 
-def _different(data: Dataset) -> tuple[NDArray[np.int64], int]:
-    """Positions of the test images that are no copies, sorted by their hash, and how many are copies."""
+def _distinct_rows(data: Dataset) -> tuple[NDArray[np.int64], int]:
+    """Return the positions of the test images without duplicates, sorted by hash, and the number of duplicates."""
     row_of: dict[bytes, int] = {}
-    for row, digest in enumerate(digests(data.test_images)):
+    for row, digest in enumerate(pixel_hashes(data.test_images)):
         row_of.setdefault(digest, row)
-    if isinstance(data.train_images, np.ndarray):  # files would all have to be decoded again
-        for digest in digests(data.train_images):
+    if isinstance(data.train_images, np.ndarray):  # image files are not checked: all would have to be decoded again
+        for digest in pixel_hashes(data.train_images):
             row_of.pop(digest, None)
     rows_N = np.array([row_of[digest] for digest in sorted(row_of)], dtype=np.int64)
     return rows_N, len(data.test_labels) - len(rows_N)
 
 
-def _let_every_group_certify(turn_N: NDArray[np.int64], group_N: NDArray[np.int64]) -> None:
-    """Hand a group's only image to certify unless it is also the only one of its part."""
+def _move_single_images_to_certify(turn_N: NDArray[np.int64], group_N: NDArray[np.int64]) -> None:
+    """If certify has no image of a group, move one there, unless it is the only image of its split."""
     certify = SPLITS.index("certify")
     for group in np.setdiff1d(group_N, group_N[turn_N == certify]):
         first = int(np.flatnonzero(group_N == group)[0])
@@ -198,33 +206,35 @@ def _let_every_group_certify(turn_N: NDArray[np.int64], group_N: NDArray[np.int6
 
 def _sha256_of(part: LabelledImages) -> str:
     digest = hashlib.sha256()
-    for images_BSS3 in in_batches(part.images):
+    for images_BSS3 in iterate_batches(part.images):
         digest.update(images_BSS3.data)
-    digest.update(np.ascontiguousarray(part.label_N).data)
+    digest.update(np.ascontiguousarray(part.labels_N).data)
     return digest.hexdigest()
 
 
 def find_duplicates(certify: Images, num_views: int, others: Mapping[str, Images]) -> tuple[str, ...]:
-    """What is wrong with the images that certify: one of another part, or one that is there twice.
+    """Find images of the certify split that occur twice or are also in another split.
 
     Args:
-        certify: The images.
-        num_views: So many of them, the last ones, are views of the others and may well be equal.
-        others: Images that chose something, by what they are for.
+        certify: The images of the certify split.
+        num_views: Number of augmented views at the end of ``certify``. Views may be equal to each other.
+        others: The images of the other splits, by name.
 
     Returns:
-        A sentence for each kind of copy; none if every image is there once.
+        A sentence for each kind of duplicate; empty if there are none.
     """
-    own = digests(certify)
-    real = [next(own) for _ in range(len(certify) - num_views)]
+    certify_digests = pixel_hashes(certify)
+    real = [next(certify_digests) for _ in range(len(certify) - num_views)]
     known = set(real)
     findings = []
     if len(known) < len(real):
         findings.append(
-            f"{len(real) - len(known)} images that certify are there twice, so they count as if independent."
+            f"{len(real) - len(known)} certification images are duplicates, but would count as independent images."
         )
     for name, images in others.items():
-        shared = known.intersection(digests(images))
+        shared = known.intersection(pixel_hashes(images))
         if shared:
-            findings.append(f"{len(shared)} images that certify are also among those for {name}, so they chose.")
+            findings.append(
+                f"{len(shared)} certification images are also in the {name} split, so they influenced the candidate."
+            )
     return tuple(findings)

@@ -46,7 +46,7 @@ class WithViews:
 
 
 def topped_up(
-    images: Images, label_N: NDArray[np.int64], groups: ClassGroups, margins: Margins, *, mirror: bool
+    images: Images, labels_N: NDArray[np.int64], groups: ClassGroups, margins: Margins, *, mirror: bool
 ) -> tuple[Images, NDArray[np.int64], int]:
     """The images, or these and as many views as the margins take where nothing flips.
 
@@ -55,7 +55,7 @@ def topped_up(
     Returns:
         Images, their labels, and the number of views among them; the views come last.
     """
-    group_N = groups.index[label_N]
+    group_N = groups.index[labels_N]
     of_group = np.array([images_needed(margins.of(name), 0.0) for name in groups.names])
     overall = images_needed(margins.of(ALL), 0.0)
     counts = np.bincount(group_N, minlength=len(groups.names))
@@ -64,7 +64,7 @@ def topped_up(
         wanted[wanted > 0] += 1
     missing = wanted - counts
     if not missing.sum():
-        return images, label_N, 0
+        return images, labels_N, 0
     random = np.random.default_rng(0)
     rows_V = np.concatenate(
         [
@@ -73,4 +73,4 @@ def topped_up(
             if number
         ]
     )
-    return WithViews(images, rows_V, mirror=mirror), np.concatenate([label_N, label_N[rows_V]]), len(rows_V)
+    return WithViews(images, rows_V, mirror=mirror), np.concatenate([labels_N, labels_N[rows_V]]), len(rows_V)

@@ -1,1 +1,1 @@
-"""Networks to ONNX graphs in fp32, fp16 and int8, and sessions that run them."""
+"""Converts networks to ONNX graphs in fp32, fp16 and int8, and opens sessions that run them."""

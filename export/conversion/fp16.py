@@ -1,8 +1,8 @@
-"""fp16: the same network in half the bytes, for GPUs that compute with them at many times the speed.
+"""Converts an fp32 ONNX file to fp16: half the bytes, and much faster on GPUs with fp16 arithmetic.
 
-Half precision ends at 65,504 and has eleven significant bits. So the pixels are normalised in float32, and the
-classifier, a few thousandths of the work, stays float32: rounded to eleven bits, logits would tie. Nothing is clipped;
-a weight or a map that leaves the range becomes infinite, and the gates see it.
+Half precision has a largest value of 65,504 and eleven significant bits. Pixels are therefore normalised in float32,
+and the classifier (a few thousandths of the computation) stays float32, because logits rounded to eleven bits would
+tie. No value is clipped: a weight or an activation outside the range becomes infinite, and the gates detect it.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ FLOAT_OPERATORS = ("Resize", "Range", "CumSum", "RandomNormalLike", "RandomUnifo
 
 
 def to_fp16(fp32: bytes) -> bytes:
-    """Turn a float32 ONNX file into float16: same input, float32 logits, same metadata, same names of nodes.
+    """Convert a float32 ONNX file to float16.
 
-    Equal files give equal bytes.
+    The input, the metadata and the node names stay the same, and the logits are float32. Equal files give equal bytes.
 
     Raises:
         BundleError: The model has control flow.
@@ -29,11 +29,11 @@ def to_fp16(fp32: bytes) -> bytes:
     with_graphs = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
     if any(attribute.type in with_graphs for node in graph.node for attribute in node.attribute):
         raise BundleError(
-            "the model has control flow, which cannot be turned into fp16; leave it out: --precision fp32."
+            "the model has control flow, which cannot be converted to fp16; export without fp16: --precision fp32."
         )
     float_names = _float_tensors(graph)
     half = _half_nodes(graph, float_names)
-    _halve_weights(graph, half)
+    _store_weights_in_half(graph, half)
     _cast_between(graph, half, float_names)
     graph.ClearField("value_info")
     content: bytes = model.SerializeToString(deterministic=True)
@@ -48,11 +48,11 @@ def _float_tensors(graph: GraphProto) -> set[str]:
 
 
 def _half_nodes(graph: GraphProto, float_names: set[str]) -> set[str]:
-    """First outputs of the nodes that compute in float16: from the first weights to the classifier."""
+    """Find the nodes that compute in float16, from the first weights up to the classifier, by their first output."""
     weighted = [node.output[0] for node in weighted_nodes(graph)]
     if not weighted:
         return set()
-    inside: set[str] = set()  # tensors that the first weights and no classifier had a part in
+    inside: set[str] = set()  # tensors that depend on the first weights but not on the classifier
     after = {weighted[-1]}
     half = set()
     for node in graph.node:
@@ -66,38 +66,38 @@ def _half_nodes(graph: GraphProto, float_names: set[str]) -> set[str]:
     return half
 
 
-def _halve_weights(graph: GraphProto, half: set[str]) -> None:
-    """Store in float16 what only half nodes read."""
+def _store_weights_in_half(graph: GraphProto, half: set[str]) -> None:
+    """Store a weight in float16 if only float16 nodes read it."""
     in_half = {name for node in graph.node if node.output[0] in half for name in node.input}
     in_float = {name for node in graph.node if node.output[0] not in half for name in node.input}
     for tensor in graph.initializer:
         if tensor.data_type == FLOAT and tensor.name in in_half - in_float:
             with np.errstate(over="ignore"):
-                halved = numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(numpy_helper.from_array(halved, tensor.name))
+                weight = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
 
 
 def _cast_between(graph: GraphProto, half: set[str], float_names: set[str]) -> None:
-    """Put a Cast wherever a tensor goes from one precision to the other."""
-    kinds = dict.fromkeys(float_names, int(FLOAT))
-    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name in float_names}
+    """Insert a Cast wherever a tensor passes from one precision to the other."""
+    types = dict.fromkeys(float_names, int(FLOAT))
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name in float_names}
     nodes: list[NodeProto] = []
     casts: dict[str, NodeProto] = {}
 
-    def as_kind(name: str, kind: int) -> str:
-        if kinds.get(name, kind) == kind:
+    def cast_to(name: str, type_: int) -> str:
+        if types.get(name, type_) == type_:
             return name
-        cast_name = f"{name}_{'half' if kind == FLOAT16 else 'float'}"
+        cast_name = f"{name}_{'half' if type_ == FLOAT16 else 'float'}"
         if cast_name not in casts:
-            casts[cast_name] = helper.make_node("Cast", [name], [cast_name], f"cast_{cast_name}", to=kind)
+            casts[cast_name] = helper.make_node("Cast", [name], [cast_name], f"cast_{cast_name}", to=type_)
             nodes.append(casts[cast_name])
         return cast_name
 
     for node in graph.node:
-        kind = FLOAT16 if node.output[0] in half else FLOAT
-        node.input[:] = [as_kind(name, kind) for name in node.input]
-        kinds |= {name: kind for name in node.output if name in float_names}
-        if kind == FLOAT16 and node.op_type == "Cast":
+        type_ = FLOAT16 if node.output[0] in half else FLOAT
+        node.input[:] = [cast_to(name, type_) for name in node.input]
+        types |= {name: type_ for name in node.output if name in float_names}
+        if type_ == FLOAT16 and node.op_type == "Cast":
             (to,) = node.attribute
             to.i = FLOAT16 if to.i == FLOAT else to.i
         nodes.append(node)

@@ -1,4 +1,6 @@
-"""A network and its task to one self-contained ONNX file: pixels in, logits out.
+"""Converts a PyTorch network and its task to one self-contained fp32 ONNX file: uint8 pixels in, logits out.
+
+The modules fp16 and int8 start from this file.
 
 Shape legend: N images (dynamic), S side in pixels, C classes.
 """
@@ -22,17 +24,18 @@ BATCH = "N"
 
 
 def to_onnx(network: nn.Module, task: Task) -> bytes:
-    """Turn a network into ONNX with its preprocessing inside and no trace of this machine.
+    """Convert a network to ONNX with its preprocessing in the graph.
 
-    Input ``image`` uint8 [N, S, S, 3], output ``logits`` float32 [N, C]. Equal networks give equal bytes. The
-    network itself is left as it was: a copy is taken, moved to the CPU and put into evaluation mode.
+    The input is ``image``, uint8 [N, S, S, 3]; the output is ``logits``, float32 [N, C]. Equal networks give equal
+    bytes, and the file contains no paths of this machine. The network is not modified: a copy is moved to the CPU and
+    put into evaluation mode.
 
     Args:
-        network: Takes normalised float32 [N, 3, S, S], gives logits [N, C].
-        task: Its preprocessing goes into the graph, its classes into the metadata.
+        network: Takes normalised float32 [N, 3, S, S] and returns logits [N, C].
+        task: Its preprocessing is written into the graph, its classes into the metadata.
 
     Raises:
-        torch.onnx.OnnxExporterError: The network cannot be traced; the traceback names the place in its code.
+        torch.onnx.OnnxExporterError: The network cannot be traced; the traceback names the line in its code.
         onnx.checker.ValidationError: The exporter wrote an invalid model.
     """
     pixels_to_logits = PixelsToLogits(copy.deepcopy(network).cpu().float(), task).eval()
@@ -59,14 +62,14 @@ def to_onnx(network: nn.Module, task: Task) -> bytes:
 
 
 class PixelsToLogits(Normalise):
-    """A network behind the preprocessing that it was trained with."""
+    """A network that applies its own preprocessing to uint8 pixels."""
 
     def __init__(self, network: nn.Module, task: Task) -> None:
         super().__init__(task)
         self.network = network
 
     def forward(self, pixels_NSS3: Tensor) -> Tensor:
-        """Raw logits [N, C] of uint8 pixels."""
+        """Compute raw logits [N, C] from uint8 pixels."""
         normalised_N3SS = super().forward(pixels_NSS3)
         with _PlainPooling():
             logits_NC: Tensor = self.network(normalised_N3SS)
@@ -74,10 +77,10 @@ class PixelsToLogits(Normalise):
 
 
 class _PlainPooling(TorchFunctionMode):
-    """Adaptive pooling to one pixel as the mean that it is.
+    """Replaces adaptive pooling to one pixel by the equivalent mean.
 
-    With a dynamic batch torch exports it, followed by flatten, as an emulation of strides, which no tool that
-    quantises takes.
+    With a dynamic batch, torch exports adaptive pooling followed by flatten as an emulation of strides, which
+    quantisation tools do not support.
     """
 
     def __torch_function__(
@@ -95,7 +98,7 @@ class _PlainPooling(TorchFunctionMode):
 
 
 def _strip(model: ModelProto) -> None:
-    """Remove what the exporter noted about the source code: stack traces with local paths, names of modules."""
+    """Remove what the exporter recorded about the source code: stack traces with local paths and module names."""
     model.doc_string = ""
     del model.metadata_props[:]
     _strip_graph(model.graph)
@@ -104,9 +107,9 @@ def _strip(model: ModelProto) -> None:
 def _strip_graph(graph: GraphProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
-    for noted in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        noted.doc_string = ""
-        del noted.metadata_props[:]
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
     for node in graph.node:
         _strip_node(node)
 

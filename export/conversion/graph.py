@@ -1,4 +1,4 @@
-"""Reading and editing ONNX graphs: the layers with weights, the users of a tensor, copies."""
+"""Helpers for reading and editing ONNX graphs: find layers, nodes with weights and the users of a tensor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ Message = TypeVar("Message", ModelProto, NodeProto, TensorProto)
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with the activation that follows it, if nothing else uses it; runtimes compute the two as one.
+    """A node together with the activation that follows it, which runtimes compute as one operation.
+
+    The activation belongs to the layer only if no other node reads the output of ``node``.
 
     Attributes:
-        node: What computes.
-        output: The map that leaves.
+        node: The node itself.
+        output: Name of the layer's output tensor, after the activation.
     """
 
     node: NodeProto
@@ -26,7 +28,7 @@ class Layer:
 
 
 def layers_of(graph: GraphProto) -> list[Layer]:
-    """The layers of a graph in its order."""
+    """List the layers of a graph, in the order of the graph."""
     users = users_of(graph.node)
     layers: list[Layer] = []
     absorbed: set[str] = set()
@@ -42,16 +44,16 @@ def layers_of(graph: GraphProto) -> list[Layer]:
 
 
 def weighted_nodes(graph: GraphProto) -> list[NodeProto]:
-    """The nodes that multiply with weights, in the order of the graph; the last one is the classifier."""
+    """List the nodes that multiply by weights, in the order of the graph; the last one is the classifier."""
     constant = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:  # weights may be stored as integers or in half precision
+    for node in graph.node:  # weights may be stored as integers or in half precision and converted first
         if node.op_type in ("DequantizeLinear", "Cast") and node.input[0] in constant:
             constant.add(node.output[0])
     return [node for node in graph.node if node.op_type in WEIGHTED and constant.intersection(node.input)]
 
 
 def users_of(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
-    """For every tensor the nodes that read it."""
+    """Map the name of each tensor to the nodes that read it."""
     users: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.input:
@@ -60,7 +62,7 @@ def users_of(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
 
 
 def copy_of(message: Message) -> Message:
-    """A message that stays when the model that it was in is emptied."""
+    """Copy a protobuf message, so that it stays valid when the model that contains it is cleared."""
     copied = type(message)()
     copied.CopyFrom(message)
     return copied

@@ -1,6 +1,7 @@
-"""The search for int8: which ranges and scales keep the accuracy of every group, and which layers have to stay float.
+"""Searches for the int8 configuration of a network that loses least accuracy in its worst class group.
 
-Everything is chosen on the selection images; images that certify are not seen.
+int8_ranges measures the activations, int8_graph writes the quantised file, and this module chooses between the
+configurations. It chooses on the selection images and never uses the certification images.
 
 Shape legend: N images, C classes, M calibration images.
 """
@@ -15,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from export.conversion.int8_graph import plan_of, quantise
+from export.conversion.int8_graph import plan_quantisation, quantise
 from export.conversion.int8_ranges import RULES, Range, activation_histograms
 from export.conversion.session import open_session, run
 from export.schema import QuantisationTrial
@@ -25,8 +26,8 @@ from ltkd.data.image_files import LabelledImages
 CALIBRATION_IMAGES = 1024
 SENSITIVITY_IMAGES = 256
 TOLERATED_LOSS = 0.005
-"""Accuracy that the worst group may lose on the selection images before layers go back to float: a quarter of the
-default margin, because what is seen there is uncertain too."""
+"""Accuracy that the worst group may lose on the selection images before layers are kept in float: a quarter of the
+default margin, because the loss on these images is itself uncertain."""
 
 
 def search_int8(
@@ -37,56 +38,59 @@ def search_int8(
     on_trial: Callable[[QuantisationTrial], None] = lambda trial: None,
     tolerated_loss: float = TOLERATED_LOSS,
 ) -> tuple[bytes, tuple[QuantisationTrial, ...]]:
-    """Find the int8 form of a network that loses least accuracy in the group where it loses most.
+    """Find the int8 configuration of a network that loses least accuracy in its worst group.
 
-    Every rule for the ranges of maps is tried, with weights scaled by channel and by tensor. If the best form still
-    loses more than is tolerated, the layers that do most damage go back to float: one, then two, four, eight and so on.
+    Every rule for the ranges of activations is tried, with one weight scale per channel and with one per tensor. If the
+    best configuration still loses more than ``tolerated_loss``, the layers that cause the largest errors are kept in
+    float: one, then two, four, eight and so on.
 
     Args:
         fp32: The ONNX file.
-        quantisation: Images to take ranges from; up to 1,024 are used, as many of every class as there are.
-        selection: Images to choose by.
+        quantisation: Images that determine the ranges; up to 1,024 are used, balanced over the classes.
+        selection: Images on which the configurations are compared.
         groups: The partition of the classes.
-        on_trial: Told of every form when it was tried.
-        tolerated_loss: What the worst group may lose, a fraction.
+        on_trial: Called with the result of each configuration.
+        tolerated_loss: The acceptable loss of the worst group, a fraction.
 
     Returns:
-        The file, which says in its metadata how it was made, and all that was tried. Equal arguments give equal bytes.
+        The ONNX file, whose metadata describe the configuration and the calibration images, and all trials. Equal
+        arguments give equal bytes.
     """
-    source = collect_ranges(fp32, quantisation.images[balanced(quantisation.label_N, CALIBRATION_IMAGES)])
-    scale = Int8Evaluator(selection, run(open_session(fp32), selection.images), groups)
-    tried: dict[Int8Config, QuantisationTrial] = {}
+    source = collect_ranges(fp32, quantisation.images[balanced_rows(quantisation.labels_N, CALIBRATION_IMAGES)])
+    evaluator = Int8Evaluator(selection, run(open_session(fp32), selection.images), groups)
+    trials: dict[Int8Config, QuantisationTrial] = {}
 
-    def loss_of(form: Int8Config) -> float:
-        tried[form] = scale.weigh(form, source.written(form))
-        on_trial(tried[form])
-        return tried[form].worst_group_loss
+    def loss_of(config: Int8Config) -> float:
+        trials[config] = evaluator.evaluate(config, source.to_onnx_bytes(config))
+        on_trial(trials[config])
+        return trials[config].worst_group_loss
 
-    for form in (Int8Config(rule, per_channel) for rule in RULES for per_channel in (True, False)):
-        loss_of(form)
-    if tried[_best(tried)].worst_group_loss > tolerated_loss:
-        next((form for form in _ladder(source, scale, _best(tried)) if loss_of(form) <= tolerated_loss), None)
-    best = _best(tried)
-    trials = (trial.model_copy(update={"chosen": form == best}) for form, trial in tried.items())
-    return source.written(best), tuple(trials)
+    for config in (Int8Config(rule, per_channel) for rule in RULES for per_channel in (True, False)):
+        loss_of(config)
+    if trials[_best(trials)].worst_group_loss > tolerated_loss:
+        mixed_configs = _with_float_layers(source, evaluator, _best(trials))
+        next((config for config in mixed_configs if loss_of(config) <= tolerated_loss), None)
+    best = _best(trials)
+    marked = (trial.model_copy(update={"chosen": config == best}) for config, trial in trials.items())
+    return source.to_onnx_bytes(best), tuple(marked)
 
 
-def balanced(label_N: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
-    """Positions of images, as many of every class as of any other while there are any; the same every time."""
-    by_class_N = np.argsort(label_N, kind="stable")
-    sorted_N = label_N[by_class_N]
-    turn_N = np.arange(len(label_N)) - np.searchsorted(sorted_N, sorted_N)  # 0 for the first image of every class
-    return np.sort(by_class_N[np.argsort(turn_N, kind="stable")[:at_most]])
+def balanced_rows(labels_N: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
+    """Choose positions of images, equally many of each class while there are any. The choice is deterministic."""
+    by_class_N = np.argsort(labels_N, kind="stable")
+    sorted_N = labels_N[by_class_N]
+    rank_N = np.arange(len(labels_N)) - np.searchsorted(sorted_N, sorted_N)  # 0 for the first image of every class
+    return np.sort(by_class_N[np.argsort(rank_N, kind="stable")[:at_most]])
 
 
 @dataclass(frozen=True)
 class Int8Config:
-    """One way to turn a network into int8.
+    """One way to quantise a network to int8.
 
     Attributes:
-        rule: How ranges follow from the calibration images, a key of RULES.
-        per_channel: Whether every output channel has weights of its own scale.
-        float_layers: Layers that stay float, beside the first one and the classifier.
+        rule: How ranges are computed from the calibration images, a key of RULES.
+        per_channel: Whether each output channel has its own weight scale.
+        float_layers: Names of layers that stay float, in addition to the first layer and the classifier.
     """
 
     rule: str
@@ -99,56 +103,67 @@ class Int8Config:
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """A network and what its maps were on the calibration images: enough to write any int8 form of it.
+    """A network and the ranges of its activations: all that is needed to write it in any int8 configuration.
 
     Attributes:
         fp32: The ONNX file.
-        ranges: By rule, of every map.
-        calibration: What the file shall say of the images.
+        ranges: For each rule, the range of each activation.
+        calibration: Metadata on the calibration images.
     """
 
     fp32: bytes
     ranges: Mapping[str, Mapping[str, Range]]
     calibration: Mapping[str, str | int]
 
-    def written(self, form: Int8Config) -> bytes:
-        """The ONNX file of a form."""
+    def to_onnx_bytes(self, config: Int8Config) -> bytes:
+        """Write the ONNX file of a configuration."""
         model = quantise(
-            self.fp32, self.ranges[form.rule], per_channel=form.per_channel, float_layers=form.float_layers
+            self.fp32, self.ranges[config.rule], per_channel=config.per_channel, float_layers=config.float_layers
         )
-        made = {"form": str(form), "float_layers": form.float_layers, "calibration": dict(self.calibration)}
+        metadata = {"form": str(config), "float_layers": config.float_layers, "calibration": dict(self.calibration)}
         entry = model.metadata_props.add()
-        entry.key, entry.value = "int8", json.dumps(made)
+        entry.key, entry.value = "int8", json.dumps(metadata)
         content: bytes = model.SerializeToString(deterministic=True)
         return content
 
 
 def collect_ranges(fp32: bytes, images_MSS3: NDArray[np.uint8]) -> CalibratedModel:
-    """Run a network on calibration images, once for all forms."""
+    """Run a network on the calibration images once, and compute the ranges for all configurations."""
     graph = onnx.load_model_from_string(fp32).graph
-    found = activation_histograms(fp32, plan_of(graph).stored, images_MSS3)
-    ranges = {name: {map_: rule(spread) for map_, spread in found.items()} for name, rule in RULES.items()}
+    histograms = activation_histograms(fp32, plan_quantisation(graph).stored, images_MSS3)
+    ranges = {
+        rule: {activation: range_of(histogram) for activation, histogram in histograms.items()}
+        for rule, range_of in RULES.items()
+    }
     sha256 = hashlib.sha256(images_MSS3.tobytes()).hexdigest()
     return CalibratedModel(fp32, ranges, {"num_images": len(images_MSS3), "sha256": sha256})
 
 
 @dataclass(frozen=True)
 class Int8Evaluator:
-    """What int8 forms are weighed with: images, and the fp32 model's logits of them."""
+    """Measures the loss of int8 models on labelled images.
 
-    part: LabelledImages
+    Attributes:
+        selection: The images.
+        reference_NC: Logits of the fp32 model on these images.
+        groups: The partition of the classes.
+    """
+
+    selection: LabelledImages
     reference_NC: NDArray[np.floating]
     groups: ClassGroups
 
-    def weigh(self, form: Int8Config, content: bytes) -> QuantisationTrial:
-        """How much accuracy a form loses, and in which group most."""
-        label_N, candidate_NC = self.part.label_N, run(open_session(content), self.part.images)
-        lost_N = (self.reference_NC.argmax(axis=1) == label_N).astype(float) - (candidate_NC.argmax(axis=1) == label_N)
+    def evaluate(self, config: Int8Config, content: bytes) -> QuantisationTrial:
+        """Measure how much accuracy an int8 model loses, and in which group it loses most."""
+        labels_N, candidate_NC = self.selection.labels_N, run(open_session(content), self.selection.images)
+        lost_N = (self.reference_NC.argmax(axis=1) == labels_N).astype(float) - (
+            candidate_NC.argmax(axis=1) == labels_N
+        )
         reference_NC = log_softmax(self.reference_NC.astype(np.float64), axis=1)
         kl_N = (np.exp(reference_NC) * (reference_NC - log_softmax(candidate_NC.astype(np.float64), axis=1))).sum(
             axis=1
         )
-        group_N = self.groups.index[label_N]
+        group_N = self.groups.index[labels_N]
         losses = {
             name: float(lost_N[group_N == group].mean())
             for group, name in enumerate(self.groups.names)
@@ -156,8 +171,8 @@ class Int8Evaluator:
         }
         worst = max(losses, key=lambda name: losses[name])
         return QuantisationTrial(
-            configuration=str(form),
-            float_layers=form.float_layers,
+            configuration=str(config),
+            float_layers=config.float_layers,
             worst_group=worst,
             worst_group_loss=losses[worst],
             overall_loss=float(lost_N.mean()),
@@ -165,27 +180,30 @@ class Int8Evaluator:
             chosen=False,
         )
 
-    def lighter(self, num_images: int) -> "Int8Evaluator":
-        """The same with a few of the images, balanced over the classes."""
-        some_M = balanced(self.part.label_N, num_images)
-        part = LabelledImages(self.part.images[some_M], self.part.label_N[some_M])
-        return Int8Evaluator(part, self.reference_NC[some_M], self.groups)
+    def subset(self, num_images: int) -> "Int8Evaluator":
+        """Return an evaluator on at most ``num_images`` of the images, balanced over the classes."""
+        rows_M = balanced_rows(self.selection.labels_N, num_images)
+        selection = LabelledImages(self.selection.images[rows_M], self.selection.labels_N[rows_M])
+        return Int8Evaluator(selection, self.reference_NC[rows_M], self.groups)
 
 
-def _best(tried: Mapping[Int8Config, QuantisationTrial]) -> Int8Config:
-    return min(tried, key=lambda form: (tried[form].worst_group_loss, tried[form].kl))
+def _best(trials: Mapping[Int8Config, QuantisationTrial]) -> Int8Config:
+    return min(trials, key=lambda config: (trials[config].worst_group_loss, trials[config].kl))
 
 
-def _ladder(source: CalibratedModel, scale: Int8Evaluator, form: Int8Config) -> Iterator[Int8Config]:
-    """The same form with more and more layers in float, first those that do most damage as the only integers."""
-    few = scale.lighter(SENSITIVITY_IMAGES)
-    layers = plan_of(onnx.load_model_from_string(source.fp32).graph).layers
-    damage = {}
+def _with_float_layers(source: CalibratedModel, evaluator: Int8Evaluator, config: Int8Config) -> Iterator[Int8Config]:
+    """Vary a configuration by keeping more and more layers in float, the most sensitive layers first.
+
+    The sensitivity of a layer is the divergence from fp32 when it is the only quantised layer.
+    """
+    quick_evaluator = evaluator.subset(SENSITIVITY_IMAGES)
+    layers = plan_quantisation(onnx.load_model_from_string(source.fp32).graph).layers
+    sensitivity = {}
     for layer in layers:
-        alone = replace(form, float_layers=tuple(other for other in layers if other != layer))
-        damage[layer] = few.weigh(alone, source.written(alone)).kl
-    ranked = sorted(layers, key=lambda layer: -damage[layer])
+        only_layer = replace(config, float_layers=tuple(other for other in layers if other != layer))
+        sensitivity[layer] = quick_evaluator.evaluate(only_layer, source.to_onnx_bytes(only_layer)).kl
+    ranked = sorted(layers, key=lambda layer: -sensitivity[layer])
     num_float = 1
     while num_float < len(ranked):
-        yield replace(form, float_layers=tuple(ranked[:num_float]))
+        yield replace(config, float_layers=tuple(ranked[:num_float]))
         num_float *= 2

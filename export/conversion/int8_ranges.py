@@ -1,4 +1,7 @@
-"""How far the values of a network's maps reach, and which part of that an 8-bit integer should cover.
+"""Measures the activations of a network and computes the range that an 8-bit integer should cover for each.
+
+An activation is the output tensor of a layer. int8 calls this module on the calibration images; int8_graph turns the
+ranges into scales and zero points.
 
 Shape legend: N images, S side in pixels, B bins.
 """
@@ -24,13 +27,13 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class ActivationHistogram:
-    """The values of one map on the calibration images.
+    """Histogram of the values of one activation on the calibration images.
 
     Attributes:
-        lowest: The lowest of them.
-        highest: The highest of them.
-        value_B: The middle of every bin that is not empty, ascending.
-        count_B: How many values lie in it.
+        lowest: The lowest value.
+        highest: The highest value.
+        value_B: The centre of each non-empty bin, ascending.
+        count_B: The number of values in each bin.
     """
 
     lowest: float
@@ -39,24 +42,24 @@ class ActivationHistogram:
     count_B: NDArray[np.int64]
 
 
-def activation_histograms(fp32: bytes, maps: Collection[str], images: Images) -> dict[str, ActivationHistogram]:
-    """Run a model and count the values of some of its maps.
+def activation_histograms(fp32: bytes, activations: Collection[str], images: Images) -> dict[str, ActivationHistogram]:
+    """Run a model and build the histograms of some of its activations.
 
-    The bins are the upper 16 bits of a float32, so that one pass over the images is enough: a bin is as wide as 1/128
-    of its value or less, and no range has to be known beforehand.
+    The bins are the upper 16 bits of a float32. Each bin is at most 1/128 of its value wide, and no range has to be
+    known beforehand, so one pass over the images is enough.
 
     Args:
         fp32: The ONNX file.
-        maps: Names of float32 tensors in it.
-        images: Which stand for all that the network will see.
+        activations: Names of float32 tensors in the file.
+        images: A representative sample of the network's inputs.
     """
-    if not maps:
+    if not activations:
         return {}
     model = onnx.load_model_from_string(fp32)
-    given = {output.name for output in model.graph.output}
-    names = sorted(maps)
+    outputs = {output.name for output in model.graph.output}
+    names = sorted(activations)
     model.graph.output.extend(
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in given
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in outputs
     )
     session = open_session(model.SerializeToString())
     counts_B = {name: np.zeros(_BINS, np.int64) for name in names}
@@ -68,52 +71,54 @@ def activation_histograms(fp32: bytes, maps: Collection[str], images: Images) ->
             upper = (values.ravel().view(np.uint32) >> 16).astype(np.intp)
             counts_B[name] += np.bincount(upper, minlength=_BINS)
             ends[name] = min(ends[name][0], float(values.min())), max(ends[name][1], float(values.max()))
-    return {name: _spread(*ends[name], counts_B[name]) for name in names}
+    return {name: _to_histogram(*ends[name], counts_B[name]) for name in names}
 
 
-def whole(spread: ActivationHistogram) -> Range:
-    """Everything that was seen."""
-    return spread.lowest, spread.highest
+def full_range(histogram: ActivationHistogram) -> Range:
+    """Return the range of all values."""
+    return histogram.lowest, histogram.highest
 
 
-def percentile(spread: ActivationHistogram) -> Range:
-    """Everything but the outermost 0.01 % at either end."""
-    share_B = np.cumsum(spread.count_B) / spread.count_B.sum()
+def percentile(histogram: ActivationHistogram) -> Range:
+    """Return the range of the values without the outermost 0.01 % at either end."""
+    share_B = np.cumsum(histogram.count_B) / histogram.count_B.sum()
     low, high = np.searchsorted(share_B, [1 - PERCENTILE, PERCENTILE])
-    return float(spread.value_B[low]), float(spread.value_B[high])
+    return float(histogram.value_B[low]), float(histogram.value_B[high])
 
 
-def least_squares(spread: ActivationHistogram) -> Range:
-    """The part of the whole for which rounding and cutting off together make the least mean square error."""
-    ends = [(share * spread.lowest, share * spread.highest) for share in np.geomspace(0.1, 1, 60)]
-    return min(ends, key=lambda end: _mean_square_error(spread, end))
+def least_squares(histogram: ActivationHistogram) -> Range:
+    """Return the part of the full range for which rounding and clipping together give the least mean square error."""
+    ends = [(share * histogram.lowest, share * histogram.highest) for share in np.geomspace(0.1, 1, 60)]
+    return min(ends, key=lambda end: _mean_square_error(histogram, end))
 
 
 RULES: dict[str, Callable[[ActivationHistogram], Range]] = {
-    "minmax": whole,
+    "minmax": full_range,
     f"percentile {100 * PERCENTILE:g}": percentile,
     "least squares": least_squares,
 }
-"""How a range is taken from what was seen, by the name that reports give it."""
+"""Functions that compute a range from a histogram, by their name in reports."""
 
 
 def scale_of(ends: Range) -> tuple[np.float32, np.uint8]:
-    """Step and zero point of the unsigned 8-bit integers that cover a range, which is made to hold zero."""
+    """Compute the scale and the zero point of unsigned 8-bit integers for a range, extended to include zero."""
     lowest, highest = min(ends[0], 0.0), max(ends[1], 0.0)
     scale = np.float32((highest - lowest) / LEVELS) or np.float32(1)
     return scale, np.uint8(np.clip(np.rint(-lowest / scale), 0, LEVELS))
 
 
-def _mean_square_error(spread: ActivationHistogram, ends: Range) -> float:
+def _mean_square_error(histogram: ActivationHistogram, ends: Range) -> float:
     scale, zero = float(scale_of(ends)[0]), float(scale_of(ends)[1])
-    stored_B = np.clip(np.rint(spread.value_B / scale) + zero, 0, LEVELS)
-    error_B = (stored_B - zero) * scale - spread.value_B
-    return float((error_B**2 * spread.count_B).sum())
+    stored_B = np.clip(np.rint(histogram.value_B / scale) + zero, 0, LEVELS)
+    error_B = (stored_B - zero) * scale - histogram.value_B
+    return float((error_B**2 * histogram.count_B).sum())
 
 
-def _spread(lowest: float, highest: float, count_B: NDArray[np.int64]) -> ActivationHistogram:
+def _to_histogram(lowest: float, highest: float, count_B: NDArray[np.int64]) -> ActivationHistogram:
     (upper_B,) = np.nonzero(count_B)
-    low_half = np.where(upper_B << 16 & 0x7FFFFFFF == 0, 0, 0x8000)  # zero itself is no middle of a bin
+    low_half = np.where(
+        upper_B << 16 & 0x7FFFFFFF == 0, 0, 0x8000
+    )  # the bin of zero holds only zero, so it has no centre
     value_B = ((upper_B << 16) | low_half).astype(np.uint32).view(np.float32).astype(np.float64)
     order_B = np.argsort(value_B, kind="stable")
     return ActivationHistogram(lowest, highest, value_B[order_B], count_B[upper_B[order_B]])

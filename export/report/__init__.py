@@ -1,1 +1,1 @@
-"""The certification report for people: HTML page, plots, console tables, model card."""
+"""The certification report in readable form: HTML page, plots, console tables and model card."""

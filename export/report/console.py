@@ -1,4 +1,8 @@
-"""The parity report for a console: a table a candidate with a row a group, its gates, and what its confidence means."""
+"""The parity report and the summary of a bundle on the console.
+
+``ltkd export`` and ``ltkd parity`` print the report with ``print_report``. ``ltkd inspect`` prints the summary of a
+bundle. The module ``html`` writes the same report as a web page.
+"""
 
 from collections.abc import Iterator
 
@@ -16,20 +20,20 @@ _STYLES: dict[Verdict, str] = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIV
 
 
 def print_report(report: ParityReport, console: Console) -> None:
-    """Print the report: for every candidate its table, what the gates object to, and its confidence per group."""
+    """Print the report: per candidate the accuracy per group, the gates with their findings, and the confidence."""
     for candidate in report.candidates:
-        for part in _candidate(report, candidate):
-            console.print(part, soft_wrap=isinstance(part, Text))
+        for section in _candidate(report, candidate):
+            console.print(section, soft_wrap=isinstance(section, Text))
     certify = report.data.splits[-1]
-    views = f", {report.data.num_views:,} of them random views of others" if report.data.num_views else ""
-    said = f"certified on {certify.num_images:,} images{views}, out of {report.data.description}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    views = f", including {report.data.num_views:,} random augmented views" if report.data.num_views else ""
+    summary = f"certified on {certify.num_images:,} images{views}, from {report.data.description}"
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
 
 
 def parity_table(candidate: CandidateReport) -> Table:
-    """One candidate's accuracy in per cent: a row a group."""
+    """Tabulate the accuracy of one candidate in per cent, one row per group."""
     table = _table()
-    for heading in ("n", "reference", "candidate", "loss", "upper\nlimit", "margin", "flips"):
+    for heading in ("n", "reference", "candidate", "loss", "upper\nbound", "margin", "flips"):
         table.add_column(heading, justify="right")
     table.add_column("verdict", no_wrap=True)
     for row in candidate.groups:
@@ -45,9 +49,10 @@ def parity_table(candidate: CandidateReport) -> Table:
 
 
 def confidence_table(calibration: Calibration) -> Table:
-    """What confidence means in each group: temperature, coverage of prediction sets, when to trust a prediction."""
+    """Tabulate the calibration of each group: temperature, coverage of prediction sets, confidence threshold."""
     table = _table()
-    for heading in ("temperature", "covered by\nsets", "expected band", "trusted from\nconfidence", "then right"):
+    headings = ("temperature", "coverage\nof sets", "expected range", "confidence\nthreshold", "accuracy\nabove it")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for group in calibration:
         table.add_row(escape(group.group), f"{group.temperature:.2f}", *_coverage(group), *_abstention(group))
@@ -55,19 +60,19 @@ def confidence_table(calibration: Calibration) -> Table:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as a cell of a table in per cent."""
+    """Format a fraction in per cent for a table cell."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
 def styled(verdict: Verdict) -> str:
-    """A verdict in its colour, as markup of rich."""
+    """Format a verdict in its colour, as rich markup."""
     return f"[{_STYLES[verdict]}]{verdict}[/]"
 
 
 def _candidate(report: ParityReport, candidate: CandidateReport) -> Iterator[RenderableType]:
     yield Text.from_markup(
         f"[bold]{candidate.precision}[/] {styled(candidate.verdict)} against {escape(report.reference)}, on "
-        f"{escape(candidate.runtime.provider)}; accuracy in %, limits at {100 * report.confidence:g} %"
+        f"{escape(candidate.runtime.provider)}; accuracy in %, bounds at {100 * report.confidence:g} % confidence"
     )
     if candidate.groups:
         yield parity_table(candidate)
@@ -79,7 +84,7 @@ def _candidate(report: ParityReport, candidate: CandidateReport) -> Iterator[Ren
     if flagged:
         yield Text(f"classes that lost accuracy: {', '.join(flagged[:10])}{', ...' if len(flagged) > 10 else ''}")
     if candidate.certificate is not None:
-        yield Text(f"\n{candidate.precision}, what its confidence means per group, in %", style="bold")
+        yield Text(f"\n{candidate.precision}: calibrated confidence per group, in %", style="bold")
         yield confidence_table(candidate.certificate.calibration)
     yield Text()
 
@@ -92,23 +97,24 @@ def _table() -> Table:
 
 def _coverage(group: GroupCalibration) -> tuple[str, str]:
     thresholds = group.prediction_set
-    return _seen(thresholds.coverage), f"{percent(thresholds.low)} - {percent(thresholds.high)}"
+    return _proportion(thresholds.coverage), f"{percent(thresholds.low)} - {percent(thresholds.high)}"
 
 
 def _abstention(group: GroupCalibration) -> tuple[str, str]:
     abstention = group.abstention
     if abstention.threshold is None:
         return "no guarantee", "-"
-    return percent(abstention.threshold), _seen(abstention.precision)
+    return percent(abstention.threshold), _proportion(abstention.precision)
 
 
-def _seen(share: Proportion | None) -> str:
+def _proportion(share: Proportion | None) -> str:
     return "-" if share is None else f"{percent(share.value)} of {share.n:,}"
 
 
-def inspection(bundle: Bundle, report: ParityReport) -> Group:
-    """Name, verdicts, accuracy and confidence per group, sizes, input, origin, and how to go on."""
+def bundle_summary(bundle: Bundle, report: ParityReport) -> Group:
+    """Summarise a bundle: verdicts, sizes, input, source, accuracy and confidence per group, and the next commands."""
     manifest = bundle.manifest
+    confidence = f"{100 * report.confidence:g} %"
     head = Text.from_markup(
         f"[bold]{escape(manifest.name)}[/]: {styled(report.verdict)} against {escape(report.reference)}"
     )
@@ -116,9 +122,12 @@ def inspection(bundle: Bundle, report: ParityReport) -> Group:
         head,
         _facts(bundle),
         _precisions(bundle, report),
-        Text(f"accuracy per group, limits at {100 * report.confidence:g} %", style="bold"),
+        Text(
+            f"accuracy, upper bound of the loss (at {confidence}) and margin per group, in %",
+            style="bold",
+        ),
         _accuracies(bundle, report),
-        Text("what confidence means in each group (fp32), in %", style="bold"),
+        Text("calibrated confidence per group (fp32), in %", style="bold"),
         confidence_table(manifest.precisions["fp32"].calibration),
         Text.from_markup(
             f"serve it:  ltkd serve {escape(str(bundle.path))}\ncheck it:  ltkd verify {escape(str(bundle.path))}"
@@ -132,9 +141,9 @@ def _facts(bundle: Bundle) -> Table:
     source = manifest.source
     facts = {
         "classes": f"{len(task.class_names):,} ({counts})",
-        "training images": f"{min(task.train_counts):,} to {max(task.train_counts):,} a class",
-        "input": f"image, uint8 [N, {task.input_px}, {task.input_px}, 3], RGB; normalisation is inside",
-        "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
+        "training images": f"{min(task.train_counts):,} to {max(task.train_counts):,} per class",
+        "input": f"image, uint8 [N, {task.input_px}, {task.input_px}, 3], RGB; the model normalises it",
+        "preprocessing": f"decode to RGB, crop to the centre square, resize to {task.input_px} x {task.input_px}",
         "source": f"run {source.run}: {source.model} by {source.method}, weights {source.weights_sha256[:12]}",
         "certified on": manifest.certified_on,
     }
@@ -145,27 +154,27 @@ def _facts(bundle: Bundle) -> Table:
 
 
 def _precisions(bundle: Bundle, report: ParityReport) -> Table:
-    """A row a precision that was tried: its verdict, and the file where it passed."""
+    """Tabulate the verdict of every precision that was tried, with its file if the precision passed."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("precision", "verdict", "file", "certified on"):
         table.add_column(heading, no_wrap=True)
     table.add_column("size", justify="right")
     for candidate in report.candidates:
         model = bundle.manifest.precisions.get(candidate.precision)
-        facts = ("not inside", "-", "-") if model is None else (model.path, model.provider, _size(model.num_bytes))
+        facts = ("not in bundle", "-", "-") if model is None else (model.path, model.provider, _size(model.num_bytes))
         table.add_row(candidate.precision, styled(candidate.verdict), *facts)
     return table
 
 
 def _accuracies(bundle: Bundle, report: ParityReport) -> Table:
-    """A row a group: with each precision its accuracy, how much of it was lost at most, and how much may be lost."""
+    """Tabulate accuracy, upper bound of the loss and margin of each precision in the bundle, one row per group."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("group", no_wrap=True)
-    inside = [candidate for candidate in report.candidates if candidate.precision in bundle.manifest.precisions]
-    for candidate in inside:
-        table.add_column(f"{candidate.precision}\n% / at most / margin", justify="right")
+    certified = [candidate for candidate in report.candidates if candidate.precision in bundle.manifest.precisions]
+    for candidate in certified:
+        table.add_column(f"{candidate.precision}\nacc. / loss / margin", justify="right")
     for group in (*report.groups, ALL):
-        table.add_row(escape(group), *(_cell(candidate, group) for candidate in inside))
+        table.add_row(escape(group), *(_cell(candidate, group) for candidate in certified))
     return table
 
 

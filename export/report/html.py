@@ -1,4 +1,8 @@
-"""parity.html: the parity report as one page for people, with the verdict first and nothing from outside."""
+"""parity.html: the parity report as one self-contained web page, with the verdict first.
+
+The module puts the page together from the tables of ``tables`` and the plots of ``plots``. The page loads no other
+file and runs no script.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +27,7 @@ from export.report.tables import (
 )
 from export.schema import ALL, CandidateReport, GroupParity, ParityReport, Verdict
 from ltkd.contract.bundle import PARITY_FILE, REPORT_FILE
-from ltkd.contract.records import write_record, write_whole
+from ltkd.contract.records import write_atomically, write_record
 
 STYLE_FILE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -32,7 +36,7 @@ _TONES: dict[Verdict, str] = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "d
 
 
 def parity_html(report: ParityReport) -> str:
-    """The whole page. It loads nothing, runs nothing, and equal reports give equal pages."""
+    """Render a report as an HTML page. The page loads and runs nothing, and equal reports give equal pages."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -47,10 +51,10 @@ def parity_html(report: ParityReport) -> str:
 
 
 def write_report(report: ParityReport, out: Path) -> None:
-    """Leave parity.json and parity.html in a folder."""
+    """Write parity.json and parity.html to a folder."""
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / PARITY_FILE, report)
-    write_whole(out / REPORT_FILE, parity_html(report).encode())
+    write_atomically(out / REPORT_FILE, parity_html(report).encode())
 
 
 def _verdict(report: ParityReport) -> Markup:
@@ -75,20 +79,20 @@ def _verdict(report: ParityReport) -> Markup:
 
 
 def _meaning(report: ParityReport) -> str:
-    """One sentence for somebody who reads no further."""
+    """Explain the verdict in one or two sentences."""
     passed = [candidate.precision for candidate in report.candidates if candidate.verdict == "PASS"]
     others = [candidate.precision for candidate in report.candidates if candidate.verdict != "PASS"]
-    limit = f"{100 * report.confidence:g} % confidence"
+    confidence = f"{100 * report.confidence:g} % confidence"
     if report.verdict == "PASS":
         kept = (
-            f"With {limit}, every group of classes ({', '.join(report.groups)}) lost less accuracy than its margin in "
-            f"{_listed(passed)}."
+            f"With {confidence}, every group of classes ({', '.join(report.groups)}) lost less accuracy than its "
+            f"margin in {_listed(passed)}."
         )
         return f"{kept} Not certified, and not in the bundle: {_listed(others)}." if others else kept
     if report.verdict == "INCONCLUSIVE":
         return (
-            f"Nothing is certified: these images neither show nor exclude, with {limit}, a loss beyond the margin. "
-            "More images would decide it."
+            f"Nothing is certified: with {confidence}, these images neither show nor rule out a loss above the margin. "
+            "Certify with more images."
         )
     failed = next(candidate for candidate in report.candidates if candidate.verdict == "FAIL")
     gates = [gate.name for gate in failed.gates if gate.verdict == "FAIL"]
@@ -96,19 +100,19 @@ def _meaning(report: ParityReport) -> str:
 
 
 def _closest(candidate: CandidateReport) -> str:
-    """The group that is nearest to its margin, or beyond it."""
+    """Name the group whose loss is closest to its margin, or the furthest above it."""
     if not candidate.groups:
         return " ".join(finding for gate in candidate.gates if gate.verdict != "PASS" for finding in gate.findings)
     failed = [row for row in candidate.groups if row.verdict == "FAIL" and row.group != ALL]
-    row = max(failed or candidate.groups, key=_used)
+    row = max(failed or candidate.groups, key=_used_margin)
     name, allowed = "all images together" if row.group == ALL else row.group, points(row.margin)
     if row.verdict == "FAIL":
-        return f"Beyond its margin: {name}, {points(row.loss)} points of accuracy lost, {allowed} are allowed."
+        return f"Above its margin: {name} lost {points(row.loss)} percentage points of accuracy; {allowed} are allowed."
     lost = points(max(row.loss_upper_limit, 0.0))
-    return f"Closest to its margin: {name}, at most {lost} points of accuracy lost, {allowed} are allowed."
+    return f"Closest to its margin: {name} lost at most {lost} percentage points of accuracy; {allowed} are allowed."
 
 
-def _used(row: GroupParity) -> float:
+def _used_margin(row: GroupParity) -> float:
     return row.loss_upper_limit / row.margin
 
 
@@ -123,11 +127,11 @@ def _candidate(report: ParityReport, candidate: CandidateReport) -> Markup:
         ),
         *_accuracy(report, candidate),
         gate_table(candidate.gates),
-        *([element("h3", "Where the difference arises"), layer_table(candidate)] if candidate.layers else ()),
+        *([element("h3", "Error per layer"), layer_table(candidate)] if candidate.layers else ()),
         *_classes(candidate),
         *_decisions(report, candidate),
         *_confidence(candidate),
-        *([element("h3", "How int8 was configured"), trial_table(candidate)] if candidate.quantisation else ()),
+        *([element("h3", "Quantisation configurations"), trial_table(candidate)] if candidate.quantisation else ()),
     )
 
 
@@ -137,9 +141,9 @@ def _accuracy(report: ParityReport, candidate: CandidateReport) -> Iterator[Mark
     yield group_table(candidate)
     yield element(
         "p",
-        f"“At most” is the upper {100 * report.confidence:g} % limit of the loss: Tango's paired score interval, or "
-        "the exact one where that is larger. A group passes when it lies below the margin, fails when the lower limit "
-        "lies above it, and is inconclusive otherwise.",
+        f"“At most” is the upper confidence bound of the loss at {100 * report.confidence:g} %. It is taken from "
+        "Tango's paired score interval, or from the exact interval where that bound is larger. A group passes when "
+        "this bound lies below the margin, fails when the lower bound lies above it, and is inconclusive otherwise.",
         class_="quiet",
     )
 
@@ -150,19 +154,19 @@ def _classes(candidate: CandidateReport) -> Iterator[Markup]:
     yield element("h3", "Accuracy by class")
     groups = [row for row in candidate.groups if row.group != ALL]
     caption = (
-        "Every dot is a class, the most frequent one on the left. A line leads from its accuracy in the reference to "
-        "that in the candidate; the horizontal lines are the accuracy of the group."
+        "Each dot is one class, with the most frequent class on the left. A vertical line connects the accuracy of the "
+        "reference with that of the candidate. The horizontal lines are the accuracy of the group."
     )
-    yield _figure(caption, _key("reference", "candidate"), accuracy_by_class(candidate.classes, groups), wide=True)
+    yield _figure(caption, _legend("reference", "candidate"), accuracy_by_class(candidate.classes, groups), wide=True)
     flagged = [row for row in candidate.classes if row.flagged]
     if flagged:
         more = f" The first {MOST_FLAGGED} of {len(flagged):,}." if len(flagged) > MOST_FLAGGED else ""
-        said = "Classes that lost accuracy, at a false discovery rate of 5 % (Benjamini and Hochberg)."
-        yield class_table(said + more, flagged[:MOST_FLAGGED])
+        caption = "Classes that lost accuracy, at a false discovery rate of 5 % (Benjamini and Hochberg)."
+        yield class_table(caption + more, flagged[:MOST_FLAGGED])
     else:
-        yield element("p", "No single class lost accuracy, at a false discovery rate of 5 %.")
-    every = class_table("All classes, the most frequent first.", candidate.classes)
-    yield element("details", element("summary", f"All {len(candidate.classes):,} classes"), every)
+        yield element("p", "No single class lost accuracy significantly, at a false discovery rate of 5 %.")
+    all_classes = class_table("All classes, the most frequent first.", candidate.classes)
+    yield element("details", element("summary", f"All {len(candidate.classes):,} classes"), all_classes)
 
 
 def _decisions(report: ParityReport, candidate: CandidateReport) -> Iterator[Markup]:
@@ -170,10 +174,11 @@ def _decisions(report: ParityReport, candidate: CandidateReport) -> Iterator[Mar
         return
     yield element("h3", "Changed decisions")
     caption = (
-        "Share of the images whose most likely class changed, by how clear it was to the reference: changes belong on "
-        "the left, where the two best classes were nearly equal. The numbers count images."
+        "Share of the images whose predicted class changed, by the reference's margin between the two highest logits. "
+        "Changes are expected on the left, where the two logits are nearly equal. The numbers above the bars count "
+        "images."
     )
-    yield _figure(caption, _group_key(report.groups), flips_by_margin(candidate.flips, report.groups), wide=True)
+    yield _figure(caption, _group_legend(report.groups), flips_by_margin(candidate.flips, report.groups), wide=True)
 
 
 def _confidence(candidate: CandidateReport) -> Iterator[Markup]:
@@ -183,37 +188,38 @@ def _confidence(candidate: CandidateReport) -> Iterator[Markup]:
     certificate = candidate.certificate
     if certificate is None:
         return
-    yield element("h3", "What confidence means in each group")
+    yield element("h3", "Calibrated confidence per group")
     yield element(
         "p",
         f"Temperatures were fitted on {certificate.num_temperature_images:,} images, thresholds on "
-        f"{certificate.num_threshold_images:,} others; what is shown was seen on the certification images. "
-        f"Prediction sets hold {certificate.mean_set_size:.1f} classes on average, "
-        f"{100 * certificate.empty_sets:.2g} % are empty.",
+        f"{certificate.num_threshold_images:,} others. All figures below were measured on the certification images. "
+        f"Prediction sets hold {certificate.mean_set_size:.1f} classes on average; "
+        f"{100 * certificate.empty_sets:.2g} % of them are empty.",
     )
     yield abstention_table(candidate)
     yield set_table(candidate)
     yield element("details", element("summary", "Expected accuracy by confidence"), expected_accuracy_table(candidate))
     yield element(
         "p",
-        "How often predictions were right (upwards) that were so sure (to the right); the dashed line is ideal. ",
-        _key("before", "after"),
+        "Accuracy of the predictions (vertical) by their confidence (horizontal). The dashed line is perfect "
+        "calibration. ",
+        _legend("before calibration", "after calibration"),
     )
-    pictures = []
+    figures = []
     for group in certificate.reliability:
-        said = (
-            f"{group.group}: {group.num_images:,} images predicted in it. Expected calibration error "
-            f"{_percent(group.ece_before)} before and {_percent(group.ece_after)} after; a perfect model shows "
-            f"{_percent(group.ece_null)} on so few."
+        caption = (
+            f"{group.group}: {group.num_images:,} images were predicted in this group. Expected calibration error: "
+            f"{_percent(group.ece_before)} before and {_percent(group.ece_after)} after calibration; "
+            f"{_percent(group.ece_null)} for a perfectly calibrated model on the same number of images."
         )
-        pictures.append(_figure(said, Markup(), reliability(group)))
-    yield element("div", *pictures, class_="pictures")
+        figures.append(_figure(caption, Markup(), reliability(group)))
+    yield element("div", *figures, class_="figures")
 
 
 def _cost(candidates: Sequence[CandidateReport]) -> Iterator[Markup]:
     yield element("h2", "Size and speed", id="cost")
     sizes = [Bar(candidate.precision, candidate.num_bytes, _size(candidate.num_bytes)) for candidate in candidates]
-    pictures = [_figure("Size of the file.", Markup(), horizontal_bars("Size of the file", sizes))]
+    figures = [_figure("File size.", Markup(), horizontal_bars("File size", sizes))]
     batches = sorted({latency.batch for candidate in candidates for latency in candidate.latency})
     for batch in batches:
         bars = [
@@ -228,65 +234,66 @@ def _cost(candidates: Sequence[CandidateReport]) -> Iterator[Markup]:
             for latency in candidate.latency
             if latency.batch == batch
         ]
-        said = f"Time of a batch of {batch}: median, and quartiles as a line."
-        pictures.append(_figure(said, Markup(), horizontal_bars(said, bars)))
-    yield element("div", *pictures, class_="pictures")
+        caption = f"Latency of a batch of {batch}: median, with the quartiles as a line."
+        figures.append(_figure(caption, Markup(), horizontal_bars(caption, bars)))
+    yield element("div", *figures, class_="figures")
 
 
 def _basis(report: ParityReport) -> Iterator[Markup]:
     data = report.data
-    yield element("h2", "What this rests on", id="basis")
-    said = f"Certified on {data.description}."
+    yield element("h2", "Data and software", id="basis")
+    summary = f"Certified on {data.description}."
     if data.num_views:
-        said += (
-            f" {data.num_views:,} of the certification images are random views of others, because there were too few."
+        summary += (
+            f" {data.num_views:,} of the certification images are random augmented views of the others, because there "
+            "were too few images."
         )
     if data.num_duplicates:
-        said += f" {data.num_duplicates:,} images were left out because they are also in another part."
-    yield element("p", said)
+        summary += f" {data.num_duplicates:,} images were left out because they are duplicates."
+    yield element("p", summary)
     yield split_table(report)
     yield file_table(report)
     yield version_table(report)
-    yield element("h3", "What it does not prove")
+    yield element("h3", "What this report does not prove")
     yield element(
         "ul",
-        element("li", "Anything about images of another kind, camera or time than those it was certified on."),
+        element("li", "Accuracy on images of another kind, camera or time than those it was certified on."),
+        element("li", "Accuracy of single classes. The bounds hold for groups; classes are only screened."),
+        element("li", "Confidence where the class proportions differ from those of the images it was fitted on."),
         element(
-            "li", "That single classes kept their accuracy: the limits hold for groups; classes are only screened."
-        ),
-        element("li", "Confidence where classes are mixed otherwise than in the images that fitted it."),
-        element(
-            "li", "Another device, provider or version of ONNX Runtime: the golden samples of the bundle are for that."
+            "li",
+            "Results on another device, provider or version of ONNX Runtime. There, ltkd verify only replays the "
+            "golden samples.",
         ),
     )
 
 
-def _figure(caption: str, key: Markup, picture: Markup, wide: bool = False) -> Markup:
-    caption_mark = element("figcaption", caption, " ", key)
+def _figure(caption: str, legend: Markup, plot: Markup, wide: bool = False) -> Markup:
+    caption_mark = element("figcaption", caption, " ", legend)
     if not wide:
-        return element("figure", picture, caption_mark)
-    box = element("div", picture, class_="scroll wide", role="region", aria_label=caption, tabindex="0")
+        return element("figure", plot, caption_mark)
+    box = element("div", plot, class_="scroll wide", role="region", aria_label=caption, tabindex="0")
     return element("figure", caption_mark, box)
 
 
-def _key(before: str, after: str) -> Markup:
+def _legend(before: str, after: str) -> Markup:
     marks = {before: "before", after: "after"}
     return joined(
-        *(_key_entry(name, element("circle", cx=7.0, cy=7.0, r=4.5, class_=mark)) for name, mark in marks.items())
+        *(_legend_entry(name, element("circle", cx=7.0, cy=7.0, r=4.5, class_=mark)) for name, mark in marks.items())
     )
 
 
-def _group_key(group_names: Sequence[str]) -> Markup:
-    swatch = [
+def _group_legend(group_names: Sequence[str]) -> Markup:
+    swatches = [
         element("rect", x=1.0, y=2.0, width=12.0, height=11.0, class_=f"g{group % 6}")
         for group in range(len(group_names))
     ]
-    return joined(*(_key_entry(name, mark) for name, mark in zip(group_names, swatch, strict=True)))
+    return joined(*(_legend_entry(name, mark) for name, mark in zip(group_names, swatches, strict=True)))
 
 
-def _key_entry(name: str, mark: Markup) -> Markup:
-    picture = element("svg", mark, width=14.0, height=14.0, viewBox="0 0 14 14", aria_hidden="true")
-    return element("span", picture, name, class_="key")
+def _legend_entry(name: str, mark: Markup) -> Markup:
+    icon = element("svg", mark, width=14.0, height=14.0, viewBox="0 0 14 14", aria_hidden="true")
+    return element("span", icon, name, class_="key")
 
 
 def _size(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""HTML and SVG as text, in which no text of a user can become markup."""
+"""Build HTML and SVG as text. Everything that is not ``Markup`` is escaped, so names cannot inject markup."""
 
 import html
 

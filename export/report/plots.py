@@ -1,6 +1,6 @@
-"""The pictures of the parity report, as SVG that takes its colours from the page.
+"""The plots of the parity report, as SVG whose colours come from the page's style sheet.
 
-Lengths are in units of the picture's own box, which are pixels at its natural size.
+Lengths are in units of the plot's ``viewBox``, which are pixels at its natural size.
 """
 
 import itertools
@@ -19,7 +19,7 @@ LONGEST_NAME = 16
 
 @dataclass(frozen=True)
 class Frame:
-    """The part of a picture that data are drawn in, with their ranges: x from 0 to ``x_max``, y from 0 to ``y_max``."""
+    """The plotting area: its position, its size and the data range, x from 0 to ``x_max`` and y from 0 to ``y_max``."""
 
     left: float
     top: float
@@ -37,17 +37,17 @@ class Frame:
         return self.top + self.height
 
     def x(self, value: float) -> float:
-        """Where a value lies from left to right."""
+        """Convert a data value to a horizontal position."""
         return self.left + self.width * value / self.x_max
 
     def y(self, value: float) -> float:
-        """Where a value lies from top to bottom."""
+        """Convert a data value to a vertical position."""
         return self.bottom - self.height * value / self.y_max
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar: a label on the left, a text on its right, and perhaps an interval."""
+    """One horizontal bar: a label on the left, a text on the right and an optional interval."""
 
     label: str
     value: float
@@ -57,29 +57,29 @@ class Bar:
 
 
 def accuracy_by_class(classes: Sequence[ClassParity], groups: Sequence[GroupParity]) -> Markup:
-    """Accuracy of every class by reference and candidate, the most frequent class on the left, its group behind it.
+    """Plot the accuracy of every class in reference and candidate, with the most frequent class on the left.
 
     Args:
         classes: Sorted by training count.
-        groups: The rows of the groups, in order; their accuracies are drawn as levels.
+        groups: The rows of the groups, in order. Each group is a coloured band, its accuracies are horizontal lines.
     """
     named = len(classes) <= MOST_NAMED_CLASSES
     frame = Frame(left=48, top=30, width=800, height=260, x_max=max(len(classes), 1))
     rows = {row.group: row for row in groups}
     order = list(rows)
     marks = [
-        _class_mark(frame, place, row, order.index(row.group), ring=len(classes) <= MOST_RINGS)
-        for place, row in enumerate(classes)
+        _class_mark(frame, index, row, order.index(row.group), ring=len(classes) <= MOST_RINGS)
+        for index, row in enumerate(classes)
         if row.candidate_accuracy is not None and row.reference_accuracy is not None
     ]
-    said = "; ".join(
+    accuracies = "; ".join(
         f"{row.group}: reference {_percent(row.reference_accuracy)}, candidate {_percent(row.candidate_accuracy)}"
         for row in groups
     )
-    return _picture(
+    return _svg(
         860,
         frame.bottom + (104 if named else 46),
-        f"Accuracy of {len(classes)} classes, sorted by training images. {said}.",
+        f"Accuracy of {len(classes)} classes, sorted by training images. {accuracies}.",
         *_bands(frame, classes, rows),
         *_percent_axis(frame, (0.0, 0.25, 0.5, 0.75, 1.0)),
         *marks,
@@ -88,33 +88,33 @@ def accuracy_by_class(classes: Sequence[ClassParity], groups: Sequence[GroupPari
 
 
 def flips_by_margin(flips: Sequence[FlipsByMargin], group_names: Sequence[str]) -> Markup:
-    """How many of the images changed class, by how clear their class was: a bar for every group."""
+    """Plot the share of images that changed class, by the margin between the reference's two highest logits."""
     rates = [
         [
             num_flips / num_images if num_images else 0.0
-            for num_flips, num_images in zip(part.num_flips, part.num_images, strict=True)
+            for num_flips, num_images in zip(interval.num_flips, interval.num_images, strict=True)
         ]
-        for part in flips
+        for interval in flips
     ]
-    highest = max((rate for part in rates for rate in part), default=0.0)
+    highest = max((rate for interval in rates for rate in interval), default=0.0)
     ticks = _round_ticks(highest or 0.01)
     frame = Frame(left=56, top=22, width=700, height=200, x_max=max(len(flips), 1), y_max=ticks[-1])
     bars = [
-        _flip_bar(frame, place, group, part.num_flips[group], rates[place][group], len(group_names))
-        for place, part in enumerate(flips)
+        _flip_bar(frame, index, group, interval.num_flips[group], rates[index][group], len(group_names))
+        for index, interval in enumerate(flips)
         for group in range(len(group_names))
     ]
-    total = [sum(part.num_flips[group] for part in flips) for group in range(len(group_names))]
-    said = ", ".join(f"{name} {num:,}" for name, num in zip(group_names, total, strict=True))
-    nothing = [_text(frame.x(len(flips) / 2), frame.y(frame.y_max / 2), "no image changed class", anchor="middle")]
-    return _picture(
+    total = [sum(interval.num_flips[group] for interval in flips) for group in range(len(group_names))]
+    counts = ", ".join(f"{name} {num:,}" for name, num in zip(group_names, total, strict=True))
+    no_flips = [_text(frame.x(len(flips) / 2), frame.y(frame.y_max / 2), "no image changed class", anchor="middle")]
+    return _svg(
         770,
         frame.bottom + 60,
-        f"Images that changed class, by how clear their class was to the reference: {said}.",
+        f"Images that changed class, by the reference's margin between the two highest logits: {counts}.",
         *_percent_axis(frame, ticks),
         *bars,
-        *(nothing if not any(total) else ()),
-        *(label for place, part in enumerate(flips) for label in _bin_labels(frame, place, part)),
+        *(no_flips if not any(total) else ()),
+        *(label for index, interval in enumerate(flips) for label in _bin_labels(frame, index, interval)),
         _text(
             frame.left + frame.width / 2,
             frame.bottom + 54,
@@ -125,24 +125,24 @@ def flips_by_margin(flips: Sequence[FlipsByMargin], group_names: Sequence[str]) 
 
 
 def reliability(group: GroupReliability) -> Markup:
-    """How often predictions of a group were right against how sure they were, before and after calibration."""
+    """Plot accuracy over confidence for the predictions of a group, before and after calibration."""
     frame = Frame(left=48, top=12, width=240, height=240)
     strip = Frame(
-        left=48, top=264, width=240, height=36, y_max=max([part.num_images for part in group.after] or [1]) or 1
+        left=48, top=264, width=240, height=36, y_max=max([each.num_images for each in group.after] or [1]) or 1
     )
     histogram = [
         element(
             "rect",
-            x=strip.x(part.above) + 1,
-            y=strip.y(part.num_images),
-            width=max(strip.width * (part.up_to - part.above) - 2, 0.5),
-            height=strip.bottom - strip.y(part.num_images),
+            x=strip.x(interval.above) + 1,
+            y=strip.y(interval.num_images),
+            width=max(strip.width * (interval.up_to - interval.above) - 2, 0.5),
+            height=strip.bottom - strip.y(interval.num_images),
             class_="after",
         )
-        for part in group.after
+        for interval in group.after
     ]
     diagonal = element("line", x1=frame.left, y1=frame.bottom, x2=frame.right, y2=frame.top, class_="ideal")
-    return _picture(
+    return _svg(
         312,
         352,
         f"Reliability of predictions in the group {group.group}: expected calibration error "
@@ -158,26 +158,26 @@ def reliability(group: GroupReliability) -> Markup:
 
 
 def horizontal_bars(title: str, bars: Sequence[Bar]) -> Markup:
-    """Bars that start at zero, with their figures in words."""
+    """Plot horizontal bars that start at zero, with their values as text."""
     highest = max((bar.high or bar.value for bar in bars), default=1.0) or 1.0
     frame = Frame(left=104, top=8, width=180, height=30 * len(bars), x_max=highest)
-    drawn = []
-    for place, bar in enumerate(bars):
-        middle = frame.top + 30 * place + 15
-        drawn += [
+    shapes = []
+    for index, bar in enumerate(bars):
+        middle = frame.top + 30 * index + 15
+        shapes += [
             _text(frame.left - 8, middle + 4, bar.label, anchor="end"),
             element("rect", x=frame.left, y=middle - 9, width=frame.x(bar.value) - frame.left, height=18, class_="bar"),
             _text(frame.right + 8, middle + 4, bar.text),
         ]
         if bar.low is not None and bar.high is not None:
-            drawn.append(
+            shapes.append(
                 element("line", x1=frame.x(bar.low), y1=middle, x2=frame.x(bar.high), y2=middle, class_="whisker")
             )
-    said = "; ".join(f"{bar.label} {bar.text}" for bar in bars)
-    return _picture(380, frame.bottom + 8, f"{title}: {said}.", *drawn)
+    values = "; ".join(f"{bar.label} {bar.text}" for bar in bars)
+    return _svg(380, frame.bottom + 8, f"{title}: {values}.", *shapes)
 
 
-def _picture(width: float, height: float, said: str, *content: str) -> Markup:
+def _svg(width: float, height: float, description: str, *content: str) -> Markup:
     return element(
         "svg",
         *content,
@@ -186,7 +186,7 @@ def _picture(width: float, height: float, said: str, *content: str) -> Markup:
         width=width,
         height=height,
         role="img",
-        aria_label=said,
+        aria_label=description,
     )
 
 
@@ -202,7 +202,7 @@ def _percent_axis(frame: Frame, ticks: Sequence[float]) -> Iterator[Markup]:
 
 
 def _bands(frame: Frame, classes: Sequence[ClassParity], rows: Mapping[str, GroupParity]) -> Iterator[Markup]:
-    """The groups as areas behind their classes; one whose classes do not lie together has several."""
+    """Draw each group as a coloured band behind its classes; a group that is not contiguous has several bands."""
     order, longest = list(rows), _longest_runs(classes)
     for group, start, length in _runs(classes):
         left, right = frame.x(start), frame.x(start + length)
@@ -229,7 +229,7 @@ def _group_of(row: ClassParity) -> str:
 
 
 def _longest_runs(classes: Sequence[ClassParity]) -> dict[str, int]:
-    """Where the longest run of every group begins; its name stands there, once."""
+    """Find where the longest run of each group starts; the group is labelled there, once."""
     by_length = sorted(_runs(classes), key=_length)
     return {group: start for group, start, _ in by_length}
 
@@ -238,15 +238,15 @@ def _length(run: tuple[str, int, int]) -> int:
     return run[2]
 
 
-def _class_mark(frame: Frame, place: int, row: ClassParity, group: int, ring: bool) -> Markup:
+def _class_mark(frame: Frame, index: int, row: ClassParity, group: int, ring: bool) -> Markup:
     assert row.reference_accuracy is not None and row.candidate_accuracy is not None
-    x, before, after = frame.x(place + 0.5), frame.y(row.reference_accuracy), frame.y(row.candidate_accuracy)
+    x, before, after = frame.x(index + 0.5), frame.y(row.reference_accuracy), frame.y(row.candidate_accuracy)
     radius = max(1.6, min(4.0, 0.36 * frame.width / frame.x_max))
-    said = (
+    tooltip = (
         f"{row.label} ({row.group}, {row.train_count:,} training images): "
         f"reference {_percent(row.reference_accuracy)}, candidate {_percent(row.candidate_accuracy)}"
     )
-    parts = [element("title", said)]
+    parts = [element("title", tooltip)]
     if row.reference_accuracy != row.candidate_accuracy:
         parts.append(element("line", x1=x, y1=before, x2=x, y2=after, class_="change"))
     if ring:
@@ -257,18 +257,18 @@ def _class_mark(frame: Frame, place: int, row: ClassParity, group: int, ring: bo
 
 
 def _class_names(frame: Frame, classes: Sequence[ClassParity]) -> Iterator[Markup]:
-    for place, row in enumerate(classes):
-        x, y = frame.x(place + 0.5) + 4, frame.bottom + 14
+    for index, row in enumerate(classes):
+        x, y = frame.x(index + 0.5) + 4, frame.bottom + 14
         yield _text(x, y, _shortened(row.label), anchor="end", transform=f"rotate(-50 {x:.1f} {y:.1f})")
 
 
 def _class_counts(frame: Frame, classes: Sequence[ClassParity]) -> Iterator[Markup]:
     last = len(classes) - 1
     for share, anchor in ((0.0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
-        place = round(share * last)
-        x = frame.x(place + 0.5)
+        index = round(share * last)
+        x = frame.x(index + 0.5)
         yield element("line", x1=x, y1=frame.bottom, x2=x, y2=frame.bottom + 5, class_="tick")
-        yield _text(x, frame.bottom + 19, f"{classes[place].train_count:,}", anchor=anchor)
+        yield _text(x, frame.bottom + 19, f"{classes[index].train_count:,}", anchor=anchor)
     yield _text(frame.left + frame.width / 2, frame.bottom + 40, "training images of the class", anchor="middle")
 
 
@@ -276,11 +276,11 @@ def _shortened(label: str) -> str:
     return label if len(label) <= LONGEST_NAME else label[: LONGEST_NAME - 1] + "…"
 
 
-def _flip_bar(frame: Frame, place: int, group: int, num_flips: int, rate: float, num_groups: int) -> Markup:
+def _flip_bar(frame: Frame, index: int, group: int, num_flips: int, rate: float, num_groups: int) -> Markup:
     if not num_flips:
         return Markup()
     width = 0.8 * frame.width / frame.x_max / num_groups
-    left = frame.x(place + 0.1) + group * width
+    left = frame.x(index + 0.1) + group * width
     top = frame.y(rate)
     return joined(
         element(
@@ -290,30 +290,31 @@ def _flip_bar(frame: Frame, place: int, group: int, num_flips: int, rate: float,
     )
 
 
-def _bin_labels(frame: Frame, place: int, part: FlipsByMargin) -> tuple[Markup, Markup]:
-    x = frame.x(place + 0.5)
+def _bin_labels(frame: Frame, index: int, interval: FlipsByMargin) -> tuple[Markup, Markup]:
+    x = frame.x(index + 0.5)
     return (
-        _text(x, frame.bottom + 17, f"{100 * part.above:g} to {100 * part.up_to:g} %", anchor="middle"),
-        _text(x, frame.bottom + 34, f"of {sum(part.num_images):,}", anchor="middle", class_="quiet"),
+        _text(x, frame.bottom + 17, f"{100 * interval.above:g} to {100 * interval.up_to:g} %", anchor="middle"),
+        _text(x, frame.bottom + 34, f"of {sum(interval.num_images):,}", anchor="middle", class_="quiet"),
     )
 
 
 def _reliability_points(frame: Frame, bins: Sequence[ReliabilityBin], kind: str) -> Iterator[Markup]:
-    seen = [part for part in bins if part.mean_confidence is not None and part.accuracy is not None]
-    points = [(frame.x(part.mean_confidence or 0), frame.y(part.accuracy or 0)) for part in seen]
+    filled = [interval for interval in bins if interval.mean_confidence is not None and interval.accuracy is not None]
+    points = [(frame.x(interval.mean_confidence or 0), frame.y(interval.accuracy or 0)) for interval in filled]
     yield element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=f"curve {kind}")
-    most = max((part.num_images for part in seen), default=1)
-    for (x, y), part in zip(points, seen, strict=True):
-        said = f"{_percent(part.mean_confidence)} sure, {_percent(part.accuracy)} right, {part.num_images:,} images"
-        radius = 2 + 3.5 * math.sqrt(part.num_images / most)
-        yield element("circle", element("title", said), cx=x, cy=y, r=radius, class_=kind)
+    most = max((interval.num_images for interval in filled), default=1)
+    for (x, y), interval in zip(points, filled, strict=True):
+        confidence, accuracy = _percent(interval.mean_confidence), _percent(interval.accuracy)
+        tooltip = f"confidence {confidence}, accuracy {accuracy}, {interval.num_images:,} images"
+        radius = 2 + 3.5 * math.sqrt(interval.num_images / most)
+        yield element("circle", element("title", tooltip), cx=x, cy=y, r=radius, class_=kind)
 
 
 def _round_ticks(highest: float) -> list[float]:
-    """Three to six round numbers from zero to at least ``highest``."""
+    """Choose three to six round numbers from zero to at least ``highest``."""
     magnitude = 10.0 ** math.floor(math.log10(highest))
     size = next(factor * magnitude for factor in (0.2, 0.25, 0.5, 1.0, 2.0) if 5 * factor * magnitude >= highest)
-    return [size * place for place in range(math.ceil(highest / size) + 1)]
+    return [size * index for index in range(math.ceil(highest / size) + 1)]
 
 
 def _percent(fraction: float | None) -> str:

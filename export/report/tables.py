@@ -1,4 +1,4 @@
-"""The tables of parity.html."""
+"""The tables of parity.html. The page itself is put together in ``html``."""
 
 from collections.abc import Sequence
 

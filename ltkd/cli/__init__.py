@@ -1,1 +1,1 @@
-"""The command line ``ltkd``. Heavy packages are imported inside a command, so ``--help`` answers at once."""
+"""The command line ``ltkd``. Each command imports heavy packages when it runs, so ``--help`` is fast."""

@@ -15,31 +15,34 @@ if TYPE_CHECKING:
     from ltkd.contract.bundle import Precision as ModelPrecision
 
 
-@click.command(short_help="Certify a run per class group and bundle it as ONNX.")
+@click.command(short_help="Certify a run per class group and bundle it as ONNX models.")
 @path_argument("run")
-@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the bundle to write.")
 @click.option(
     "--precisions",
-    help="Which to try, separated by commas: fp32, int8 (for the CPU), fp16 (for CUDA).  [default: all that can be "
-    "certified here]",
+    help="Precisions to certify, separated by commas: fp32, int8 (runs on the CPU) and fp16 (runs on CUDA); fp32 is "
+    "always included.  [default: all that can be certified on this machine]",
 )
-@margin_option
+@margin_option("fp32: 0.5pp per group, 0.2pp for all; fp16: 1pp and 0.5pp; int8: 2pp and 1pp")
 @click.option(
     "--target-precision",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.9,
     show_default=True,
-    help="Share of accepted predictions of a group that shall be right; below the threshold the service abstains.",
+    help="Share of the accepted predictions that must be right, in every group. The service abstains from predictions "
+    "below the confidence threshold that achieves it.",
 )
 @click.option(
     "--target-coverage",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.9,
     show_default=True,
-    help="Share of a group's images whose class shall be in the prediction set.",
+    help="Share of the images whose true class must be in the prediction set, in every group.",
 )
 @click.option(
-    "--triton", type=click.Path(path_type=Path), help="Write the bundle as a model repository of Triton here, too."
+    "--triton",
+    type=click.Path(path_type=Path),
+    help="Also write the bundle to this directory as a model repository for NVIDIA Triton Inference Server.",
 )
 def export(
     run: Path,
@@ -50,47 +53,53 @@ def export(
     target_coverage: float,
     triton: Path | None,
 ) -> None:
-    """Turn the run RUN into a bundle, if every class group demonstrably kept its accuracy.
+    """Convert RUN, a run folder, to ONNX, and bundle the models if every class group kept its accuracy.
 
-    Each precision is certified on its own; the bundle has those that passed, with a report (parity.html), what
-    confidence means in each group, and a model card. Without a PASS of fp32 no bundle is written. Candidates that did
-    not pass go to rejected/ beside it.
+    Each precision is certified separately. The bundle contains the models that passed, a report (parity.html), a
+    confidence calibration for each class group, and a model card. No bundle is written unless fp32 passes. Models that
+    did not pass are written to the directory rejected/ beside the bundle.
 
-    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images). Precisions named by --precisions
-    all have to pass for a 0.
+    Exit codes: 0 PASS, 1 FAIL, 2 error in usage or input, 3 INCONCLUSIVE (too few images). The exit code depends on
+    the precisions given with --precisions, else on fp32.
 
-    With --triton alone RUN may be a bundle that exists.
+    With --triton and without --out, RUN is an existing bundle.
     """
     from export.bundling import export_run
-    from export.certification.certify import Policy
+    from export.certification.certify import ExportRequirements
     from export.triton import write_triton
     from ltkd.contract.bundle import open_bundle
 
     if out is None and triton is None:
-        raise UsageError("nothing to write; give --out BUNDLE, or --triton DIRECTORY with a bundle in place of RUN.")
+        raise UsageError(
+            "there is nothing to write; give --out BUNDLE, or a bundle instead of RUN with --triton DIRECTORY."
+        )
     if out is not None:
-        chosen = None if precisions is None else parse_precisions(precisions)
-        policy = Policy(chosen, parse_margins(margins), target_precision, target_coverage)
-        print_verdicts(export_run(run, out, policy, on_message=make_console().print), chosen)
+        required = None if precisions is None else parse_precisions(precisions)
+        policy = ExportRequirements(required, parse_margins(margins), target_precision, target_coverage)
+        print_verdicts(export_run(run, out, policy, on_message=make_console().print), required)
     if triton is not None:
         click.echo(f"model repository: {write_triton(open_bundle(out or run), triton)}")
 
 
-@click.command(short_help="Hold any two models against each other, per class group.")
+@click.command(short_help="Compare the accuracy of any two models per class group.")
 @path_argument("reference")
 @path_argument("candidate")
 @data_options
-@margin_option
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for parity.json and parity.html.")
+@margin_option("2pp per group, 1pp for all")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Directory for the reports parity.json and parity.html.  [default: only print the result]",
+)
 def parity(
     reference: Path, candidate: Path, data_config: "DataConfig", margins: tuple[str, ...], out: Path | None
 ) -> None:
-    """Say whether CANDIDATE kept the accuracy of REFERENCE in every group of classes, on the test images of --data.
+    """Test whether CANDIDATE keeps the accuracy of REFERENCE in every class group, on the test images of --data.
 
-    Each may be a run, a bundle or an ONNX file, made here or elsewhere: one input, uint8 [N, S, S, 3] or normalised
-    float32 [N, 3, S, S], and logits first among its outputs.
+    REFERENCE and CANDIDATE are each a run folder, a bundle or any ONNX file. An ONNX file needs exactly one input,
+    either uint8 [N, S, S, 3] or normalised float32 [N, 3, S, S], and the logits as its first output.
 
-    Exit codes: 0 PASS, 1 FAIL, 2 usage or input, 3 INCONCLUSIVE (too few images).
+    Exit codes: 0 PASS, 1 FAIL, 2 error in usage or input, 3 INCONCLUSIVE (too few images).
     """
     from export.parity import compare_models, open_model
     from export.report.console import print_report
@@ -110,36 +119,49 @@ def parity(
     sys.exit(EXIT_CODES[report.verdict])
 
 
-@click.command(short_help="Check that a bundle is whole and answers as made.")
+@click.command(short_help="Check that a bundle is complete, unchanged and certified.")
 @path_argument("bundle")
 def verify(bundle: Path) -> None:
-    """Check that BUNDLE is whole, sound and certified, and answers its golden images as it did when made."""
+    """Check BUNDLE on this machine.
+
+    All files must be complete, unchanged and certified, and every model must give the same outputs for the bundle's
+    golden images as when it was exported. Exit codes: 0 if all checks pass, 2 if one fails.
+    """
     from export.verify import verify_bundle
 
-    checked = verify_bundle(bundle)
-    for check in checked.checks:
+    verification = verify_bundle(bundle)
+    for check in verification.checks:
         click.echo(f"{check.precision}: {check.finding}")
-    if checked.unlisted_files:
-        click.echo(f"not part of it, and read by nothing: {', '.join(checked.unlisted_files)}")
-    certified = ", ".join(checked.manifest.precisions)
-    click.echo(f"{bundle} is whole and certified ({certified}), on {checked.manifest.certified_on}.")
+    if verification.unlisted_files:
+        click.echo(
+            f"files that are not part of the bundle and are never read: {', '.join(verification.unlisted_files)}"
+        )
+    precisions = ", ".join(verification.manifest.precisions)
+    click.echo(
+        f"{bundle} is complete and unchanged. It was certified ({precisions}) on {verification.manifest.certified_on}."
+    )
 
 
-@click.command(short_help="Show what a bundle is.")
+@click.command(short_help="Show the contents of a bundle.")
 @path_argument("bundle")
 def inspect(bundle: Path) -> None:
-    """Show what BUNDLE holds: classes and groups, accuracy and confidence of each, how it was certified."""
-    from export.report.console import inspection
+    """Show the contents of BUNDLE: classes and groups with their accuracy and confidence, and the certification."""
+    from export.report.console import bundle_summary
     from export.verify import read_report
     from ltkd.contract.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    make_console().print(inspection(opened, read_report(opened)))
+    make_console().print(bundle_summary(opened, read_report(opened)))
 
 
-def print_verdicts(export: "Export", chosen: "tuple[ModelPrecision, ...] | None" = None) -> None:
-    """Print the verdict of every precision; leave with an exit code unless all that had to pass did."""
-    from export.certification.gates import worst
+def print_verdicts(export: "Export", required: "tuple[ModelPrecision, ...] | None" = None) -> None:
+    """Print the verdict of every precision; exit with a code other than 0 unless all required precisions passed.
+
+    Args:
+        export: The result of an export.
+        required: The precisions that decide the exit code; None requires fp32.
+    """
+    from export.certification.gates import combine_verdicts
     from export.report.console import print_report
     from export.schema import EXIT_CODES
 
@@ -149,6 +171,6 @@ def print_verdicts(export: "Export", chosen: "tuple[ModelPrecision, ...] | None"
         click.echo(f"did not pass: {export.rejected}")
     if export.bundle:
         click.echo(f"certified: {export.bundle}")
-    asked = [report.verdict for report in export.report.candidates if report.precision in (chosen or ("fp32",))]
-    if code := EXIT_CODES[worst(asked)]:
+    verdicts = [report.verdict for report in export.report.candidates if report.precision in (required or ("fp32",))]
+    if code := EXIT_CODES[combine_verdicts(verdicts)]:
         sys.exit(code)

@@ -1,7 +1,8 @@
-"""The command ``ltkd``: the front door to training, export and service.
+"""The command ``ltkd``: the entry point for training, export and serving.
 
-Nothing heavy is imported before a command runs, so ``--help`` answers at once, and an install without torch serves.
-This is the one module of ``ltkd`` that knows the rooms ``export`` and ``serve``.
+The commands are defined in the other modules of this folder. They import heavy packages inside their functions, so
+``ltkd --help`` is fast and an installation without torch can serve. Only this folder imports the packages ``export``
+and ``serve``; the rest of ``ltkd`` does not depend on them.
 """
 
 import errno
@@ -20,13 +21,13 @@ from ltkd.errors import LtkdError, StoppedError
 INTERRUPTED = 130
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# How long a thread of torch's OpenMP runtime waits for the others before it sleeps. The runtime's own 300,000 rounds
-# make training twenty times slower as soon as another process wants a core (docs/lab-book.md).
+# How often a thread of torch's OpenMP runtime polls for the other threads before it sleeps. With the runtime's default
+# of 300,000, training becomes twenty times slower as soon as another process needs a core (docs/lab-book.md).
 SPIN_COUNT = "10000"
 
 
 def main() -> None:
-    """Run a command; what the user can put right ends in one line on stderr and exit code 2."""
+    """Run a command; an error that the user can correct is printed as one line on stderr, with exit code 2."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         cli(standalone_mode=False)
@@ -42,8 +43,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {where}{error.strerror}; make room and give the same command again.", err=True)
+        path = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {path}{error.strerror}; free some space and run the same command again.", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
@@ -52,7 +53,7 @@ def main() -> None:
         click.echo(f"error: this command needs {error.name}; install it with: pip install 'ltkd[{extra}]'", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; what is complete is kept: the same command goes on from there.", err=True)
+        click.echo("interrupted; finished work is kept. To resume, run the same command again.", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -64,21 +65,30 @@ EXTRA_OF_PACKAGE = {
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class OrderedGroup(click.Group):
+    """A group that lists its commands in the order in which they were given, where click sorts them by name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=OrderedGroup,
+    commands=[pipeline, train, distill, compare, export, parity, verify, inspect, serve, classify, key],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="ltkd")
 def cli() -> None:
-    r"""Train, certify and serve classifiers that look after the tail of long-tailed data.
+    """Train, certify and serve image classifiers for long-tailed data.
 
     \b
-    The whole journey on rendered characters, in a few minutes:
+    All steps in one command, on a small data set that is generated locally:
         ltkd pipeline
-    Step by step, on images of your own (train/CLASS/*.png and test/CLASS/*.png):
+
+    \b
+    Step by step, on your own images (photos/train/CLASS/*, photos/test/CLASS/*):
         ltkd train --data photos --model resnet20 --out runs/teacher
         ltkd distill runs/teacher --method ltkd --model resnet8 --out runs/student
         ltkd export runs/student --out bundles/student
         ltkd serve bundles/student
-    """
-
-
-for _command in (train, distill, compare, export, parity, verify, inspect, serve, key, classify, pipeline):
-    cli.add_command(_command)
+    """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b

@@ -1,4 +1,4 @@
-"""The command ``pipeline``: from data to an answer in one go."""
+"""The command ``pipeline``: training, distillation, export and classification in one command."""
 
 import shutil
 import sys
@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ltkd.cli.export import print_verdicts
-from ltkd.cli.options import data_options, make_console, make_execution, seed_option
+from ltkd.cli.options import (
+    data_options,
+    device_option,
+    make_console,
+    make_execution,
+    seed_option,
+    student_model_option,
+    teacher_model_option,
+)
 from ltkd.cli.serve import answer_sentence
 from ltkd.contract.resources import keep_freed_memory
 
@@ -16,14 +24,26 @@ if TYPE_CHECKING:
     from ltkd.config import DataConfig
 
 
-@click.command(short_help="The whole journey, from data to an answer.")
+@click.command(short_help="Run all steps: train, distil, export and classify.")
 @data_options
-@click.option("--teacher-model", default="resnet20", show_default=True)
-@click.option("--student-model", default="resnet8", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--recipe", default="demo", show_default=True, help="demo, short or paper.")
+@teacher_model_option
+@student_model_option
+@device_option
+@click.option(
+    "--recipe",
+    default="demo",
+    show_default=True,
+    help="Training schedule: demo (12 epochs, batches of 32), short (12 epochs, batches of 64) or paper (240 epochs, "
+    "for a GPU).",
+)
 @seed_option
-@click.option("--out", "name", default="demo", show_default=True, help="Name: leaves runs/NAME and bundles/NAME.")
+@click.option(
+    "--out",
+    "name",
+    default="demo",
+    show_default=True,
+    help="Name of the results, which are written to runs/NAME and bundles/NAME.",
+)
 def pipeline(
     data_config: "DataConfig",
     teacher_model: str,
@@ -33,10 +53,11 @@ def pipeline(
     seed: int,
     name: str,
 ) -> None:
-    """The whole journey: teacher, students, certified bundle, one answer.
+    """Run all steps, from training to the classification of one image.
 
-    Trains a teacher and students by CE, KD and LTKD, certifies the LTKD student, classifies one image of a tail
-    class, and ends with what a reader needs to know.
+    The command trains a teacher, trains students with the methods CE, KD and LTKD, certifies the LTKD student as a
+    bundle, and classifies one image of the rarest class. At the end it prints where the results are and how to serve
+    the bundle.
     """
     import numpy as np
 
@@ -79,11 +100,11 @@ def pipeline(
     click.echo(answer_sentence(sample, classify_files(bundle, [sample])[0]))
     click.echo(
         f"\nruns: {runs}   plot: {runs / 'compare.png'}   bundle: {bundle}\n"
-        f"Serve it:   {_own_name()} serve {bundle}\n"
-        f"Then ask:   curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/v1/classify"
+        f"Serve it:   {_command_name()} serve {bundle}\n"
+        f"Classify:   curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/v1/classify"
     )
 
 
-def _own_name() -> str:
-    """What to type for this command: its plain name where the shell finds it."""
+def _command_name() -> str:
+    """The name that runs this command in the user's shell: ``ltkd`` if it is on the search path."""
     return "ltkd" if shutil.which("ltkd") else sys.argv[0]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltkd.cli.options import path_argument
+from ltkd.cli.options import DEVICES, path_argument
 
 if TYPE_CHECKING:
     from serve.engine.answers import Answer, RejectedImage
@@ -14,63 +14,99 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Serve bundles over HTTP.")
 @path_argument("bundle")
-@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=int, help="TCP port; 0 takes a free one.  [default: 8000]")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1, which only this machine can reach]")
+@click.option("--port", type=int, help="TCP port to listen on; 0 selects a free port.  [default: 8000]")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="cuda: on CUDA or not at all.  [default: auto]"
+    "--device",
+    type=click.Choice(DEVICES),
+    help="Device to run the models on. auto: CUDA if it works, else the CPU. cuda: stop with an error if CUDA does not "
+    "work.  [default: auto]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "int8", "fp16"]),
-    help="Which certified model answers.  [default: int8 on the CPU, fp16 on CUDA, if they are there; else fp32]",
+    help="Which model of a bundle to run.  [default: int8 on the CPU and fp16 on CUDA if the bundle has them, else "
+    "fp32]",
 )
-@click.option("--processes", type=int, help="Engine processes for each model; they share the cores.  [default: 1]")
-@click.option("--max-body-bytes", type=int, help="Largest request body.  [default: 20 MiB]")
-@click.option("--default-model", help="Which model answers where a request names none and there are several.")
-@click.option("--key-file", type=click.Path(path_type=Path), help="Who may use it; lines are made by: ltkd key NAME")
-@click.option("--log-format", type=click.Choice(["plain", "json"]), help="json: one object a line.  [default: plain]")
+@click.option(
+    "--processes", type=int, help="Number of engine processes per model; they share the CPU cores.  [default: 1]"
+)
+@click.option("--max-body-bytes", type=int, help="Size of the largest accepted request body.  [default: 20 MiB]")
+@click.option(
+    "--default-model",
+    help="Model for requests that name none, if there are several models.  [default: such requests are rejected]",
+)
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    help="File of API keys with one line per key, made by: ltkd key NAME.  [default: classification needs no key, "
+    "administration is disabled]",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    help="plain: readable text. json: one JSON object per line.  [default: plain]",
+)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="info: one line a request.  [default: warning]",
+    help="Lowest level of messages to log. info: log one line per request.  [default: warning]",
 )
-def serve(bundle: Path, **given: "str | int | Path | None") -> None:
+def serve(bundle: Path, **options: "str | int | Path | None") -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
-    BUNDLE is a bundle, or a directory of bundles (NAME/) or of their versions (NAME/1/, NAME/2/: the highest answers).
-    SIGHUP reads it again: what changed is verified and warm before it answers, and stays out if it fails.
+    BUNDLE is a bundle, a directory of bundles (NAME/), or a directory of bundles with versions (NAME/1/, NAME/2/), of
+    which the highest is served. To reload changed bundles, send SIGHUP. A changed bundle is served once it has been
+    verified and warmed up; if that fails, it is not loaded.
 
-    Every setting, these and the rarer ones, can also be given as a variable LTKD_NAME, such as LTKD_PORT=9000; all of
-    them are printed at the start.
+    Every setting can also be given as an environment variable, for example LTKD_PORT=9000. Some settings have only a
+    variable. All settings are printed at the start.
     """
     from serve.main import serve as serve_bundle
     from serve.settings import read_settings
 
-    serve_bundle(bundle, read_settings(given), given)
+    serve_bundle(bundle, read_settings(options), options)
 
 
-@click.command(short_help="Make a key for the service.")
+@click.command(short_help="Create an API key for the service.")
 @click.argument("name")
-@click.option("--admin", is_flag=True, help="The key may also give orders, such as reloading.")
+@click.option("--admin", is_flag=True, help="Also allow administration with this key, such as reloading bundles.")
 def key(name: str, admin: bool) -> None:
-    """Make a key for NAME: printed once on stderr, and on stdout the line of it for the file of --key-file.
+    """Create an API key for NAME.
 
-    The line has a hash of the key, so the file gives nobody access. In use: ltkd key NAME >> keys
-    """
+    The key is printed on stderr and is not stored. The line for the key file is printed on stdout. It contains only a
+    hash of the key, so the key file does not give access to the service.
+
+    \b
+    To add a key to the file keys and serve with it:
+        ltkd key NAME >> keys
+        ltkd serve BUNDLE --key-file keys
+    """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b
     from serve.http.api_keys import make_key
 
     secret, line = make_key(name, "admin" if admin else "classify")
-    click.echo(f"the key of {name}, shown only now: {secret}", err=True)
+    click.echo(f"the key of {name}, which is not shown again: {secret}", err=True)
     click.echo(line)
 
 
 @click.command(short_help="Classify image files with a bundle.")
 @path_argument("bundle")
 @path_argument("images", nargs=-1, required=True)
-@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object an image, as the service answers.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Number of most probable classes to list with --json.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per image, in the format of the service's responses."
+)
 def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) -> None:
-    """Classify image files with BUNDLE, exactly as the service would. Exits with 1 if an image was refused."""
+    """Classify image files with BUNDLE, with the same results as the service.
+
+    Exit codes: 0 if all images were classified, 1 if an image was rejected, 2 for an error in usage or input.
+    """
     from serve.classify_files import classify_files
     from serve.engine.answers import RejectedImage
 
@@ -82,10 +118,10 @@ def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) 
 
 
 def answer_sentence(path: Path, result: "Answer | RejectedImage") -> str:
-    """One image's answer as a line of text."""
+    """The result for one image as a line of text."""
     from serve.engine.answers import RejectedImage
 
     if isinstance(result, RejectedImage):
-        return f"{path}: refused: {result.error.detail}"
+        return f"{path}: rejected: {result.error.detail}"
     groups = ", ".join(f"{name} {100 * confidence:.1f} %" for name, confidence in result.group_confidence.items())
     return f"{path}: {result.label} ({result.group}) with {100 * result.probability:.1f} %; by group: {groups}"

@@ -1,1 +1,1 @@
-"""What all three packages share: records, class groups, bundles and image decoding. Never imports torch."""
+"""Code that all three packages share: records, class groups, bundles and image decoding. It never imports torch."""

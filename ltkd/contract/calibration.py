@@ -1,9 +1,10 @@
-"""What confidence means in each group of classes: fitted when a model is certified, applied wherever it answers.
+"""Calibration per class group: the records of the fitted values and the functions that apply them.
 
-Only the predicted group is known when a model answers, so temperature, expected accuracy and abstention go by the group
-of the predicted class. A prediction set takes each class by the threshold of that class's own group (group-Mondrian
-conformal prediction), which covers the images of every true group alike. The predicted class is the one with the
-highest logit: probabilities that round to the same number do not decide.
+``export`` fits the calibration when it certifies a model; ``serve`` applies it to every prediction. The true group is
+unknown at inference, so temperature, expected accuracy and abstention depend on the group of the predicted class. A
+prediction set compares each class with the threshold of that class's own group (group-Mondrian conformal prediction),
+which gives the images of every true group the same coverage. The predicted class is the class with the highest logit;
+it does not depend on probabilities, because these can round to the same number.
 
 Shape legend: N images, C classes, K class groups.
 """
@@ -19,7 +20,7 @@ HISTOGRAM_BINS = 10
 
 
 class Proportion(Record):
-    """A share that was counted, with its exact two-sided 95 % interval (Clopper and Pearson)."""
+    """An observed proportion with its exact two-sided 95 % confidence interval (Clopper and Pearson)."""
 
     value: float
     low: float
@@ -28,12 +29,12 @@ class Proportion(Record):
 
 
 class ConfidenceBin(Record):
-    """How often predictions of one group were right whose confidence lay in one interval.
+    """The accuracy of one group's predictions whose confidence lies in one interval.
 
     Attributes:
-        above: Lower end of the interval, not in it but for 0.
-        up_to: Upper end, in it.
-        accuracy: Share of right predictions.
+        above: Lower end of the interval, exclusive unless it is 0.
+        up_to: Upper end of the interval, inclusive.
+        accuracy: Proportion of correct predictions.
     """
 
     above: float = Field(ge=0, le=1)
@@ -42,14 +43,15 @@ class ConfidenceBin(Record):
 
 
 class Abstention(Record):
-    """From which confidence on predictions of one group are right often enough.
+    """The confidence above which predictions of one group are accepted.
 
     Attributes:
-        target_precision: The share of right predictions that is wanted.
-        threshold: Confidence from which on it is had: proved, but for one fit in twenty in which the truth lies below
-            the target. None where the images at hand prove it for no threshold.
-        coverage: Share of the group's predictions that are accepted, on the images that fitted the threshold.
-        precision: Share of the accepted predictions that were right, on certification images that fitted nothing.
+        target_precision: The proportion of accepted predictions that should be correct.
+        threshold: The lowest confidence that is accepted. The precision reaches the target in at least 95 % of fits.
+            None if the fitting images show this for no threshold.
+        coverage: Proportion of the group's predictions that are accepted, on the images that fitted the threshold.
+        precision: Proportion of the accepted predictions that are correct, on certification images that were not used
+            for fitting.
     """
 
     target_precision: float = Field(gt=0, lt=1)
@@ -59,16 +61,16 @@ class Abstention(Record):
 
 
 class SetThreshold(Record):
-    """Which classes of one group are taken into prediction sets.
+    """Which classes of one group belong to prediction sets.
 
     Attributes:
-        target_coverage: The share of the group's images whose class shall be in the set.
-        least_probability: A class is in the set if its probability is at least this; None takes every class of
-            the group, because there were too few images to leave one out.
-        num_images: Images of the group that fitted it.
-        low: The coverage of further images lies above this in 95 of 100 fits on so many images ...
-        high: ... and below this in 95 of 100; between the two in 90.
-        coverage: What was seen on certification images that fitted nothing.
+        target_coverage: The proportion of the group's images whose true class should be in the set.
+        least_probability: A class is in the set if its probability is at least this. None puts every class of the
+            group in the set, because there were too few images to fit a threshold.
+        num_images: Number of images of the group that were used for fitting.
+        low: The coverage of new images is above this value in 95 % of fits on this number of images.
+        high: The coverage of new images is below this value in 95 % of fits; it is between both in 90 %.
+        coverage: The coverage on certification images that were not used for fitting.
     """
 
     target_coverage: float = Field(gt=0, lt=1)
@@ -80,16 +82,16 @@ class SetThreshold(Record):
 
 
 class GroupCalibration(Record):
-    """What confidence means in one group.
+    """The calibration of one group.
 
     Attributes:
-        group: Its name.
-        temperature: Logits are divided by it when the predicted class is of this group.
-        expected_accuracy: Bins of confidence without gaps from 0 to 1; empty where nothing was predicted in the group.
-        abstention: When to trust a prediction of the group.
+        group: Name of the group.
+        temperature: Logits are divided by it if the predicted class is in this group.
+        expected_accuracy: Bins of confidence from 0 to 1 without gaps; empty if no prediction is in the group.
+        abstention: When a prediction of the group is accepted.
         prediction_set: When a class of the group belongs to a prediction set.
-        predicted_share: Share of the certification images whose predicted class is of this group.
-        confidence_counts: Of these images, how many have a confidence in each of HISTOGRAM_BINS equal intervals.
+        predicted_share: Proportion of the certification images whose predicted class is in this group.
+        confidence_counts: Number of these images in each of HISTOGRAM_BINS equal intervals of confidence.
     """
 
     group: str
@@ -102,18 +104,18 @@ class GroupCalibration(Record):
 
 
 Calibration = tuple[GroupCalibration, ...]
-"""One entry a group, in the order of the task's groups."""
+"""One entry per group, in the order of the task's groups."""
 
 
-def calibrated(
+def calibrated_probabilities(
     logits_NC: NDArray[np.floating], groups: ClassGroups, temperature_K: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Probabilities [N, C] at the temperature of the predicted class's group; the most probable class stays.
+    """Compute probabilities [N, C] with the temperature of the predicted class's group.
 
-    An image gets the same probabilities to the last bit alone and among others.
+    The most probable class does not change. An image gets bitwise the same probabilities alone and in a batch.
     """
     temperature_N = temperature_K[groups.index[logits_NC.argmax(axis=1)]]
-    rows_NC = np.ascontiguousarray(logits_NC, dtype=np.float64)  # the order of sums follows the layout
+    rows_NC = np.ascontiguousarray(logits_NC, dtype=np.float64)  # the order of summation depends on the memory layout
     return softmax(rows_NC / temperature_N[:, None])
 
 
@@ -123,18 +125,18 @@ def temperatures(calibration: Calibration) -> NDArray[np.float64]:
 
 
 def expected_accuracy(group: GroupCalibration, confidence: float) -> Proportion | None:
-    """How often predictions of the group with such a confidence were right; None where nothing is known."""
+    """The accuracy of the group's predictions in the bin of this confidence; None if there is no such bin."""
     return next((part.accuracy for part in group.expected_accuracy if confidence <= part.up_to), None)
 
 
 def confidence_bins(confidence_N: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Which of HISTOGRAM_BINS equal intervals each confidence lies in; an edge belongs to the interval below it."""
+    """The index of each confidence's interval among HISTOGRAM_BINS equal ones; an edge is in the interval below it."""
     edges = np.arange(1, HISTOGRAM_BINS) / HISTOGRAM_BINS
     return np.searchsorted(edges, confidence_N, side="left")
 
 
 def least_probabilities(calibration: Calibration, groups: ClassGroups) -> NDArray[np.float64]:
-    """For each class the probability from which on it belongs to a prediction set, float64 [C]."""
+    """The minimum probability with which each class belongs to a prediction set, float64 [C]."""
     least_K = [group.prediction_set.least_probability or 0.0 for group in calibration]
     return np.array(least_K)[groups.index]
 

@@ -1,4 +1,6 @@
-"""Class groups: which classes count as head, medium and tail, decided once from the training counts.
+"""Class groups: the partition of the classes into head, medium and tail by their numbers of training images.
+
+A run computes the groups once from its training set. Evaluation, export and serving read them from the task.
 
 Shape legend: N images, C classes, K class groups.
 """
@@ -17,11 +19,11 @@ COUNT_NAMES = ("many", "medium", "few")
 
 
 class ClassGroups(Record):
-    """A partition of the classes into named groups, none of them empty.
+    """A partition of the classes into named, non-empty groups.
 
     Attributes:
-        names: K names, most frequent classes first.
-        group_of_class: For each of the C classes the index of its group.
+        names: K names; the group with the most frequent classes is first.
+        group_of_class: The index of the group of each of the C classes.
     """
 
     names: tuple[str, ...]
@@ -32,7 +34,7 @@ class ClassGroups(Record):
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"group names must differ, got {list(self.names)}")
         if sorted(set(self.group_of_class)) != list(range(len(self.names))):
-            raise ValueError("every group needs a class and every class a group")
+            raise ValueError("every group must have at least one class, and every class must have a group")
         return self
 
     @property
@@ -42,11 +44,11 @@ class ClassGroups(Record):
 
     def members(self, name: str) -> list[int]:
         """The class indices of one group."""
-        wanted = self.names.index(name)
-        return [label for label, group in enumerate(self.group_of_class) if group == wanted]
+        index = self.names.index(name)
+        return [label for label, group in enumerate(self.group_of_class) if group == index]
 
     def mass(self, probability_NC: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Probability summed within groups, [N, K]; rows keep their total."""
+        """The sum of probabilities within each group, [N, K]; the sum of a row does not change."""
         mass_NK = np.zeros((len(probability_NC), len(self.names)))
         for group in range(len(self.names)):
             mass_NK[:, group] = probability_NC[:, self.index == group].sum(axis=1)
@@ -56,7 +58,7 @@ class ClassGroups(Record):
 def groups_by_share(
     train_counts: Sequence[int], shares: Sequence[float] = (0.33, 0.34, 0.33), names: Sequence[str] = SHARE_NAMES
 ) -> ClassGroups:
-    """Cut the classes, ranked by training count, at fixed shares of their number.
+    """Rank the classes by training count and divide them into groups by fixed shares of the number of classes.
 
     The ranking is stable: classes with equal counts keep their order. The default is the partition of
     LTKD (Kim, CVPR 2026): 33 % head, 34 % medium, 33 % tail.
@@ -66,9 +68,9 @@ def groups_by_share(
     """
     num_classes, num_groups = len(train_counts), len(shares)
     if num_classes < num_groups:
-        raise DataError(f"{num_classes} classes cannot fill {num_groups} groups; give a partition with fewer groups.")
+        raise DataError(f"{num_classes} classes cannot fill {num_groups} groups; use a partition with fewer groups.")
     ends = np.round(np.cumsum(shares) / np.sum(shares) * num_classes).astype(int)
-    for group in range(num_groups):  # with few classes, rounding must leave every group one class
+    for group in range(num_groups):  # with few classes, rounding must not leave a group empty
         ends[group] = np.clip(ends[group], group + 1, num_classes - (num_groups - 1 - group))
     group_of_rank = np.searchsorted(ends, np.arange(num_classes), side="right")
     group_of_class = np.empty(num_classes, dtype=np.int64)
@@ -77,24 +79,25 @@ def groups_by_share(
 
 
 def groups_by_quantile(train_counts: Sequence[int], num_groups: int) -> ClassGroups:
-    """Cut the ranked classes into ``num_groups`` groups of nearly equal size, named q1 (most frequent) to qK."""
+    """Divide the ranked classes into ``num_groups`` groups of nearly equal size, named q1 (most frequent) to qK."""
     return groups_by_share(train_counts, [1.0] * num_groups, [f"q{group + 1}" for group in range(num_groups)])
 
 
 def groups_by_count(train_counts: Sequence[int], more_than: int = 100, fewer_than: int = 20) -> ClassGroups:
-    """Many (> 100 training images), medium (20 to 100) and few (< 20), the custom of the long-tail literature.
+    """Divide the classes into many (> 100 training images), medium (20 to 100) and few (< 20).
 
-    Groups without a class are left out.
+    This is the usual partition in the long-tail literature. Groups without a class are omitted.
 
     Raises:
-        DataError: All classes fall into one group.
+        DataError: All classes are in one group.
     """
     group_of_class = [0 if count > more_than else 2 if count < fewer_than else 1 for count in train_counts]
     kept = sorted(set(group_of_class))
     if len(kept) < 2:
         raise DataError(
-            f"all {len(train_counts)} classes fall into the group '{COUNT_NAMES[kept[0]]}' "
-            f"(> {more_than}, {fewer_than}-{more_than}, < {fewer_than} images); use --groups share instead."
+            f"all {len(train_counts)} classes fall into the group '{COUNT_NAMES[kept[0]]}', but at least two groups "
+            f"are needed (the groups have > {more_than}, {fewer_than}-{more_than} and < {fewer_than} images); "
+            "use --groups share instead."
         )
     return ClassGroups(
         names=tuple(COUNT_NAMES[group] for group in kept),
@@ -103,22 +106,28 @@ def groups_by_count(train_counts: Sequence[int], more_than: int = 100, fewer_tha
 
 
 def groups_by_mapping(class_names: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> ClassGroups:
-    """A partition of the user's own: group name to class names.
+    """Make groups from a mapping that the user gives: group name to class names.
 
     Raises:
-        DataError: A class is missing, unknown or named twice, or there are fewer than two groups.
+        DataError: A class is missing, unknown or listed twice, a group is named ``all``, or there are fewer than two
+            non-empty groups.
     """
-    named = [name for members in mapping.values() for name in members]
-    unknown = sorted(set(named) - set(class_names))
-    missing = sorted(set(class_names) - set(named))
-    twice = sorted({name for name in named if named.count(name) > 1})
-    for problem, classes in (("unknown", unknown), ("in no group", missing), ("in more than one group", twice)):
+    listed = [name for members in mapping.values() for name in members]
+    unknown = sorted(set(listed) - set(class_names))
+    missing = sorted(set(class_names) - set(listed))
+    repeated = sorted({name for name in listed if listed.count(name) > 1})
+    problems = (
+        ("that the data set does not have", unknown),
+        ("without a group", missing),
+        ("in more than one group", repeated),
+    )
+    for problem, classes in problems:
         if classes:
-            raise DataError(f"the mapping of groups has classes {problem}: {', '.join(classes[:5])}; each class once.")
+            raise DataError(f"the group mapping has classes {problem}: {', '.join(classes[:5])}; list each class once.")
     if "all" in mapping:
-        raise DataError("a group is named 'all', which is the name of all classes together; give it another one.")
+        raise DataError("a group is named 'all', but this name is reserved for all classes together; rename the group.")
     if len(mapping) < 2 or not all(mapping.values()):
-        raise DataError(f"a mapping needs at least two groups with a class each, got {list(mapping)}.")
+        raise DataError(f"the group mapping needs at least two groups, none of them empty, got {list(mapping)}.")
     group_of_name = {name: group for group, members in enumerate(mapping.values()) for name in members}
     return ClassGroups(names=tuple(mapping), group_of_class=tuple(group_of_name[name] for name in class_names))
 

@@ -14,9 +14,9 @@ from ltkd.contract.class_groups import ClassGroups
 def accuracy_by_group(
     predicted_N: NDArray[np.int64], label_N: NDArray[np.int64], groups: ClassGroups
 ) -> dict[str, float]:
-    """Accuracy, a fraction, of each group's images and of ``all``.
+    """Accuracy (a fraction) on the images of each group, and on ``all``.
 
-    A group counts the images whose *true* class belongs to it. A group without an image is NaN.
+    An image belongs to the group of its *true* class. The accuracy of a group without images is NaN.
     """
     right_N = predicted_N == label_N
     group_N = groups.index[label_N]

@@ -1,4 +1,4 @@
-"""JSON records on disk: strict, versioned, and written whole or not at all."""
+"""JSON records on disk. Unknown fields are rejected, files have a schema version, and writes are atomic."""
 
 import hashlib
 import json
@@ -12,19 +12,19 @@ from ltkd.errors import LtkdError
 
 
 class Record(BaseModel):
-    """A frozen record that refuses fields it does not know."""
+    """A frozen record that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class VersionedRecord(Record):
-    """A record with a file of its own; the schema version rises when a reader would misunderstand."""
+    """A record with its own file; the schema version increases when older readers would misread the file."""
 
     schema_version: int = 1
 
 
 MAX_RECORD_BYTES = 2**27
-"""The largest file of JSON that is read; the report of ten thousand classes has some ten million bytes."""
+"""The largest JSON file that is read. The report for ten thousand classes has about ten million bytes."""
 
 AnyVersionedRecord = TypeVar("AnyVersionedRecord", bound=VersionedRecord)
 
@@ -34,33 +34,35 @@ def read_record(path: Path, kind: type[AnyVersionedRecord], error: type[LtkdErro
 
     Args:
         path: The file.
-        kind: What it must hold; its default ``schema_version`` is the newest one understood.
-        error: Raised, with what was seen and what to do, when the file is missing, of a newer schema or invalid.
+        kind: The type of the record; its default ``schema_version`` is the newest one that can be read.
+        error: The error to raise if the file is missing, invalid or has a newer schema version.
     """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_RECORD_BYTES + 1)
         if len(text) > MAX_RECORD_BYTES:
-            raise error(f"{path} has more than {MAX_RECORD_BYTES:,} bytes, which no record has; make it again.")
+            raise error(f"{path} has more than {MAX_RECORD_BYTES:,} bytes, the limit for a record; create it again.")
         content = json.loads(text)
     except FileNotFoundError:
-        raise error(f"{path} does not exist; is {path.parent} the right folder?") from None
+        raise error(f"{path} does not exist; check that {path.parent} is the right folder.") from None
     except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"{path} is not readable JSON ({reason}); make it again.") from None
-    known = kind.model_fields["schema_version"].default
-    seen = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(seen, int) and seen > known:
-        raise error(f"{path} has schema version {seen}, this ltkd reads up to {known}; install a newer ltkd.")
+        raise error(f"{path} is not readable JSON ({reason}); create it again.") from None
+    newest = kind.model_fields["schema_version"].default
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise error(
+            f"{path} has schema version {version}, but this ltkd reads versions up to {newest}; install a newer ltkd."
+        )
     try:
         return kind.model_validate(content)
     except ValidationError as reason:
         first = reason.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise error(f"{path} is not valid: {field}: {first['msg']}; make it again.") from None
+        raise error(f"{path} is not valid: {field}: {first['msg']}; create it again.") from None
 
 
 def json_schema(kind: type[VersionedRecord]) -> str:
-    """The JSON schema of a record's file, as it is published: every field is there, whether or not it has a default."""
+    """The published JSON schema of a record's file. Every field is required, because defaults are written too."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema(mode="serialization")}
     for part in (schema, *schema["$defs"].values()):
         if "properties" in part:
@@ -69,21 +71,21 @@ def json_schema(kind: type[VersionedRecord]) -> str:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write one record as indented JSON, whole or not at all."""
-    write_whole(path, (record.model_dump_json(indent=2) + "\n").encode())
+    """Write one record atomically as indented JSON."""
+    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it: readers see the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file and rename it, so that readers see either the old or the new content."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,10 +1,12 @@
-"""A directory that is written beside its place and takes it as a whole: readers see the old one or the new one.
+"""Replace a directory atomically: write it to a temporary directory, then rename it.
 
-    .NAME.XXXX.part   being written; the process that writes it holds its lock, so nobody takes it for a leftover
-    .NAME.XXXX.old    the old directory in between two renames, where the system cannot exchange two directories
+Readers see either the complete old directory or the complete new one.
 
-The locks are the kernel's, on the directories themselves: a process that is killed leaves none behind, and process
-numbers, which containers do not share, play no part.
+    .NAME.XXXX.part   a directory being written; the writing process holds its lock, so others do not delete it
+    .NAME.XXXX.old    the old directory between two renames, on systems that cannot exchange two directories
+
+The locks are kernel locks on the directories themselves. The kernel releases them when a process is killed, and they
+do not depend on process ids, which differ between containers.
 """
 
 import ctypes
@@ -21,47 +23,47 @@ if sys.platform != "win32":
     import fcntl
 
 PART, OLD = ".part", ".old"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux' fcntl.h and fs.h
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # old kernels, NFS, strict containers
 
 
 @contextmanager
 def staged(out: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A fresh directory beside ``out`` that becomes ``out`` when the block ends without an error.
+    """A new directory beside ``out`` that replaces ``out`` when the block ends without an error.
 
-    Of several processes at one place each one's directory is whole, and the last to end its block stays. What a
-    killed process left is cleared away.
+    Several processes may write to one path: each directory is complete, and the last process to end its block wins.
+    Temporary directories of killed processes are removed.
 
     Args:
-        out: The place; a link keeps pointing at its directory.
-        check: Raises if what is at a path must not be replaced.
+        out: The path to replace. If it is a symbolic link, the directory it points to is replaced.
+        check: Raises if the content of a path must not be replaced.
     """
     check(out)
-    out = out.resolve()  # "." has a name
+    out = out.resolve()  # gives "." a name
     out.parent.mkdir(parents=True, exist_ok=True)
     restore(out)
     _clear_leftovers(out)
-    stage, lock = _fresh(out)
+    stage, lock = _create_locked(out)
     try:
         yield stage
         _make_durable(stage)
-        with _alone_in(out.parent):
-            check(out)  # somebody may have put something else there meanwhile
+        with _locked(out.parent):
+            check(out)  # another process may have written to this path since the first check
             _publish(stage, out)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)  # nothing, what was not finished, or the old directory
+        shutil.rmtree(stage, ignore_errors=True)  # an unfinished directory, or the old one after the exchange
         _unlock(lock)
 
 
 def restore(out: Path) -> None:
-    """Bring back a directory whose replacement was killed between two renames; in all other cases do nothing."""
+    """Restore a directory if the process that replaced it was killed between two renames."""
     out = out.resolve()
     if out.exists() or not _siblings(out, OLD):
         return
-    with _alone_in(out.parent), suppress(OSError):  # who is between its two renames right now is waited for
-        left = _siblings(out, OLD)
-        if left and not out.exists():
-            left[-1].rename(out)
+    with _locked(out.parent), suppress(OSError):  # the lock waits for a process between its two renames
+        retired = _siblings(out, OLD)
+        if retired and not out.exists():
+            retired[-1].rename(out)
 
 
 def _publish(stage: Path, out: Path) -> None:
@@ -81,7 +83,7 @@ def _publish(stage: Path, out: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two directories change places in one step; False where the system or the file system cannot."""
+    """Exchange two directories in one step; False if the system or the file system does not support it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -93,31 +95,31 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _fresh(out: Path) -> tuple[Path, int | None]:
-    """A new directory beside ``out``, and its lock, which tells others that somebody is at it."""
+def _create_locked(out: Path) -> tuple[Path, int | None]:
+    """Create a directory beside ``out`` and lock it, so that other processes do not delete it."""
     while True:
         stage = out.with_name(f".{out.name}.{secrets.token_hex(4)}{PART}")
         stage.mkdir()
         lock = _lock(stage, wait=True)
         if stage.exists():
             return stage, lock
-        _unlock(lock)  # it was taken for a leftover before it could be locked
+        _unlock(lock)  # another process deleted it as a leftover before it was locked
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Remove what killed processes left; what is locked is being written."""
-    for left in _siblings(out, PART):
-        lock = _lock(left, wait=False)
+    """Remove directories that killed processes left; a locked directory is still being written."""
+    for leftover in _siblings(out, PART):
+        lock = _lock(leftover, wait=False)
         if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
             _unlock(lock)
-    with _alone_in(out.parent):
-        for left in _siblings(out, OLD) if out.exists() else ():
-            shutil.rmtree(left, ignore_errors=True)
+    with _locked(out.parent):
+        for leftover in _siblings(out, OLD) if out.exists() else ():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _siblings(out: Path, suffix: str) -> list[Path]:
-    """The directories of this module's making beside ``out``, and not those of another ``out.something``."""
+    """The temporary directories of ``out`` with a suffix, without those of a neighbour such as ``out.v2``."""
     try:
         beside = sorted(out.parent.iterdir())
     except OSError:
@@ -131,7 +133,7 @@ def _siblings(out: Path, suffix: str) -> list[Path]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     lock = _lock(folder, wait=True)
     try:
         yield
@@ -140,7 +142,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """Lock a directory; None where somebody else has the lock, or where there are no locks.
+    """Lock a directory; None if another process holds the lock, or if locks are not supported.
 
     Returns:
         The descriptor that holds the lock until it is closed.
@@ -149,11 +151,11 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
         return None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # gone, or not ours to read
+    except OSError:  # removed, or not readable by this process
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # somebody has it, or this is a network file system without locks
+    except OSError:  # held by another process, or a network file system without locks
         os.close(descriptor)
         return None
     return descriptor
@@ -165,7 +167,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _make_durable(folder: Path) -> None:
-    """Have the disk take everything before anybody can see it."""
+    """Flush a folder and its files to the disk before the folder becomes visible to readers."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 

@@ -1,4 +1,4 @@
-"""The task a model was trained for: it travels with every artefact, so no later stage decides it again."""
+"""The task a model was trained for. Every run and bundle contains it, so later stages do not compute it again."""
 
 from pydantic import Field, model_validator
 
@@ -11,11 +11,11 @@ class Task(VersionedRecord):
 
     Attributes:
         class_names: C names, in the order of the logits.
-        train_counts: Training images of each class.
+        train_counts: Number of training images of each class.
         groups: The partition of the classes.
         input_px: Width and height of the network's input in pixels.
-        mean: Channel means of RGB scaled to 0..1; normalisation lives inside the exported graph.
-        std: Channel standard deviations, likewise.
+        mean: Channel means of RGB scaled to 0..1; the exported graph contains the normalisation.
+        std: Channel standard deviations of RGB scaled to 0..1.
     """
 
     class_names: tuple[str, ...] = Field(min_length=2)
@@ -29,7 +29,7 @@ class Task(VersionedRecord):
     def _sizes_agree(self) -> "Task":
         sizes = {len(self.class_names), len(self.train_counts), len(self.groups.group_of_class)}
         if len(sizes) != 1:
-            raise ValueError("class_names, train_counts and groups must be of one length")
+            raise ValueError("class_names, train_counts and groups must have the same length")
         return self
 
     def group_name(self, label: int) -> str:

@@ -1,4 +1,7 @@
-"""What training consumes: shuffled, augmented batches that depend on seed, epoch and position alone.
+"""The training set as shuffled, augmented batches, for one process or as one rank's part of every batch.
+
+The images of a batch are a function of the seed, the epoch and the step alone. ``make_batches`` takes images from
+memory, augmented on the device, or large images from disk, which ``streaming`` decodes in worker processes.
 
 Shape legend: B images in the batch, N images in the set, S pixels a side.
 """
@@ -23,15 +26,15 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """Which share of every batch one of several processes takes.
+    """The part of every batch that one of several processes trains on.
 
     Attributes:
-        rank: This process, counted from 0.
-        world: How many there are.
+        rank: The rank of this process, from 0.
+        world: Number of processes.
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
 class Batches(Protocol):
@@ -39,17 +42,17 @@ class Batches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches an epoch has; the same on every rank."""
+        """Number of batches in an epoch; the same on every rank."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: pixels, uint8 [B, S, S, 3] on the device, and rows, int64 [B] on the CPU.
 
-        Rows are positions in the training set. A training that goes on at ``first_step`` sees the same images as one
+        Rows are positions in the training set. A training that resumes at ``first_step`` gets the same images as one
         that was never interrupted.
         """
 
 
-def batches_of(
+def make_batches(
     data: Dataset,
     *,
     batch_size: int,
@@ -59,62 +62,63 @@ def batches_of(
     views: int | None = None,
     workers: int | None = None,
 ) -> Batches:
-    """The training images as batches for one process.
+    """Make the batches of training images for one process.
 
-    Every rank makes the draws for the whole batch and takes its share of the rows, so N ranks together see exactly
-    the images of one process. Ranks may differ by one image where ``batch_size`` is no multiple of their number.
+    Every rank draws the augmentation of the whole batch and takes its part of the rows, so several ranks together
+    train on exactly the images of one process. If ``batch_size`` is not a multiple of the number of ranks, their parts
+    differ by one image.
 
-    Images in memory are cut out of a border and mirrored; images on disk, which are larger, are decoded by worker
-    processes that cut out a random part and stretch it.
+    Images in memory are cropped from a black border and mirrored. Larger images, on disk, are decoded by worker
+    processes, which crop a random box and resize it.
 
     Args:
         data: Training images.
         batch_size: Images of a step over all ranks.
         seed: Seed of order and augmentation.
-        device: Where the pixels go.
-        shard: The share of this process.
-        views: Give every image the augmentations of this many epochs and no more, in turn, so that what a teacher
-            says of them can be kept. None makes new ones every epoch.
-        workers: Processes that decode images on disk; 0 decodes in this one. None takes as many as the cores allow.
+        device: The device of the pixels.
+        shard: The part of this process.
+        views: Number of augmented views of every image, repeated in turn, so that the logits of a teacher can be
+            stored. None draws a new view in every epoch.
+        workers: Processes that decode images on disk; 0 decodes in this process. None chooses by the number of cores.
 
     Raises:
-        UsageError: Some rank would have no image, or fixed views of images on disk are asked for.
+        UsageError: Some rank would have no image, or fixed views were requested for images on disk.
     """
     num_images = len(data.train_labels)
-    plan = EpochSampler(num_images, batch_size, seed, shard)
-    if batch_size < shard.world or plan.steps_per_epoch == 0:
+    sampler = EpochSampler(num_images, batch_size, seed, shard)
+    if batch_size < shard.world_size or sampler.steps_per_epoch == 0:
         raise UsageError(
-            f"{shard.world} processes cannot share batches of {min(batch_size, num_images)} images; "
-            "start fewer processes or take a larger batch."
+            f"{shard.world_size} processes cannot share batches of {min(batch_size, num_images)} images; "
+            "start fewer processes or use a larger batch."
         )
     if views is not None and views < 1:
-        raise UsageError(f"an image has at least one view, got {views}.")
+        raise UsageError(f"the number of views must be at least 1, got {views}.")
     if not isinstance(data.train_images, FileImages):
-        return InMemory(data, plan, device, views)
+        return InMemory(data, sampler, device, views)
     if views is not None:
         raise UsageError(
-            f"fixed views are made of images in memory, and those of {data.task.input_px} px are read from disk; "
-            "train without them."
+            f"fixed views need images in memory, but images of {data.task.input_px} px are read from disk; "
+            "train without fixed views."
         )
     return Streamed(
-        data.train_images, data.mirror, plan, device, default_workers(shard) if workers is None else workers
+        data.train_images, data.mirror, sampler, device, default_workers(shard) if workers is None else workers
     )
 
 
 def default_workers(shard: Shard) -> int:
-    """A process for every core but one, shared by the ranks: at least 1, at most 8."""
-    return max(1, min(MAX_WORKERS, num_cores() // shard.world - 1))
+    """Number of worker processes per rank: this rank's share of the cores, less one; at least 1, at most 8."""
+    return max(1, min(MAX_WORKERS, num_cores() // shard.world_size - 1))
 
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """The order of the images in every epoch, and who takes which.
+    """The order of the images in every epoch, and the part of each rank.
 
     Attributes:
         num_images: N.
         batch_size: Images of a step over all ranks.
         seed: Seed of order and augmentation.
-        shard: The share of this process.
+        shard: The part of this process.
     """
 
     num_images: int
@@ -124,79 +128,82 @@ class EpochSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch; a last one with fewer images than ranks is left out."""
+        """Number of batches in an epoch; a last batch with fewer images than ranks is left out."""
         whole, rest = divmod(self.num_images, self.batch_size)
-        return whole + (rest >= self.shard.world)
+        return whole + (rest >= self.shard.world_size)
 
     def generator(self, epoch: int) -> torch.Generator:
-        """What an epoch's order is drawn from."""
+        """The random generator of an epoch."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
 
     def order(self, random: torch.Generator) -> Tensor:
-        """Rows in the order of an epoch, int64 [N]."""
+        """Draw the order of the rows in an epoch, int64 [N]."""
         return torch.randperm(self.num_images, generator=random)
 
     def shares(self, first_step: int) -> Iterator[slice]:
-        """This rank's part of each batch, as places in the order."""
+        """This rank's part of each batch, as a slice of the order."""
         for step in range(first_step, self.steps_per_epoch):
             begin = step * self.batch_size
             end = min(begin + self.batch_size, self.num_images)
-            yield slice(begin + self.shard.rank, end, self.shard.world)
+            yield slice(begin + self.shard.rank, end, self.shard.world_size)
 
 
 class InMemory:
-    """Batches of images that lie on the device as one tensor, augmented a batch at a time."""
+    """Batches of images that are one tensor on the device, augmented one batch at a time."""
 
-    def __init__(self, data: Dataset, plan: EpochSampler, device: torch.device, views: int | None) -> None:
+    def __init__(self, data: Dataset, sampler: EpochSampler, device: torch.device, views: int | None) -> None:
         self._images_NSS3 = torch.from_numpy(np.asarray(data.train_images[:])).to(device)
-        self._mirror, self._plan, self._views = data.mirror, plan, views
+        self._mirror, self._sampler, self._views = data.mirror, sampler, views
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._plan.steps_per_epoch
+        return self._sampler.steps_per_epoch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         device = self._images_NSS3.device
-        order_N, crops = self._drawn(epoch)
-        if self._views is not None and epoch >= self._views:  # what each image showed in the epoch of its view
-            order_of_view_N, crops = self._drawn(epoch % self._views)
+        order_N, crops = self._draw_epoch(epoch)
+        if self._views is not None and epoch >= self._views:  # reuse each image's crop from the epoch of this view
+            order_of_view_N, crops = self._draw_epoch(epoch % self._views)
             crops = crops[order_of_view_N.argsort()[order_N]]
         crops, on_device_N = crops.to(device), order_N.to(device)
-        for share in self._plan.shares(first_step):
+        for share in self._sampler.shares(first_step):
             yield crop(self._images_NSS3[on_device_N[share]], crops[share]), order_N[share]
 
-    def _drawn(self, epoch: int) -> tuple[Tensor, Crops]:
-        """The order of an epoch and its cuts, in that order.
+    def _draw_epoch(self, epoch: int) -> tuple[Tensor, Crops]:
+        """Draw the order of an epoch, then its crops.
 
-        Those of a whole epoch at once: one that is resumed skips none, and no step waits for small copies.
+        The crops of the whole epoch are drawn at once. So a resumed epoch makes the same draws, and no step waits for
+        small copies to the device.
         """
-        random = self._plan.generator(epoch)
-        order_N = self._plan.order(random)
+        random = self._sampler.generator(epoch)
+        order_N = self._sampler.order(random)
         size_px = self._images_NSS3.shape[1]
         batches = [
             draw_crops(len(rows_B), size_px, self._mirror, random)
-            for rows_B in torch.split(order_N, self._plan.batch_size)
+            for rows_B in torch.split(order_N, self._sampler.batch_size)
         ]
         tops, lefts, mirrored = zip(*((crops.top_N, crops.left_N, crops.mirrored_N) for crops in batches), strict=True)
         return order_N, Crops(torch.cat(tops), torch.cat(lefts), torch.cat(mirrored) if self._mirror else None)
 
 
 class Streamed:
-    """Batches of images that stay on disk, decoded and cut by worker processes a few batches ahead.
+    """Batches of images that stay on disk; worker processes decode and crop them a few batches ahead.
 
-    What image n shows in epoch e is a function of (seed, e, n) alone, whatever the number of workers.
+    The crop of image n in epoch e is a function of (seed, e, n) alone. It does not depend on the number of workers.
     """
 
-    def __init__(self, files: FileImages, mirror: bool, plan: EpochSampler, device: torch.device, workers: int) -> None:
-        self._stream = BatchLoader(CropDataset(files, mirror, plan.seed), workers, pinned=device.type == "cuda")
-        self._plan, self._device = plan, device
+    def __init__(
+        self, files: FileImages, mirror: bool, sampler: EpochSampler, device: torch.device, workers: int
+    ) -> None:
+        self._loader = BatchLoader(CropDataset(files, mirror, sampler.seed), workers, pinned=device.type == "cuda")
+        self._sampler, self._device = sampler, device
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._plan.steps_per_epoch
+        return self._sampler.steps_per_epoch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        order_N = self._plan.order(self._plan.generator(epoch))
-        rows = [order_N[share] for share in self._plan.shares(first_step)]
-        for pixels_BSS3, rows_B in zip(self._stream.batches(epoch, rows), rows, strict=True):
+        order_N = self._sampler.order(self._sampler.generator(epoch))
+        rows = [order_N[share] for share in self._sampler.shares(first_step)]
+        for pixels_BSS3, rows_B in zip(self._loader.batches(epoch, rows), rows, strict=True):
             yield pixels_BSS3.to(self._device, non_blocking=True), rows_B

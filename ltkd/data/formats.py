@@ -1,6 +1,8 @@
-"""How image files lie on disk: a tree of class folders, TinyImageNet's own layout, or lists of files with labels.
+"""The data sets that can be loaded by name, and the layouts of image files on disk.
 
-Each function finds the files and their classes; it opens none of them.
+A layout is a tree of class folders, TinyImageNet's own, or lists of files with labels. The first half of the module
+finds the files of a layout and their classes, without opening an image. The second half makes a ``DatasetSource`` of
+each data set; ``DATASETS`` maps names to them, and ``datasets`` loads from there.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Split:
-    """Files and the class of each.
+    """Image files and their classes.
 
     Attributes:
         files: N paths.
@@ -36,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FileListing:
-    """A data set as files.
+    """The image files of a data set.
 
     Attributes:
         class_names: C names, in label order.
@@ -50,32 +52,32 @@ class FileListing:
 
 
 def class_folders(root: Path) -> FileListing:
-    """``train/CLASS/*`` and ``test/CLASS/*``; classes are the sorted names of the folders.
+    """List a tree of ``train/CLASS/*`` and ``test/CLASS/*``; the classes are the sorted names of the folders.
 
-    A tree with ``val/`` and no ``test/``, as torchvision's ImageFolder is often laid out, is tested on ``val/``.
+    If the tree has ``val/`` and no ``test/``, as is common for torchvision's ImageFolder, ``val/`` is the test set.
 
     Raises:
-        DataError: The tree is not of this form.
+        DataError: The tree does not have this layout.
     """
     val = not (root / "test").is_dir() and (root / "val").is_dir()
     train, test = _class_folders(root / "train"), _class_folders(root / ("val" if val else "test"))
     if train.keys() != test.keys():
         only = {"train": sorted(train.keys() - test.keys()), "test": sorted(test.keys() - train.keys())}
-        seen = "; ".join(f"only in {split}: {', '.join(names[:5])}" for split, names in only.items() if names)
-        raise DataError(f"{root}: train and test have different classes ({seen}); give both the same folders.")
+        differences = "; ".join(f"only in {split}: {', '.join(names[:5])}" for split, names in only.items() if names)
+        raise DataError(f"{root}: train and test have different classes ({differences}); give both the same folders.")
     return FileListing(tuple(train), _split(list(train.values())), _split(list(test.values())))
 
 
 def is_tiny_imagenet(root: Path) -> bool:
-    """Whether a directory is TinyImageNet as its archive unpacks."""
+    """Whether a directory is an unpacked TinyImageNet archive."""
     return (root / "wnids.txt").is_file() and (root / "val" / "val_annotations.txt").is_file()
 
 
 def tiny_imagenet(root: Path) -> FileListing:
-    """``train/WNID/images/*.JPEG`` and ``val/images/*.JPEG`` with ``val/val_annotations.txt``.
+    """List ``train/WNID/images/*.JPEG`` and ``val/images/*.JPEG``, labelled by ``val/val_annotations.txt``.
 
-    Classes are the sorted wnids, as ImageFolder numbers them. The archive's own ``test/`` has no labels, so the
-    10,000 images of ``val/`` are the test set, by custom.
+    Classes are the sorted wnids, numbered as by ImageFolder. The archive's own ``test/`` has no labels, so the 10,000
+    images of ``val/`` are the test set, as is customary.
 
     Raises:
         DataError: A class or a label is missing.
@@ -102,10 +104,10 @@ def tiny_imagenet(root: Path) -> FileListing:
 
 
 def index_lists(root: Path, train_list: Path, test_list: Path) -> FileListing:
-    """Two files of ``path label`` lines, the published form of ImageNet-LT; paths are below ``root``.
+    """List the images of two files of ``path label`` lines, the published form of ImageNet-LT.
 
-    A class is called by the folder that all its training images lie in where no other class has it, and by its label
-    otherwise.
+    The paths are relative to ``root``. A class is named after the folder that holds all its training images, or after
+    its label if they are in several folders. If two names would be equal, all classes are named after their labels.
 
     Raises:
         DataError: A list is missing or malformed, its labels do not run from 0 without a gap, or images are missing.
@@ -114,53 +116,55 @@ def index_lists(root: Path, train_list: Path, test_list: Path) -> FileListing:
     labels = np.unique(train.labels_N)
     num_classes = len(labels)
     if labels[-1] != num_classes - 1:
-        gap = next(label for label, seen in enumerate(labels.tolist()) if label != seen)
-        raise DataError(f"{train_list} has labels up to {labels[-1]} but no image of {gap}; number classes from 0 on.")
+        gap = next(expected for expected, label in enumerate(labels.tolist()) if expected != label)
+        raise DataError(
+            f"{train_list} has labels up to {labels[-1]} but no image of {gap}; number the classes from 0 without gaps."
+        )
     unknown = np.setdiff1d(test.labels_N, labels)
     if len(unknown):
         raise DataError(
-            f"{test_list} has labels that {train_list} has not ({', '.join(map(str, unknown[:5].tolist()))}); "
-            "give both lists the same classes."
+            f"{test_list} has labels that are not in {train_list} ({', '.join(map(str, unknown[:5].tolist()))}); "
+            "both lists must have the same classes."
         )
     absent = [path for split in (train, test) for path in split.files if not path.is_file()]
     if absent:
         more = f" (and {len(absent) - NAMED:,} more)" if len(absent) > NAMED else ""
         raise DataError(
             f"{len(absent):,} of the images in the lists do not exist below {root}: "
-            f"{', '.join(str(path.relative_to(root)) for path in absent[:NAMED])}{more}; check the root."
+            f"{', '.join(str(path.relative_to(root)) for path in absent[:NAMED])}{more}; check the root directory."
         )
     return FileListing(checked_names(_names(root, train, num_classes), train_list), train, test)
 
 
 def checked_names(names: Sequence[str], where: Path) -> tuple[str, ...]:
-    """Class names as they are, if they can be printed and written to JSON.
+    """Check that class names can be printed and written to JSON, and return them.
 
     Raises:
         DataError: A name is not valid UTF-8 or has control characters.
     """
     for name in names:
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-            shown = name.encode("unicode_escape", "surrogatepass").decode("ascii")
-            raise DataError(f"{where} has a class whose name is no printable UTF-8: {shown}; rename the folder.")
+            escaped = name.encode("unicode_escape", "surrogatepass").decode("ascii")
+            raise DataError(f"{where} has a class whose name is not printable UTF-8: {escaped}; rename the folder.")
     return tuple(names)
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file name that the system gave is text; otherwise Python holds its bytes as lone surrogates."""
+    """Whether a file name is valid UTF-8. If not, Python represents its bytes as lone surrogates."""
     return not any(unicodedata.category(character) == "Cs" for character in name)
 
 
 def _class_folders(split: Path) -> dict[str, list[Path]]:
     """Class name to image files, both sorted."""
     if not split.is_dir():
-        raise DataError(f"{split} does not exist; a tree needs train/CLASS/ and test/CLASS/ folders of images.")
+        raise DataError(f"{split} does not exist; the directory needs train/CLASS/ and test/CLASS/ folders of images.")
     folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = checked_names([folder.name for folder in folders], split)
     classes = {name: _image_files(folder) for name, folder in zip(names, folders, strict=True)}
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise DataError(
-            f"{split} has classes without a single image ({', '.join(SUFFIXES)}): {', '.join(empty[:5])}; "
+            f"{split} has classes without images ({', '.join(SUFFIXES)}): {', '.join(empty[:5])}; "
             "add images or remove the folders."
         )
     return classes
@@ -189,30 +193,30 @@ def _read_list(root: Path, path: Path) -> Split:
         name, label = _name_and_label(line)
         if not name or label is None:
             raise DataError(
-                f"{path}, line {number}: expected 'PATH LABEL' with a path below {root} and a whole number from 0 "
-                f"on, got {line[:80]!r}."
+                f"{path}, line {number}: expected 'PATH LABEL' with a path below {root} and a label >= 0, "
+                f"got {line[:80]!r}."
             )
         files.append(root / name)
         labels.append(label)
     if not files:
-        raise DataError(f"{path} names no image; expected 'PATH LABEL' lines.")
+        raise DataError(f"{path} lists no images; expected 'PATH LABEL' lines.")
     return Split(tuple(files), np.array(labels, dtype=np.int64))
 
 
 def _name_and_label(line: str) -> tuple[str, int | None]:
-    """What a line of a list says; an empty name or no label where it does not."""
+    """The path and label of a line; the path is empty or the label None if it is not valid."""
     name, _, label = line.strip().replace("\t", " ").rpartition(" ")
-    inside = PurePosixPath(name.strip())
-    below = not inside.is_absolute() and ".." not in inside.parts
-    whole = label.isascii() and label.isdecimal() and len(label) < 10
-    return str(inside) if name and below else "", int(label) if whole else None
+    path = PurePosixPath(name.strip())
+    is_below_root = not path.is_absolute() and ".." not in path.parts
+    is_number = label.isascii() and label.isdecimal() and len(label) < 10
+    return str(path) if name and is_below_root else "", int(label) if is_number else None
 
 
 def _names(root: Path, train: Split, num_classes: int) -> tuple[str, ...]:
     folders: list[set[str]] = [set() for _ in range(num_classes)]
     for path, label in zip(train.files, train.labels_N.tolist(), strict=True):
         folders[label].add(path.parent.name if path.parent != root else str(label))
-    names = [next(iter(found)) if len(found) == 1 else str(label) for label, found in enumerate(folders)]
+    names = [next(iter(parents)) if len(parents) == 1 else str(label) for label, parents in enumerate(folders)]
     return tuple(names) if len(set(names)) == num_classes else tuple(map(str, range(num_classes)))
 
 
@@ -223,16 +227,16 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set whose labels are known and whose images are made or read when asked for.
+    """A whole data set: labels in memory, images that are rendered or read on access.
 
     Attributes:
         class_names: C names, in label order.
-        train_labels_N: Class of every training image there is.
+        train_labels_N: Class of every training image.
         test_labels_N: Class of every test image.
-        train_images: All of them, by position.
-        test_images: The same of the test set.
+        train_images: All training images, by position.
+        test_images: All test images, by position.
         mirror: Whether a mirrored image still shows its class.
-        mean_std: Channel statistics by custom; None computes them from the training images that are kept.
+        mean_std: The customary channel statistics; None computes them from the training images that are kept.
     """
 
     class_names: tuple[str, ...]
@@ -245,7 +249,7 @@ class DatasetSource:
 
 
 def glyphs_source(config: DataConfig) -> DatasetSource:
-    """The embedded default: 47 classes of rendered characters, 24 x 24."""
+    """The built-in default data set: 47 classes of rendered characters, 24 x 24."""
     if config.input_px not in (None, glyphs.SIZE_PX):
         raise UsageError(
             f"glyphs are {glyphs.SIZE_PX} px wide, got --input-px {config.input_px}; leave the option out."
@@ -267,7 +271,7 @@ def glyphs_source(config: DataConfig) -> DatasetSource:
 
 @dataclass(frozen=True)
 class _Glyphs:
-    """Glyphs by position, class after class, rendered when asked for."""
+    """Glyphs by position, class after class, rendered on access."""
 
     num_classes: int
     per_class: int
@@ -282,7 +286,7 @@ class _Glyphs:
 
 
 def cifar100_source(config: DataConfig) -> DatasetSource:
-    """CIFAR-100 through torchvision; downloaded into ``data/`` where a network allows it."""
+    """CIFAR-100 through torchvision, which downloads it into ``data/`` if it is not there."""
     from torchvision.datasets import CIFAR100  # noqa: PLC0415  # only this data set needs torchvision
 
     if config.input_px not in (None, 32):
@@ -293,7 +297,7 @@ def cifar100_source(config: DataConfig) -> DatasetSource:
     except (OSError, RuntimeError) as reason:
         raise DataError(
             f"CIFAR-100 is not in {root} and could not be downloaded ({reason}). Put the directory "
-            f"cifar-100-python there, or give --data the path of a tree with train/CLASS/ and test/CLASS/."
+            f"cifar-100-python there, or pass --data the path of a directory with train/CLASS/ and test/CLASS/."
         ) from None
     return DatasetSource(
         tuple(train.classes),
@@ -307,10 +311,10 @@ def cifar100_source(config: DataConfig) -> DatasetSource:
 
 
 def folder_source(config: DataConfig) -> DatasetSource:
-    """A tree with ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val/``); images are brought to one square size.
+    """A tree with ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val/``); images are resized to one square size.
 
-    The size is ``input_px``; without it the images' own where the first of every class agree on a square of at
-    most 224, otherwise 64.
+    The size is ``input_px``. Without it, the size is that of the first image of every class if they all have the same
+    square size of at most 224, otherwise 64.
     """
     assert config.root is not None, "data_config sets the root of a tree"
     listing = class_folders(config.root)
@@ -322,13 +326,13 @@ def folder_source(config: DataConfig) -> DatasetSource:
 
 
 def tiny_imagenet_source(config: DataConfig) -> DatasetSource:
-    """TinyImageNet as its archive unpacks: 200 classes of 500, tested on its 10,000 validation images, 64 x 64."""
+    """TinyImageNet: 200 classes of 500 images, 64 x 64; its 10,000 validation images are the test set."""
     assert config.root is not None, "data_config sets the root"
     return _files_source(tiny_imagenet(config.root), config.input_px or 64)
 
 
 def lists_source(config: DataConfig) -> DatasetSource:
-    """Images that two lists of ``path label`` lines name, as ImageNet-LT is published; sizes as for a tree."""
+    """The images of two lists of ``path label`` lines, as for ImageNet-LT; the size is chosen as for a tree."""
     assert config.root and config.train_list and config.test_list, "data_config sets root and lists"
     listing = index_lists(config.root, config.train_list, config.test_list)
     if len(listing.class_names) < 2:
@@ -348,11 +352,11 @@ def _files_source(listing: FileListing, size_px: int) -> DatasetSource:
 
 
 def _own_size_px(listing: FileListing) -> int:
-    """The size of the first image of every class where they agree; unreadable ones have no say."""
+    """The size of the first image of every class if it is the same; unreadable files are skipped."""
     _, first_of_class = np.unique(listing.train.labels_N, return_index=True)
     sizes = set()
     for row in first_of_class.tolist():
-        with contextlib.suppress(ImageError):  # it is told with all the others when every file is looked at
+        with contextlib.suppress(ImageError):  # reported with all other unreadable files when the files are checked
             sizes.add(image_size_px(listing.train.files[row]))
     if len(sizes) == 1:
         width, height = sizes.pop()

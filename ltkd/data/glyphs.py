@@ -1,8 +1,8 @@
-"""Glyphs: letters and digits rendered on this machine, a data set of any size without a download.
+"""Glyphs: a data set of rendered letters and digits, of any size and without a download.
 
-The images are rendered, not photographed: one character in one of the typefaces that matplotlib ships, with random
-size, position, slant, rotation, blur, noise and colours. Upper and lower case that look alike are one class, as in
-EMNIST's balanced split, which leaves 47 classes. Image i of a class is a function of (split, class, i) alone.
+An image shows one character in one of the typefaces that matplotlib ships, with random size, position, slant,
+rotation, blur, noise and colours. Upper and lower case letters that look alike are one class, as in EMNIST's balanced
+split, which leaves 47 classes. Image i of a class is a function of (split, class, i) alone.
 """
 
 import colorsys
@@ -26,9 +26,9 @@ _CANVAS_PX = 48  # rendered at twice the size and scaled down, so that edges are
 
 
 def class_names() -> list[str]:
-    """Names that sort, and survive as folder names on any file system: ``upper_A``, ``lower_a``, ``digit_0``."""
+    """Class names that are valid, distinct folder names on any file system: ``upper_A``, ``lower_a``, ``digit_0``."""
     kinds = {True: "upper", False: "lower"}
-    return [f"digit_{c}" if c.isdigit() else f"{kinds[c.isupper()]}_{c}" for c in _ordered()]
+    return [f"digit_{c}" if c.isdigit() else f"{kinds[c.isupper()]}_{c}" for c in _characters()]
 
 
 def render_glyphs(labels_N: NDArray[np.int64], numbers_N: NDArray[np.int64], split: int) -> NDArray[np.uint8]:
@@ -40,20 +40,20 @@ def render_glyphs(labels_N: NDArray[np.int64], numbers_N: NDArray[np.int64], spl
         split: 0 for training and 1 for test images; the two never share a random stream.
     """
     images_NSS3 = np.empty((len(labels_N), SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
-    for place, (label, number) in enumerate(zip(labels_N.tolist(), numbers_N.tolist(), strict=True)):
-        images_NSS3[place] = _render(_ordered()[label], np.random.default_rng((split, label, number)))
+    for position, (label, number) in enumerate(zip(labels_N.tolist(), numbers_N.tolist(), strict=True)):
+        images_NSS3[position] = _render(_characters()[label], np.random.default_rng((split, label, number)))
     return images_NSS3
 
 
 @lru_cache(maxsize=1)
-def _ordered() -> str:
-    """The characters in label order: shuffled once, so that the head is no particular kind of character."""
+def _characters() -> str:
+    """The characters in label order, shuffled so that the head has characters of every kind."""
     return "".join(np.random.default_rng(0).permutation(list(CHARACTERS)))
 
 
 @lru_cache(maxsize=len(TYPEFACES) * 16)
 def _font(typeface: str, size_px: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # noqa: PLC0415  # only for the place of its typefaces
+    import matplotlib  # noqa: PLC0415  # only needed to find its typefaces
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{typeface}.ttf"), size_px)
 
@@ -77,7 +77,7 @@ def _render(character: str, random: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _affine(angle: float, slant: float) -> tuple[float, ...]:
-    """Output to input coordinates: a rotation and a shear about the centre of the canvas."""
+    """The map from output to input coordinates: a rotation and a shear about the centre of the canvas."""
     cos, sin, middle = np.cos(angle), np.sin(angle), _CANVAS_PX / 2
     matrix = np.array([[cos, sin], [-sin, cos]]) @ np.array([[1, slant], [0, 1]])
     shift = middle - matrix @ (middle, middle)
@@ -85,7 +85,7 @@ def _affine(angle: float, slant: float) -> tuple[float, ...]:
 
 
 def _colours(random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Paper and ink, RGB 0..255; the ink is darker by 0.4 to 0.6 of the range of lightness."""
+    """Draw the colours of paper and ink, RGB 0..255; the ink is darker by 0.4 to 0.6 of the range of lightness."""
     paper_light = random.uniform(0.6, 0.95)
     ink_light = paper_light - random.uniform(0.4, 0.6)
     colours = [
@@ -96,7 +96,7 @@ def _colours(random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[
 
 
 def _shade(random: np.random.Generator) -> NDArray[np.float32]:
-    """A slope of light across the image, up to +-20, [S, S, 1]."""
+    """Draw a linear gradient of brightness across the image, up to +-20, [S, S, 1]."""
     line_S = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
     slope_x, slope_y = random.uniform(-10, 10, size=2)
     return np.asarray((slope_x * line_S[None, :] + slope_y * line_S[:, None])[..., None], dtype=np.float32)

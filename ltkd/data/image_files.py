@@ -1,4 +1,6 @@
-"""Image files as a training set: read by position when asked for, and all of them looked at once beforehand.
+"""Image files as an array of images: decoded by position on access, and checked once before training.
+
+``datasets`` checks the files and keeps small images in memory; ``streaming`` decodes large ones during the training.
 
 Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
 """
@@ -19,14 +21,14 @@ from ltkd.errors import DataError, ImageError
 
 MAX_THREADS = 8
 AT_ONCE = 256
-_TASK = 16  # files that a thread is handed at once; small ones are decoded faster than handed over
-_TASKS = 64  # under way at once; a future for every file of millions would fill the memory
+_TASK = 16  # files per task of a thread; submitting a task can take longer than decoding a small file
+_TASKS = 64  # tasks pending at once; a future per file would fill the memory for millions of files
 
 Result = TypeVar("Result")
 
 
 class Images(Protocol):
-    """Images by position; a NumPy array of them is one, and so are files that are decoded when asked for."""
+    """Images by position: a NumPy array, or files that are decoded on access."""
 
     def __len__(self) -> int: ...
 
@@ -36,11 +38,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images that stay on disk: every access reads and decodes, so memory holds what was asked for and no more.
+    """Images that stay on disk: every access decodes files, so memory holds only the images of that access.
 
     Attributes:
         paths: N files.
-        size_px: Side that they are brought to.
+        size_px: Side that images are resized to.
     """
 
     paths: tuple[Path, ...]
@@ -58,27 +60,27 @@ class FileImages:
         paths = self.take(rows).paths
         images_BSS3 = np.empty((len(paths), self.size_px, self.size_px, 3), dtype=np.uint8)
 
-        def load(place: int) -> None:
-            images_BSS3[place] = load_image(paths[place], self.size_px)
+        def load(position: int) -> None:
+            images_BSS3[position] = load_image(paths[position], self.size_px)
 
         for _ in _in_threads(load, len(paths)):
             pass
         return images_BSS3
 
     def take(self, rows: slice | NDArray[np.int64]) -> "FileImages":
-        """Some of the files, unread."""
+        """Select files without reading them."""
         chosen = self.paths[rows] if isinstance(rows, slice) else tuple(self.paths[row] for row in rows.tolist())
         return FileImages(chosen, self.size_px)
 
 
 @dataclass
 class FileCheck:
-    """What a look at every file found.
+    """The result of checking every file.
 
     Attributes:
-        images_NSS3: The decoded images, undefined where a file is unreadable; None unless they were asked for.
-        problems: Position to what is wrong with the file.
-        levels_3L: How often each level occurs in the readable images.
+        images_NSS3: The decoded images, undefined for unreadable files; None unless ``keep`` was set.
+        problems: The error message of each unreadable file, by position.
+        levels_3L: Number of pixels per channel and level in the readable images.
     """
 
     images_NSS3: NDArray[np.uint8] | None
@@ -89,50 +91,50 @@ class FileCheck:
 def check_files(
     files: FileImages, *, keep: bool, on_file: Callable[[int], None] = lambda num_files: None, levels: bool = True
 ) -> FileCheck:
-    """Decode every file once.
+    """Decode every file once, and report the unreadable ones.
 
     Args:
-        files: Which.
-        keep: Hand back the images. Without it JPEG files are decoded in draft, which finds the same damage.
-        on_file: Told how many files are done, after every file.
+        files: The files.
+        keep: Return the images. Otherwise JPEG files are decoded in draft mode, which finds the same damage.
+        on_file: Called after every file with the number of files checked.
         levels: Count the levels of the channels.
     """
     size_px = files.size_px
-    look = FileCheck(np.empty((len(files), size_px, size_px, 3), dtype=np.uint8) if keep else None)
+    check = FileCheck(np.empty((len(files), size_px, size_px, 3), dtype=np.uint8) if keep else None)
 
-    def decode(place: int) -> str | NDArray[np.int64] | None:
+    def decode(position: int) -> str | NDArray[np.int64] | None:
         try:
-            pixels_SS3 = load_image(files.paths[place], size_px, draft=not keep)
+            pixels_SS3 = load_image(files.paths[position], size_px, draft=not keep)
         except ImageError as error:
             return str(error)
-        if look.images_NSS3 is not None:
-            look.images_NSS3[place] = pixels_SS3
+        if check.images_NSS3 is not None:
+            check.images_NSS3[position] = pixels_SS3
         return channel_levels(pixels_SS3) if levels else None
 
-    for place, found in enumerate(_in_threads(decode, len(files))):
-        if isinstance(found, str):
-            look.problems[place] = found
-        elif found is not None:
-            look.levels_3L += found
-        on_file(place + 1)
-    return look
+    for position, result in enumerate(_in_threads(decode, len(files))):
+        if isinstance(result, str):
+            check.problems[position] = result
+        elif result is not None:
+            check.levels_3L += result
+        on_file(position + 1)
+    return check
 
 
-def in_batches(images: Images) -> Iterator[NDArray[np.uint8]]:
-    """The images, few of them in memory at once."""
+def iterate_batches(images: Images) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images in batches, so that few of them are in memory at once."""
     for start in range(0, len(images), AT_ONCE):
         yield np.ascontiguousarray(images[start : start + AT_ONCE])
 
 
-def digests(images: Images) -> Iterator[bytes]:
-    """A hash of the pixels of each image."""
-    for images_BSS3 in in_batches(images):
+def pixel_hashes(images: Images) -> Iterator[bytes]:
+    """Yield a hash of the pixels of each image."""
+    for images_BSS3 in iterate_batches(images):
         for pixels_SS3 in images_BSS3:
             yield hashlib.blake2b(pixels_SS3.data, digest_size=16).digest()
 
 
 def unreadable_error(problems: Sequence[str], num_files: int) -> DataError:
-    """The error that names every file that cannot be read."""
+    """Make the error that names every unreadable file."""
     return DataError(
         f"{len(problems):,} of {num_files:,} images are unreadable; repair or remove them, or leave them out with "
         f"--skip-unreadable:{_listed(problems)}"
@@ -140,36 +142,36 @@ def unreadable_error(problems: Sequence[str], num_files: int) -> DataError:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    """A few in the same line, more of them one a line."""
+    """Up to three problems in the same line; more of them with one line each."""
     return " " + " | ".join(lines) if len(lines) <= 3 else "".join(f"\n  {line}" for line in lines)
 
 
 def channel_levels(pixels_SS3: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often each level occurs in each channel of an image, int64 [3, 256]."""
+    """Number of pixels per channel and level of an image, int64 [3, 256]."""
     return np.stack([np.bincount(pixels_SS3[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
-def _in_threads(work: Callable[[int], Result], count: int) -> Iterator[Result]:
-    """The results of ``work(0)`` to ``work(count - 1)`` in order; Pillow decodes without Python's lock."""
+def _in_threads(function: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """Yield ``function(0)`` to ``function(count - 1)`` in order; threads help because Pillow releases the GIL."""
 
-    def some(start: int) -> list[Result]:
-        return [work(place) for place in range(start, min(start + _TASK, count))]
+    def run_task(start: int) -> list[Result]:
+        return [function(position) for position in range(start, min(start + _TASK, count))]
 
     starts = range(0, count, _TASK)
     with ThreadPoolExecutor(min(MAX_THREADS, num_cores())) as threads:
         for first in range(0, len(starts), _TASKS):
-            for results in threads.map(some, starts[first : first + _TASKS]):
+            for results in threads.map(run_task, starts[first : first + _TASKS]):
                 yield from results
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with one purpose.
+    """Images and their classes.
 
     Attributes:
         images: N images.
-        label_N: Their classes.
+        labels_N: Class of each image.
     """
 
     images: Images
-    label_N: NDArray[np.int64]
+    labels_N: NDArray[np.int64]

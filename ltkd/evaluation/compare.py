@@ -1,4 +1,7 @@
-"""Methods against each other: teachers and students over several tails and seeds, as tables, one JSON and pictures."""
+"""Comparison of methods: trains teachers and students for several gammas and seeds and collects the results.
+
+The trainings are ordinary runs (``training.run``). ``results`` has the records and tables, ``plots`` the plots.
+"""
 
 import functools
 import platform
@@ -24,25 +27,25 @@ from ltkd.training.progress import load_with_progress
 from ltkd.training.run import run_config, train_run
 from ltkd.training.run_folder import Run
 
-# Teacher logits of one seed are kept for all its students up to this size; beyond it every student asks the teacher.
-KEPT_LOGITS_BYTES = 2**30
+# up to this size the teacher's logits of a seed are cached for all students; above it, every student computes them
+MAX_CACHED_LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method as the comparison names it: ``ltkd`` or ``ltkd:alpha=3:beta=2``."""
+    """A method with its name in the comparison: ``ltkd`` or ``ltkd:alpha=3:beta=2``."""
 
     name: str
     method: MethodConfig
 
     @property
     def folder(self) -> str:
-        """The name of its runs' folders."""
+        """The name of the folder of its runs."""
         return self.name.replace(":", "-")
 
 
 def parse_method(text: str) -> MethodSpec:
-    """Read ``NAME`` or ``NAME:PARAMETER=VALUE:...``.
+    """Parse ``NAME`` or ``NAME:PARAMETER=VALUE:...``.
 
     Raises:
         UsageError: The method or a parameter does not exist, or a value is missing.
@@ -52,18 +55,21 @@ def parse_method(text: str) -> MethodSpec:
     for change in changes:
         parameter, equals, value = change.partition("=")
         if not equals:
-            raise UsageError(f"'{text}' is no method: a parameter is NAME=VALUE, got '{change}'; say ltkd:alpha=3.")
+            raise UsageError(
+                f"'{text}' is not a method: parameters have the form NAME=VALUE, got '{change}'; example: ltkd:alpha=3."
+            )
         parameters[parameter] = value
     return MethodSpec(text, method_config(name, parameters))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is compared: every contestant for every tail and seed.
+    """The trainings of a comparison: every method for every gamma and seed.
 
     Attributes:
-        data: The images; its own gamma is not used.
-        gammas: The tails; None leaves a set as it is.
+        data: The images; ``gamma`` in it is not used.
+        methods: The students' methods.
+        gammas: Imbalance factors of the training images; None uses all training images.
     """
 
     data: DataConfig
@@ -83,30 +89,30 @@ def compare(
     *,
     load: Callable[[DataConfig, Console], Dataset] = load_with_progress,
 ) -> Comparison:
-    """Train a teacher and a student by every method, for every tail and seed, in folders below ``out``.
+    """Train a teacher and one student per method, for every gamma and seed, in folders below ``out``.
 
-    Runs that are complete are taken as they are, so an interrupted comparison goes on where it stopped. The
-    comparison's files are renewed after every run. Students of one seed share their teacher's logits: every epoch
-    is a view of its own, so nothing of what they see changes.
+    Complete runs are reused, so an interrupted comparison is resumed. compare.json is written again after every run,
+    the plots after every seed. The students of a seed share the cached logits of their teacher. Every epoch has a view
+    of its own, so the cache does not change the students' images.
 
     Raises:
-        UsageError: A model, a method or a parameter does not exist, or two contestants are the same.
+        UsageError: A model does not exist, or a method is given twice.
     """
     for model in (experiment.teacher_model, experiment.student_model):
-        model_builder(model)  # before the images are loaded, which may take long
+        model_builder(model)  # raises if there is no such model; before the images are loaded, which may take long
     recipe, gammas, methods = experiment.recipe, experiment.gammas, experiment.methods
-    names = [each.name for each in methods]
+    names = [spec.name for spec in methods]
     if len(set(names)) != len(names):
-        raise UsageError(f"a method is named twice: {', '.join(names)}; name each once.")
-    rows: list[RunResult] = []
+        raise UsageError(f"a method is given twice: {', '.join(names)}; give each method once.")
+    results: list[RunResult] = []
     train_counts: list[tuple[int, ...]] = []
 
-    def note(network: str, run: Run, data: Dataset, teacher_logits: TestLogits) -> Comparison:
-        rows.append(run_result(network, run, evaluate_run(run, data, teacher_logits), data, out))
+    def add_result(network: str, run: Run, data: Dataset, teacher_logits: TestLogits) -> Comparison:
+        results.append(run_result(network, run, evaluate_run(run, data, teacher_logits), data, out))
         comparison = Comparison(
             data=experiment.data.model_copy(update={"gamma": gammas[0]}),
             recipe=recipe,
-            methods={each.name: each.method for each in methods},
+            methods={spec.name: spec.method for spec in methods},
             execution=experiment.execution,
             versions=run.config.versions,
             hardware=_hardware(run.config.execution.device),
@@ -114,21 +120,21 @@ def compare(
             num_test=len(data.test_labels),
             train_counts=tuple(train_counts),
             group_names=data.task.groups.names,
-            rows=tuple(rows),
+            rows=tuple(results),
         )
         write_record(out / COMPARISON_FILE, comparison)
         return comparison
 
     for gamma in gammas:
-        tailed = experiment.data.model_copy(update={"gamma": gamma})
-        data = load(tailed, console)
+        data_config = experiment.data.model_copy(update={"gamma": gamma})
+        data = load(data_config, console)
         train_counts.append(data.task.train_counts)
-        views = _views(recipe, data, methods)
+        views = _teacher_views(recipe, data, methods)
         for seed in experiment.seeds:
             folder = out / f"seed{seed}" if len(gammas) == 1 else out / f"gamma{gamma:g}" / f"seed{seed}"
             title = f"seed {seed}" if len(gammas) == 1 else f"gamma {gamma:g}, seed {seed}"
             config = run_config(
-                tailed,
+                data_config,
                 experiment.teacher_model,
                 method_config("ce"),
                 recipe,
@@ -137,22 +143,22 @@ def compare(
             )
             teacher = train_run(config, data, folder / TEACHER, console, f"teacher, {title}")
             teacher_logits = functools.cache(functools.partial(logits_on_test, teacher, data))
-            comparison = note(TEACHER, teacher, data, teacher_logits)
-            for each in methods:
-                taught = build_method(each.method).needs_teacher
+            comparison = add_result(TEACHER, teacher, data, teacher_logits)
+            for spec in methods:
+                method = build_method(spec.method)
                 config = run_config(
-                    tailed,
+                    data_config,
                     experiment.student_model,
-                    each.method,
+                    spec.method,
                     recipe,
                     seed=seed,
                     execution=experiment.execution,
-                    teacher=teacher if taught else None,
-                    teacher_views=views if taught and not build_method(each.method).needs_features else None,
+                    teacher=teacher if method.needs_teacher else None,
+                    teacher_views=views if method.needs_teacher and not method.needs_features else None,
                 )
-                run = train_run(config, data, folder / each.folder, console, f"{each.name}, {title}")
-                comparison = note(each.name, run, data, teacher_logits)
-            draw_comparison(comparison, data.test_labels, out, several_tails=len(gammas) > 1)
+                run = train_run(config, data, folder / spec.folder, console, f"{spec.name}, {title}")
+                comparison = add_result(spec.name, run, data, teacher_logits)
+            draw_comparison(comparison, data.test_labels, out, several_gammas=len(gammas) > 1)
     return comparison
 
 
@@ -162,9 +168,9 @@ def _hardware(device: str) -> str:
     )
 
 
-def _views(recipe: Recipe, data: Dataset, methods: Sequence[MethodSpec]) -> int | None:
-    """As many views as epochs, where several students can share the teacher's logits and these are not too large."""
-    num_taught = sum(build_method(each.method).needs_teacher for each in methods)
+def _teacher_views(recipe: Recipe, data: Dataset, methods: Sequence[MethodSpec]) -> int | None:
+    """One view per epoch if several students can share cached teacher logits of acceptable size, otherwise None."""
+    num_distilled = sum(build_method(spec.method).needs_teacher for spec in methods)
     logits_bytes = 4 * recipe.epochs * len(data.train_labels) * len(data.task.class_names)
     in_memory = isinstance(data.train_images, np.ndarray)
-    return recipe.epochs if num_taught > 1 and in_memory and logits_bytes <= KEPT_LOGITS_BYTES else None
+    return recipe.epochs if num_distilled > 1 and in_memory and logits_bytes <= MAX_CACHED_LOGITS_BYTES else None

@@ -1,4 +1,4 @@
-"""What a complete run does on the test images, class by class and against its teacher; kept in the run folder.
+"""Evaluation of a complete run on the test images, by class and against its teacher; saved in the run folder.
 
 Shape legend: N images, C classes, K class groups.
 """
@@ -20,19 +20,19 @@ from ltkd.training.loop import predict
 from ltkd.training.run_folder import Run, open_run
 
 EVALUATION_FILE = "evaluation.json"
-TEMPERATURE = 4.0  # at which masses and divergences are measured, the temperature of the distillation
-MASS_BATCH = 64  # images in a sum of group masses, the paper's batch
+TEMPERATURE = 4.0  # for group masses and divergences; the temperature of the distillation
+MASS_BATCH = 64  # images per sum of group masses; the paper's batch size
 
 
 class Evaluation(VersionedRecord):
-    """A network on the test images.
+    """The results of a network on the test images.
 
     Attributes:
-        class_accuracy: Fraction right of each class's images; None for a class without one.
+        class_accuracy: Accuracy of each class, a fraction; None for a class without test images.
         adjusted_class_accuracy: The same after post-hoc logit adjustment of strength 1 (arXiv 2007.07314).
-        batch_masses: For consecutive batches of shuffled test images, the probability that the network gives each
-            group, softened by the temperature and summed over the batch.
-        teacher_kl: For a distilled student, by true group and over all, the mean KL(teacher || student) in nats.
+        batch_masses: For consecutive batches of shuffled test images, the probability that the network assigns to each
+            group at the temperature ``TEMPERATURE``, summed over the batch.
+        teacher_kl: For a distilled student, the mean KL(teacher || student) in nats, by true group and over all.
     """
 
     class_accuracy: tuple[float | None, ...]
@@ -45,12 +45,12 @@ TestLogits = Callable[[], NDArray[np.floating]]
 
 
 def evaluate_run(run: Run, data: Dataset, teacher_logits: TestLogits | None = None) -> Evaluation:
-    """Read what was measured before, or measure and keep it.
+    """Evaluate a run on the test images and save the result, or read a saved result.
 
     Args:
         run: A complete run.
         data: The images of its config.
-        teacher_logits: Gives the test logits of its teacher where the caller has them; None asks the teacher.
+        teacher_logits: Returns the test logits of the run's teacher; None computes them from the teacher's run.
 
     Raises:
         RunError: The run was trained on other images or groups.
@@ -61,16 +61,16 @@ def evaluate_run(run: Run, data: Dataset, teacher_logits: TestLogits | None = No
     if path.is_file():
         return read_record(path, Evaluation, RunError)
     logits_NC = torch.from_numpy(logits_on_test(run, data))
-    taught = None
+    teacher_NC = None
     if run.config.teacher is not None:
-        taught = teacher_logits() if teacher_logits else logits_on_test(open_run(run.config.teacher), data)
+        teacher_NC = teacher_logits() if teacher_logits else logits_on_test(open_run(run.config.teacher), data)
     adjusted_NC = without_prior(logits_NC, log_prior(torch.tensor(data.task.train_counts)))
     num_classes = len(data.task.class_names)
     evaluation = Evaluation(
         class_accuracy=class_accuracy(logits_NC.argmax(1).numpy(), data.test_labels, num_classes),
         adjusted_class_accuracy=class_accuracy(adjusted_NC.argmax(1).numpy(), data.test_labels, num_classes),
         batch_masses=_batch_masses(logits_NC, data),
-        teacher_kl=None if taught is None else _teacher_kl(logits_NC, taught, data),
+        teacher_kl=None if teacher_NC is None else _teacher_kl(logits_NC, teacher_NC, data),
     )
     write_record(path, evaluation)
     return evaluation
@@ -86,13 +86,13 @@ def logits_on_test(run: Run, data: Dataset) -> NDArray[np.floating]:
 def _batch_masses(logits_NC: torch.Tensor, data: Dataset) -> tuple[tuple[float, ...], ...]:
     mass_NK = GroupIndex(data.task.groups).sum((logits_NC / TEMPERATURE).softmax(1))
     order_N = torch.randperm(len(mass_NK), generator=torch.Generator().manual_seed(0))
-    whole = [part for part in torch.split(mass_NK[order_N], MASS_BATCH) if len(part) == MASS_BATCH]
-    return tuple(tuple(part.sum(0).tolist()) for part in whole)
+    batches = [batch for batch in torch.split(mass_NK[order_N], MASS_BATCH) if len(batch) == MASS_BATCH]
+    return tuple(tuple(batch.sum(0).tolist()) for batch in batches)
 
 
-def _teacher_kl(student_NC: torch.Tensor, teacher: NDArray[np.floating], data: Dataset) -> dict[str, float]:
+def _teacher_kl(student_NC: torch.Tensor, teacher_NC: NDArray[np.floating], data: Dataset) -> dict[str, float]:
     groups = data.task.groups
-    split = group_kl(student_NC, torch.from_numpy(teacher), GroupIndex(groups), temperature=TEMPERATURE)
+    split = group_kl(student_NC, torch.from_numpy(teacher_NC), GroupIndex(groups), temperature=TEMPERATURE)
     mass_NK = split.teacher_log_mass_NK.exp()
     across_N = (mass_NK * (split.teacher_log_mass_NK - split.student_log_mass_NK)).sum(1)
     kl_N = (across_N + (mass_NK * split.within_NK).sum(1)).numpy()

@@ -1,4 +1,7 @@
-"""The pictures of a comparison. Every function draws from plain numbers, writes a PNG and returns its Figure.
+"""The plots of a comparison.
+
+Every ``plot_`` function takes plain numbers, writes a PNG and returns its Figure. ``draw_comparison`` reads the numbers
+of a comparison and draws all plots.
 
 Shape legend: B batches of test images, C classes, K class groups.
 """
@@ -24,43 +27,43 @@ from ltkd.methods.registry import method_config
 from ltkd.training.plots import ALL_COLOUR, group_colours, label_axes, save_figure
 from ltkd.training.run_folder import TASK_FILE
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), which colour-blind readers tell apart, less black and yellow.
+# Okabe and Ito's palette for colour-blind readers (jfly.uni-koeln.de/color), without black and yellow
 NETWORK_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d31")
 LINE_STYLES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)))  # solid, dashed, dash-dotted
 MARKERS = "os^Dv*"
 DASH = 4
 MAX_COLUMNS = 5
-SMOOTHED_FROM = 30  # classes; fewer are read one by one
-LOG_FROM = 20  # times the smallest value that the largest of a sweep is, from which its axis is logarithmic
+SMOOTHED_FROM = 30  # classes; with fewer classes the accuracies are not smoothed
+LOG_FROM = 20  # ratio of the largest to the smallest value of a sweep from which its axis is logarithmic
 
 Table = Mapping[str, Mapping[str, float]]
 
 
 def plot_comparison(mean: Table, deviation: Table, title: str, out: Path) -> Figure:
-    """Test accuracy of every network: a panel a group, a bar a network, with one standard deviation.
+    """Plot the test accuracy: one panel per group, one bar per network, error bars of one standard deviation.
 
     Args:
         mean: Network to group to mean accuracy, a fraction.
-        deviation: The same of the standard deviations; zeros draw no error bar.
-        title: Stands above the picture.
+        deviation: The same for the standard deviations; there are no error bars if all are zero.
+        title: Last line of the figure's title.
         out: A PNG file.
     """
-    percent, spread = _scaled(mean, 100), _scaled(deviation, 100)
-    return _bars(percent, spread, "Test accuracy after the last epoch", title, "test accuracy (%)", ".1f", out)
+    mean, deviation = _scaled(mean, 100), _scaled(deviation, 100)
+    return _bars(mean, deviation, "Test accuracy after the last epoch", title, "test accuracy (%)", ".1f", out)
 
 
 def plot_teacher_kl(mean: Table, deviation: Table, temperature: float, title: str, out: Path) -> Figure:
-    """How far every student is from its teacher on the test images of each group (LTKD, figure 4).
+    """Plot the KL divergence of every student from its teacher on the test images of each group (LTKD, figure 4).
 
     Args:
         mean: Student to true group to mean KL(teacher || student) in nats.
-        deviation: The same of the standard deviations; zeros draw no error bar.
-        temperature: At which it was measured.
-        title: Stands above the picture, below what is shown.
+        deviation: The same for the standard deviations; there are no error bars if all are zero.
+        temperature: Temperature of the divergence.
+        title: Last line of the figure's title.
         out: A PNG file.
     """
-    shown = f"Divergence from the teacher at temperature {temperature:g}, by the test images' group, last epoch"
-    return _bars(mean, deviation, shown, title, "KL(teacher || student) (nats)", ".2f", out)
+    subject = f"Divergence from the teacher at temperature {temperature:g}, by group of the test images, last epoch"
+    return _bars(mean, deviation, subject, title, "KL(teacher || student) (nats)", ".2f", out)
 
 
 def plot_teacher_masses(
@@ -70,12 +73,12 @@ def plot_teacher_masses(
     batch_size: int,
     out: Path,
 ) -> Figure:
-    """The probability that a teacher gives each group, batch by batch of test images (LTKD, figure 3).
+    """Plot the probability that a teacher assigns to each group, per batch of test images (LTKD, figure 3).
 
     Args:
         masses: Panel title to group to the B summed probabilities.
         unbiased: Panel title to group to the sum that an unbiased teacher would have.
-        temperature: At which they were measured.
+        temperature: Temperature of the probabilities.
         batch_size: Images in a batch.
         out: A PNG file.
     """
@@ -94,7 +97,7 @@ def plot_teacher_masses(
                 markevery=max(1, len(mass_B) // 12),
                 label=f"{group}: mean {np.mean(mass_B):.1f}, unbiased {unbiased[title][group]:.1f}",
             )
-            # dashes that fall into each other's gaps: levels are often equal
+            # each dash lies in the gaps of the others, because levels are often equal
             dashes = (DASH * number, (DASH, DASH * (len(mass) - 1)))
             axes.axhline(unbiased[title][group], color=colour, ls=dashes, lw=1.6)
         axes.set_title(title, fontsize=10)
@@ -105,21 +108,21 @@ def plot_teacher_masses(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         label_axes(axes, x=f"batch of {batch_size} test images", y="")
     panels[0].set_ylabel(f"probability at temperature {temperature:g},\nsummed over {batch_size} images")
-    figure.suptitle("Probability that the teacher gives each group of classes, last epoch (dashed: unbiased)")
+    figure.suptitle("Probability that the teacher assigns to each group of classes, last epoch (dashed: unbiased)")
     save_figure(figure, out)
     return figure
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Contestants that differ in one parameter alone.
+    """Networks of one method that differ in one parameter only.
 
     Attributes:
-        method: Its name.
-        parameter: Which parameter differs.
-        fixed: What the other one is, as ``beta = 1``.
-        networks: Value to contestant, in rising order.
-        base: The value of the method as it is without changes; None where that is no contestant.
+        method: Name of the method.
+        parameter: Name of the parameter that differs, ``alpha`` or ``beta``.
+        fixed: Name and value of the other one, such as ``beta = 1``.
+        networks: Value to network, in ascending order.
+        base: The default value of the method; None if the network with all defaults is not in the sweep.
     """
 
     method: str
@@ -130,9 +133,10 @@ class Sweep:
 
 
 def sweeps_of(methods: Mapping[str, MethodConfig]) -> list[Sweep]:
-    """For every method whose contestants differ in alpha or beta, a sweep of it while all else is fixed.
+    """Find the sweeps: for every method, networks that differ only in alpha or only in beta.
 
-    Of several, as in a grid, the one through the method's own parameters is taken, or else that of most values.
+    If there are several candidates, as in a grid, the sweep through the method's defaults is used, otherwise the one
+    with the most values.
     """
     found: list[Sweep] = []
     for method in dict.fromkeys(method.name for method in methods.values()):
@@ -142,10 +146,10 @@ def sweeps_of(methods: Mapping[str, MethodConfig]) -> list[Sweep]:
                 if config.name == method and {parameter, other} <= set(config.parameters):
                     rest = tuple(sorted((key, value) for key, value in config.parameters.items() if key != parameter))
                     families.setdefault(rest, {})[float(config.parameters[parameter])] = name
-            own = method_config(method).parameters
+            defaults = method_config(method).parameters
             candidates = []
             for networks in families.values():
-                base = next((value for value, name in networks.items() if methods[name].parameters == own), None)
+                base = next((value for value, name in networks.items() if methods[name].parameters == defaults), None)
                 fixed = f"{other} = {methods[next(iter(networks.values()))].parameters[other]:g}"
                 candidates.append(Sweep(method, parameter, fixed, dict(sorted(networks.items())), base))
             candidates = [sweep for sweep in candidates if len(sweep.networks) > 1]
@@ -155,13 +159,13 @@ def sweeps_of(methods: Mapping[str, MethodConfig]) -> list[Sweep]:
 
 
 def plot_sensitivity(sweeps: Sequence[Sweep], mean: Table, deviation: Table, title: str, out: Path) -> Figure:
-    """Accuracy over alpha and over beta, over all classes and of the last group (LTKD, figure 5).
+    """Plot the accuracy over alpha and over beta, for all classes and for the last group (LTKD, figure 5).
 
     Args:
-        sweeps: A column each; at least one.
-        mean: Contestant to group to mean accuracy, a fraction.
-        deviation: The same of the standard deviations.
-        title: Stands above the picture, below what is shown.
+        sweeps: One column per sweep; at least one.
+        mean: Network to group to mean accuracy, a fraction.
+        deviation: The same for the standard deviations.
+        title: Last line of the figure's title.
         out: A PNG file.
     """
     groups = [name for name in next(iter(mean.values())) if name != "all"]
@@ -187,9 +191,9 @@ def plot_sensitivity(sweeps: Sequence[Sweep], mean: Table, deviation: Table, tit
             label_axes(axes, x="", y=f"{group}: test accuracy (%)" if column == 0 else "")
         panels[0, column].set_title(f"{sweep.method}, {sweep.fixed}", fontsize=10)
         panels[1, column].set_xlabel(sweep.parameter)
-    ringed = " (ringed: the default)" if any(sweep.base is not None for sweep in sweeps) else ""
-    spread = _spread_named(deviation)
-    figure.suptitle(f"Test accuracy over the weights of the loss,\nlast epoch{ringed}{spread}\n{title}")
+    ringed = " (circled: the default)" if any(sweep.base is not None for sweep in sweeps) else ""
+    note = _error_bar_note(deviation)
+    figure.suptitle(f"Test accuracy over the weights of the loss,\nlast epoch{ringed}{note}\n{title}")
     save_figure(figure, out)
     return figure
 
@@ -202,20 +206,21 @@ def plot_class_accuracy(
     title: str,
     out: Path,
 ) -> Figure:
-    """Test accuracy of every class, the classes with most training images first, above their number.
+    """Plot the test accuracy of every class, ranked by training images, with their number in the background.
 
     Args:
         accuracy: Network to the accuracies of the C classes, fractions; NaN for a class without test images.
         train_counts: Training images of the C classes.
         group_of_class: The group of each of the C classes; classes are ranked within their groups.
         group_names: K names.
-        title: Stands above the picture, below what is shown.
+        title: Last line of the figure's title.
         out: A PNG file.
     """
     count_C, group_C = np.array(train_counts), np.array(group_of_class)
-    order_C = np.lexsort((-count_C, group_C))  # stable, so the order that the groups were cut in
+    order_C = np.lexsort((-count_C, group_C))  # stable, so it is the order in which the groups were cut
     rank_C = np.arange(1, len(order_C) + 1)
-    columns = int(11 / (0.75 + 0.075 * max(map(len, accuracy))))  # of a legend 11 inches wide, in 10 pt letters
+    # as many as fit a legend 11 inches wide in 10 pt letters
+    columns = int(11 / (0.75 + 0.075 * max(map(len, accuracy))))
     columns = max(1, min(len(accuracy), columns))
     figure = Figure(figsize=(11, 4.9 + 0.22 * math.ceil(len(accuracy) / columns)), layout="constrained")
     axes = figure.subplots()
@@ -234,7 +239,7 @@ def plot_class_accuracy(
         if group:
             axes.axvline(members[0] - 0.5, color="#777777", lw=1)
     axes.set_xlim(0.5, len(rank_C) + 0.5)
-    axes.set_ylim(-1.5, 101.5)  # nothing at 0 or 100 is cut
+    axes.set_ylim(-1.5, 101.5)  # so that markers at 0 and 100 are not clipped
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     smoothed = f" (dots: every class; lines: rolling mean over {window})" if window > 1 else ""
     label_axes(axes, x=f"rank of the class by training images{smoothed}", y="test accuracy (%)")
@@ -245,21 +250,21 @@ def plot_class_accuracy(
 
 
 def _shade_counts(axes: Axes, count_C: NDArray[np.int64]) -> None:
-    """Training images as a grey area behind, on a logarithmic axis at the right."""
-    behind = axes.twinx()
-    behind.set_yscale("log")
-    behind.yaxis.set_major_formatter("{x:g}")
-    behind.set_ylim(0.8, 1.3 * max(count_C.max(), 1))
+    """Draw the training images per class as a grey area in the background, on a logarithmic axis at the right."""
+    background = axes.twinx()
+    background.set_yscale("log")
+    background.yaxis.set_major_formatter("{x:g}")
+    background.set_ylim(0.8, 1.3 * max(count_C.max(), 1))
     edges = np.arange(len(count_C) + 1) + 0.5
-    behind.stairs(np.maximum(count_C, 0.8), edges, baseline=0.8, fill=True, color="#eeeeee")
-    behind.set_ylabel("training images of the class (grey, logarithmic)")
-    behind.spines[["top", "left"]].set_visible(False)
-    axes.set_zorder(behind.get_zorder() + 1)
+    background.stairs(np.maximum(count_C, 0.8), edges, baseline=0.8, fill=True, color="#eeeeee")
+    background.set_ylabel("training images of the class (grey, logarithmic)")
+    background.spines[["top", "left"]].set_visible(False)
+    axes.set_zorder(background.get_zorder() + 1)
     axes.patch.set_visible(False)
 
 
 def _rolling_mean(value_C: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """The mean of what is known in a centred window, which is shorter at both ends; NaN where nothing is."""
+    """The mean of the values that are not NaN in a centred window, shorter at both ends; NaN if there are none."""
     known_C = ~np.isnan(value_C)
     kernel = np.ones(window)
     total_C = np.convolve(np.where(known_C, value_C, 0.0), kernel, "full")[window // 2 :][: len(value_C)]
@@ -267,14 +272,14 @@ def _rolling_mean(value_C: NDArray[np.float64], window: int) -> NDArray[np.float
     return np.where(number_C > 0, total_C / np.maximum(number_C, 1), np.nan)
 
 
-def _bars(mean: Table, deviation: Table, shown: str, title: str, unit: str, form: str, out: Path) -> Figure:
-    """A panel a group and a bar a network, lying, so that any number of networks of any name can be read."""
+def _bars(mean: Table, deviation: Table, subject: str, title: str, unit: str, number_format: str, out: Path) -> Figure:
+    """Draw one panel per group and one horizontal bar per network, so that many and long names stay readable."""
     networks = list(mean)
     groups = list(next(iter(mean.values())))
     columns = min(len(groups), MAX_COLUMNS)
     rows = math.ceil(len(groups) / columns)
-    tall = max(len(networks), 2)
-    size = 1.6 + 2.3 * columns, 1.1 + rows * (0.55 + 0.3 * tall)
+    num_bars = max(len(networks), 2)  # a single bar would fill the panel
+    size = 1.6 + 2.3 * columns, 1.1 + rows * (0.55 + 0.3 * num_bars)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     colour_of = dict(zip([name for name in groups if name != "all"], group_colours(len(groups)), strict=False))
@@ -287,7 +292,7 @@ def _bars(mean: Table, deviation: Table, shown: str, title: str, unit: str, form
         if spreads.any():
             axes.errorbar(lengths, places, xerr=spreads, fmt="none", ecolor="#777777", capsize=2, lw=1)
         for place, length, spread in zip(places, lengths, spreads, strict=True):
-            axes.text(length + spread + 0.02 * longest, place, f"{length:{form}}", va="center", fontsize=8)
+            axes.text(length + spread + 0.02 * longest, place, f"{length:{number_format}}", va="center", fontsize=8)
         axes.set_title(group, fontsize=10)
         label_axes(axes, x=unit, y="", grid="x")
         axes.tick_params(axis="x", labelbottom=True)
@@ -296,16 +301,14 @@ def _bars(mean: Table, deviation: Table, shown: str, title: str, unit: str, form
         axes.set_visible(False)
     panels[0].set_xlim(0, 1.2 * longest or 1)
     panels[0].set_yticks(places, networks)
-    panels[0].set_ylim(
-        (len(networks) - 1 + tall) / 2 + 0.1, (len(networks) - 1 - tall) / 2 - 0.1
-    )  # a single bar is no block
-    figure.suptitle(f"{shown}{_spread_named(deviation)}\n{title}")
+    panels[0].set_ylim((len(networks) - 1 + num_bars) / 2 + 0.1, (len(networks) - 1 - num_bars) / 2 - 0.1)
+    figure.suptitle(f"{subject}{_error_bar_note(deviation)}\n{title}")
     save_figure(figure, out)
     return figure
 
 
-def _spread_named(deviation: Table) -> str:
-    """What the whiskers are, where there are any."""
+def _error_bar_note(deviation: Table) -> str:
+    """The part of a title that explains the error bars; empty without error bars."""
     return ", ± one standard deviation" if any(any(row.values()) for row in deviation.values()) else ""
 
 
@@ -317,12 +320,12 @@ TEACHER_MASSES_FILE, TEACHER_KL_FILE = "teacher-masses.png", "teacher-kl.png"
 SENSITIVITY_FILE, CLASS_ACCURACY_FILE = "sensitivity.png", "class-accuracy.png"
 
 
-def draw_comparison(comparison: Comparison, test_labels: NDArray[np.int64], out: Path, *, several_tails: bool) -> None:
-    """All pictures anew, with the tail in their names where there are several; one with nothing to show is left out."""
+def draw_comparison(comparison: Comparison, test_labels: NDArray[np.int64], out: Path, *, several_gammas: bool) -> None:
+    """Draw all plots, with gamma in the file names if there are several; plots without data are left out."""
     masses, unbiased = {}, {}
     for gamma in comparison.gammas:
         title = comparison_title(comparison, gamma)
-        _draw_tail(comparison, gamma, title, out, f"-gamma{gamma:g}" if several_tails else "")
+        _draw_gamma(comparison, gamma, title, out, f"-gamma{gamma:g}" if several_gammas else "")
         mass_KB, unbiased_K, names = _teacher_masses(comparison, gamma, test_labels, out)
         if mass_KB.size:
             masses[title] = dict(zip(names, mass_KB.tolist(), strict=True))
@@ -331,38 +334,39 @@ def draw_comparison(comparison: Comparison, test_labels: NDArray[np.int64], out:
         plot_teacher_masses(masses, unbiased, TEMPERATURE, MASS_BATCH, out / TEACHER_MASSES_FILE)
 
 
-def _draw_tail(comparison: Comparison, gamma: float | None, title: str, out: Path, suffix: str) -> None:
-    def picture(file: str) -> Path:
+def _draw_gamma(comparison: Comparison, gamma: float | None, title: str, out: Path, suffix: str) -> None:
+    def path(file: str) -> Path:
         return out / f"{Path(file).stem}{suffix}.png"
 
     mean, deviation = comparison.mean(gamma), comparison.deviation(gamma)
-    plot_comparison(mean, deviation, title, picture(PLOT_FILE))
+    plot_comparison(mean, deviation, title, path(PLOT_FILE))
     divergence = comparison.mean(gamma, "teacher_kl")
     if divergence:
         spread = comparison.deviation(gamma, "teacher_kl")
-        plot_teacher_kl(divergence, spread, TEMPERATURE, title, picture(TEACHER_KL_FILE))
+        plot_teacher_kl(divergence, spread, TEMPERATURE, title, path(TEACHER_KL_FILE))
     sweeps = sweeps_of(comparison.methods)
     if sweeps:
-        plot_sensitivity(sweeps, mean, deviation, title, picture(SENSITIVITY_FILE))
+        plot_sensitivity(sweeps, mean, deviation, title, path(SENSITIVITY_FILE))
     task = _task(comparison, gamma, out)
     class_accuracy = {}
     for network in mean:
         rows = [row.class_accuracy for row in comparison.rows_of(network, gamma)]
-        class_accuracy[network] = np.array(rows, dtype=np.float64).mean(axis=0)  # None, without images, is NaN
+        # None, of a class without test images, becomes NaN
+        class_accuracy[network] = np.array(rows, dtype=np.float64).mean(axis=0)
     plot_class_accuracy(
         class_accuracy,
         task.train_counts,
         task.groups.group_of_class,
         task.groups.names,
         title,
-        picture(CLASS_ACCURACY_FILE),
+        path(CLASS_ACCURACY_FILE),
     )
 
 
 def _teacher_masses(
     comparison: Comparison, gamma: float | None, test_labels: NDArray[np.int64], out: Path
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
-    """Summed group masses of every batch, the mean of the seeds' teachers; those of no bias; the groups' names."""
+    """The group masses of every batch, averaged over the seeds' teachers; the unbiased masses; the group names."""
     groups = _task(comparison, gamma, out).groups
     teachers = [out / row.run / EVALUATION_FILE for row in comparison.rows_of(TEACHER, gamma)]
     masses = [read_record(path, Evaluation, RunError).batch_masses for path in teachers]
@@ -371,5 +375,5 @@ def _teacher_masses(
 
 
 def _task(comparison: Comparison, gamma: float | None, out: Path) -> Task:
-    """The classes and groups of one tail, as its runs keep them."""
+    """The classes and groups of one gamma, read from the run of its first teacher."""
     return read_record(out / comparison.rows_of(TEACHER, gamma)[0].run / TASK_FILE, Task, RunError)

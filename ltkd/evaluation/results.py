@@ -1,4 +1,4 @@
-"""The results of a comparison: one record per trained network, means over seeds, tables."""
+"""The results of a comparison: a record per trained network, means over seeds, and tables."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ TEACHER = "teacher"
 
 
 class RunResult(Record):
-    """One trained network.
+    """The results of one trained network.
 
     Attributes:
-        network: ``teacher``, or the student's method as it was asked for.
-        gamma: Of its training images; None for a set as it is.
-        run: Its run folder below the comparison's.
-        accuracy: After the last epoch, a fraction, by group and over all.
+        network: ``teacher``, or the student's method as given to the comparison.
+        gamma: Imbalance factor of the training images; None if all training images were used.
+        run: Run folder, relative to the folder of the comparison.
+        accuracy: Test accuracy after the last epoch, a fraction, by group and over all.
         accuracy_by_count: The same by many / medium / few (> 100, 20-100, < 20 training images).
-        class_accuracy: The same of every class.
+        class_accuracy: The same by class.
         adjusted_accuracy: ``accuracy`` after post-hoc logit adjustment of strength 1.
-        best: The highest overall accuracy of any epoch looked at; chosen on the test set, so never a result.
+        best: The highest overall accuracy of any evaluated epoch; chosen on the test set, so never a result.
         teacher_kl: Divergence from the teacher by true group, in nats; None without a teacher.
-        weights_sha256: Which weights these are.
+        weights_sha256: Hash of the weights file.
     """
 
     network: str
@@ -52,13 +52,14 @@ class RunResult(Record):
 
 
 class Comparison(VersionedRecord):
-    """Everything needed to repeat every row, and the rows.
+    """The results of all networks of a comparison, with everything needed to repeat it.
 
     Attributes:
-        data: The images; ``gamma`` is that of the first tail.
-        train_counts: For every tail, in the order of the rows, the training images of each class.
-        hardware: What it ran on.
-        date: UTC day on which the last row was ready.
+        data: The images; ``gamma`` is the first one of the comparison.
+        train_counts: For every gamma, in the order of the rows, the number of training images of each class.
+        hardware: The device of the trainings.
+        date: UTC date on which the last row was added.
+        rows: One result per trained network.
     """
 
     schema_version: int = 2
@@ -76,19 +77,19 @@ class Comparison(VersionedRecord):
 
     @property
     def gammas(self) -> list[float | None]:
-        """The tails, in the order of the rows."""
+        """The gammas, in the order of the rows."""
         return list(dict.fromkeys(row.gamma for row in self.rows))
 
     def rows_of(self, network: str, gamma: float | None) -> list[RunResult]:
-        """The rows of one network over the seeds."""
+        """The rows of one network, one per seed."""
         return [row for row in self.rows if row.network == network and row.gamma == gamma]
 
     def mean(self, gamma: float | None, field: str = "accuracy") -> dict[str, dict[str, float]]:
-        """Network to group to the mean over the seeds of a field that has numbers by group, where it is not None."""
+        """Network to group to the mean over the seeds of a field; networks that have None there are left out."""
         return self._over_seeds(statistics.fmean, gamma, field)
 
     def deviation(self, gamma: float | None, field: str = "accuracy") -> dict[str, dict[str, float]]:
-        """The same of the standard deviation; 0 where there is one seed."""
+        """The standard deviation over the seeds, in the form of ``mean``; 0 for a single seed."""
         return self._over_seeds(lambda values: statistics.stdev(values) if len(values) > 1 else 0.0, gamma, field)
 
     def _over_seeds(
@@ -97,9 +98,9 @@ class Comparison(VersionedRecord):
         networks = dict.fromkeys(row.network for row in self.rows if row.gamma == gamma)
         table = {}
         for network in networks:
-            accuracies = [getattr(row, field) for row in self.rows_of(network, gamma)]
-            if accuracies[0] is not None:
-                table[network] = {name: statistic([each[name] for each in accuracies]) for name in accuracies[0]}
+            values = [getattr(row, field) for row in self.rows_of(network, gamma)]
+            if values[0] is not None:
+                table[network] = {name: statistic([by_group[name] for by_group in values]) for name in values[0]}
         return table
 
 
@@ -122,7 +123,7 @@ def run_result(network: str, run: Run, evaluation: Evaluation, data: Dataset, ou
 
 
 def _by_count(evaluation: Evaluation, data: Dataset) -> dict[str, float]:
-    """Accuracy by many / medium / few; empty where all classes are of one of them."""
+    """Accuracy by many / medium / few; empty if all classes belong to one of them."""
     try:
         groups = groups_by_count(data.task.train_counts)
     except DataError:
@@ -136,28 +137,28 @@ def _grouped(class_accuracy: Sequence[float | None], data: Dataset, groups: Clas
 
 
 def comparison_title(comparison: Comparison, gamma: float | None) -> str:
-    """Data set, tail, recipe and number of seeds, for tables and plots."""
-    tail = f"gamma {gamma:g}" if gamma else "as it is"
-    return f"{comparison.data.name}, {tail}, recipe {comparison.recipe.name}, {_num_seeds(comparison, gamma)}"
+    """Data set, gamma, recipe and number of seeds, for tables and plots."""
+    imbalance = f"gamma {gamma:g}" if gamma else "all training images"
+    return f"{comparison.data.name}, {imbalance}, recipe {comparison.recipe.name}, {_num_seeds(comparison, gamma)}"
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """For every tail, accuracy in percent by group; with several seeds the mean and one standard deviation."""
+    """A table per gamma: accuracy in percent by group; for several seeds the mean and one standard deviation."""
     return [_table(comparison, gamma) for gamma in comparison.gammas]
 
 
 def _table(comparison: Comparison, gamma: float | None) -> Table:
     by_group, by_count = comparison.mean(gamma), comparison.mean(gamma, "accuracy_by_count")
     adjusted = comparison.mean(gamma, "adjusted_accuracy")
-    several = len({row.seed for row in comparison.rows}) > 1
-    spreads = comparison.deviation(gamma), comparison.deviation(gamma, "accuracy_by_count")
+    several_seeds = len({row.seed for row in comparison.rows}) > 1
+    deviations = comparison.deviation(gamma), comparison.deviation(gamma, "accuracy_by_count")
     count_names = [name for name in by_count[TEACHER] if name != "all"]
     table = Table(
         title=f"Test accuracy (%), last epoch, {comparison.num_test:,} images, {comparison_title(comparison, gamma)}",
         caption="all, LA: after post-hoc logit adjustment.  * best epoch, chosen on the test set: not a result",
         box=SIMPLE_HEAD,
     )
-    table.add_column("network", overflow="fold")  # in a narrow terminal the name gives way, not the figures
+    table.add_column("network", overflow="fold")  # in a narrow terminal the name is folded, not the numbers
     for name in by_group[TEACHER]:
         table.add_column(name, justify="right", no_wrap=True)
     for name in count_names:
@@ -167,13 +168,13 @@ def _table(comparison: Comparison, gamma: float | None) -> Table:
     for network in by_group:
         rows = comparison.rows_of(network, gamma)
 
-        def cell(mean: dict[str, float], spread: dict[str, float], name: str) -> str:
-            return f"{100 * mean[name]:.1f}" + (f"±{100 * spread[name]:.1f}" if several else "")
+        def cell(mean: dict[str, float], deviation: dict[str, float], name: str) -> str:
+            return f"{100 * mean[name]:.1f}" + (f"±{100 * deviation[name]:.1f}" if several_seeds else "")
 
         table.add_row(
             f"{network} {rows[0].model}",
-            *(cell(by_group[network], spreads[0][network], name) for name in by_group[network]),
-            *(cell(by_count[network], spreads[1][network], name) for name in count_names),
+            *(cell(by_group[network], deviations[0][network], name) for name in by_group[network]),
+            *(cell(by_count[network], deviations[1][network], name) for name in count_names),
             f"{100 * adjusted[network]['all']:.1f}",
             f"{100 * statistics.fmean(row.best for row in rows):.1f}",
             style="bold" if network.startswith("ltkd") else None,

@@ -1,8 +1,8 @@
 """Distillation losses as pure functions of logits.
 
-Every function takes raw logits of any float dtype, computes in float32 (float64 stays float64), is finite for any
-finite logits and lets no gradient into the teacher. Everything stays in the log domain: no log of a softmax,
-no division of probabilities.
+Every function takes raw logits of any float dtype and computes in float32 (float64 stays float64). The result is
+finite for any finite logits, and no gradient flows to the teacher. All computation stays in the log domain: no log of
+a softmax, no division of probabilities.
 
 Shape legend: N images in the batch, C classes, K class groups.
 """
@@ -20,7 +20,7 @@ from ltkd.contract.class_groups import ClassGroups
 
 
 class GroupIndex(nn.Module):
-    """A partition of the classes as tensors that follow a module from device to device.
+    """A partition of the classes as buffers, which move with their module between devices.
 
     Args:
         groups: The partition; every group is non-empty.
@@ -40,7 +40,7 @@ class GroupIndex(nn.Module):
 
     @property
     def num_groups(self) -> int:
-        """K."""
+        """The number of groups, K."""
         return self.member_KC.shape[0]
 
     def logsumexp(self, logits_NC: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class GroupIndex(nn.Module):
 
     def sum(self, values_NC: Tensor) -> Tensor:
         """Sum of each group's values, [N, K]."""
-        # no matrix product: autocast would take it to half precision
+        # not a matrix product, because autocast would run it in half precision
         return values_NC.new_zeros(len(values_NC), self.num_groups).index_add(1, self.class_group_C, values_NC)
 
 
@@ -58,8 +58,8 @@ class GroupKL:
     """The pieces of a distillation KL that is split by class group.
 
     Attributes:
-        student_log_mass_NK: Log of the probability that the student gives each group.
-        teacher_log_mass_NK: The same of the teacher.
+        student_log_mass_NK: Log of the probability that the student assigns to each group.
+        teacher_log_mass_NK: The same for the teacher.
         within_NK: KL between teacher and student inside each group, unweighted.
     """
 
@@ -72,7 +72,7 @@ def group_kl(student_NC: Tensor, teacher_NC: Tensor, groups: GroupIndex, *, temp
     """Split the distillation KL by class group.
 
     The chain rule gives ``KL(t || s) = KL(mass_t || mass_s) + sum_k mass_t,k * within_k``. Plain distillation
-    keeps those weights, so a teacher that under-rates the tail passes that bias on.
+    keeps those weights, so a teacher that under-rates the tail passes that bias to the student.
 
     Args:
         student_NC: Raw student logits.
@@ -106,12 +106,13 @@ def ltkd_loss(
 ) -> Tensor:
     """Distil a balanced student from a biased teacher.
 
-    ``temperature**2 * (alpha * cross + beta * within)``: *cross* is the KL between the groups' masses after the
-    teacher's were rescaled so that, summed over the batch, every group counts alike; *within* is the KL inside the
-    groups with one constant weight. It is the distillation term alone; add the cross-entropy of the labels.
+    The loss is ``temperature**2 * (alpha * cross + beta * within)``. *cross* is the KL between the group masses. The
+    teacher's masses are first rescaled so that every group has the same total over the batch. *within* is the KL inside
+    the groups with one constant weight. This is the distillation term only; add the cross-entropy of the labels.
 
-    In data-parallel training (``torch.distributed`` is initialised) the teacher's masses are summed over all ranks, so
-    that N ranks with b images each give the gradients of one with N * b; every rank must then call it at every step.
+    In data-parallel training (``torch.distributed`` is initialised) the teacher's masses are summed over all ranks. N
+    ranks with b images each then have the same gradients as one rank with N * b images. Every rank must call this
+    function at every step.
 
     Source: S. Kim, "Distilling Balanced Knowledge from a Biased Teacher", CVPR 2026, arXiv 2506.18496.
 
@@ -126,9 +127,10 @@ def ltkd_loss(
             distillation does.
         calibrate: Whether the teacher's group masses are rescaled. False with ``within_weight=None`` and
             ``alpha = beta`` is plain distillation.
-        target: What the rescaled batch is to weigh: every group alike, or each by its share of the classes.
+        target: Total of each group after rescaling: the same for every group, or proportional to the group's share of
+            the classes.
         teacher_mass_K: The teacher's group masses to divide by, up to a common factor: a running average or a prior,
-            for small batches. None takes the sums over this batch, on all ranks.
+            for small batches. None uses the sums over this batch on all ranks.
 
     Returns:
         A scalar, the mean over the batch.
@@ -151,9 +153,9 @@ def ltkd_loss(
 
 
 class LTKDLoss(nn.Module):
-    """``ltkd_loss`` for a training loop of one's own, with a running average of the teacher's group masses.
+    """``ltkd_loss`` as a module for your own training loop, with a running average of the teacher's group masses.
 
-    Until its first step in training mode the average is the uniform one, so nothing is rescaled.
+    Before the first step in training mode the average is uniform, so nothing is rescaled.
 
     Args:
         groups: The partition of the classes.
@@ -184,7 +186,8 @@ class LTKDLoss(nn.Module):
         if self.training and self.momentum:
             log_mass_NK = F.log_softmax(self.groups.logsumexp(teacher_NC.detach().float() / self.temperature), dim=1)
             batch_mass_K = _log_sum_over_ranks(log_mass_NK).softmax(0)
-            keep = torch.where(self.average_mass_K.any(), self.momentum, 0.0)  # on the device: no wait for it
+            # torch.where instead of a Python condition, which would wait for the device
+            keep = torch.where(self.average_mass_K.any(), self.momentum, 0.0)
             self.average_mass_K.copy_(keep * self.average_mass_K + (1 - keep) * batch_mass_K)
         mass_K = torch.where(self.average_mass_K.any(), self.average_mass_K, 1.0) if self.momentum else None
         return ltkd_loss(
@@ -218,7 +221,7 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Tensor:
-    """Decoupled distillation: the labelled class against the rest, and the KL inside the rest.
+    """Decoupled distillation: the KL between the labelled class and the rest, and the KL inside the rest.
 
     Source: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679.
 
@@ -240,7 +243,7 @@ def dkd_loss(
 
 
 def bkd_loss(student_NC: Tensor, teacher_NC: Tensor, class_weight_C: Tensor, *, temperature: float = 2.0) -> Tensor:
-    """Balanced distillation: plain distillation from teacher probabilities that were multiplied by class weights.
+    """Balanced distillation: plain distillation from teacher probabilities multiplied by class weights.
 
     Source: Zhang et al., "Balanced Knowledge Distillation for Long-Tailed Learning", arXiv 2104.10510.
 
@@ -279,15 +282,16 @@ def adjusted_cross_entropy(
 ) -> Tensor:
     """Logit-adjusted cross-entropy; with strength 1 it is the balanced softmax.
 
-    The log prior is added to the logits in training only, so that the plain logits are right for balanced classes.
+    The log prior is added to the logits in training only, so the plain logits are correct for balanced classes.
     Sources: Menon et al., arXiv 2007.07314; Ren et al., arXiv 2007.10740.
 
     Args:
         logits_NC: Raw logits.
         labels_N: True classes, int64.
         log_prior_C: ``log_prior`` of the training counts.
-        strength: What the prior is multiplied by; 0 is plain cross-entropy.
-        class_weight_C: Each image's loss is multiplied by the weight of its class; a plain mean over the batch follows.
+        strength: Factor of the log prior; 0 is plain cross-entropy.
+        class_weight_C: Each image's loss is multiplied by the weight of its class; the result is the plain mean over
+            the batch.
     """
     logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
     if strength:
@@ -298,7 +302,7 @@ def adjusted_cross_entropy(
 
 
 def without_prior(logits_NC: Tensor, log_prior_C: Tensor, *, strength: float = 1.0) -> Tensor:
-    """Logits less ``strength`` times the log prior: post-hoc logit adjustment, for a teacher or an answer.
+    """Subtract ``strength`` times the log prior from logits: post-hoc logit adjustment, for a teacher or a prediction.
 
     Source: Menon et al., "Long-Tail Learning via Logit Adjustment", arXiv 2007.07314.
     """
@@ -306,19 +310,19 @@ def without_prior(logits_NC: Tensor, log_prior_C: Tensor, *, strength: float = 1
 
 
 def _scaled(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both logits over the temperature, at least in float32, the teacher's cut from the graph."""
+    """Divide both logits by the temperature, in float32 or wider, and detach the teacher's."""
     dtype = torch.promote_types(student_NC.dtype, torch.float32)
     return student_NC.to(dtype) / temperature, teacher_NC.detach().to(dtype) / temperature
 
 
 def _log_sum_over_ranks(log_mass_NK: Tensor) -> Tensor:
-    """Log of the masses summed over the batch, [K], and over the ranks where there are several."""
+    """Log of the masses summed over the batch and, in distributed training, over all ranks; [K]."""
     log_sum_K = log_mass_NK.logsumexp(0)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return log_sum_K
     gathered = [torch.empty_like(log_sum_K) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, log_sum_K.contiguous())
-    return torch.stack(gathered).logsumexp(0)  # gathered, not reduced: masses stay in the log domain
+    return torch.stack(gathered).logsumexp(0)  # gathered, not reduced, so that the masses stay in the log domain
 
 
 def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -329,7 +333,7 @@ def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _labelled_and_rest(logits_NC: Tensor, labelled_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Log probabilities of (labelled, rest), [N, 2], and of each class given that it is not the labelled one, [N, C].
 
-    The labelled class itself gets 0 in the second, for any two networks, so it adds nothing to a KL between them.
+    In the second tensor the labelled class is 0 for every network, so it adds nothing to a KL between two networks.
     """
     labelled_N1 = logits_NC.masked_fill(~labelled_NC, -torch.inf).logsumexp(1, keepdim=True)
     rest_N1 = logits_NC.masked_fill(labelled_NC, -torch.inf).logsumexp(1, keepdim=True)

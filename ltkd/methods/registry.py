@@ -1,4 +1,6 @@
-"""The training methods by name: what a student minimises, with every parameter that a run records.
+"""The training methods by name, with every parameter that a run records.
+
+A method combines the loss functions of ``losses`` and ``reviewkd`` into the loss that a student minimises.
 
 Shape legend: N images in the batch, C classes.
 """
@@ -29,7 +31,7 @@ from ltkd.methods.losses import (
 )
 from ltkd.methods.reviewkd import review_loss
 
-# The papers warm up over 20 of 240 epochs; as a share it means the same in a recipe of any length.
+# The papers warm up over 20 of 240 epochs; a share can be used in a recipe of any length.
 WARM_UP = 20 / 240
 
 Positive = Annotated[float, Field(gt=0)]
@@ -38,12 +40,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ClassStatistics(nn.Module):
-    """What methods know of the classes, as tensors that follow a module from device to device.
+    """The statistics of the classes that methods use, as buffers, which move with their module between devices.
 
     Attributes:
         groups: The partition into head, medium and tail.
         log_prior_C: Log of each class's share of the training images.
-        effective_weight_C: Class weights by the effective number of images, with a mean of 1 over those.
+        effective_weight_C: Class weights by the effective number of images, with a mean of 1 over the training images.
     """
 
     log_prior_C: Tensor
@@ -60,7 +62,7 @@ class ClassStatistics(nn.Module):
         self._quantiles: dict[int, GroupIndex] = {}
 
     def partition(self, num_groups: int) -> GroupIndex:
-        """The task's own groups for 0, otherwise ``num_groups`` of nearly equal size by training count."""
+        """The task's own groups for 0, otherwise ``num_groups`` groups of nearly equal size by training count."""
         if num_groups == 0:
             return self.groups
         if num_groups not in self._quantiles:
@@ -71,16 +73,16 @@ class ClassStatistics(nn.Module):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a method sees of one step.
+    """The inputs of a method for one step.
 
     Attributes:
         student_NC: Student logits.
         teacher_NC: Teacher logits; None when the method has no teacher.
         labels_N: True classes, int64.
         classes: Groups, prior and weights of the classes.
-        progress: Share of the training's steps done so far, 0 to 1.
-        student_features: Feature maps brought to the teacher's shapes, for methods that compare features.
-        teacher_features: The teacher's own.
+        progress: Share of the training steps done so far, 0 to 1.
+        student_features: Feature maps in the teacher's shapes, for methods that compare features.
+        teacher_features: The teacher's feature maps.
     """
 
     student_NC: Tensor
@@ -98,12 +100,12 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """What a student minimises. The parameters here rebalance the cross-entropy that every method contains.
+    """Base of all methods. Its parameters rebalance the cross-entropy that every method contains.
 
     Attributes:
-        logit_adjustment: Times the log prior, added to the logits in training; 1 is the balanced softmax.
+        logit_adjustment: Factor of the log prior that is added to the logits in training; 1 is the balanced softmax.
         reweight_after: Share of the training after which classes are weighted by their effective number of images
-            (deferred re-weighting, arXiv 1906.07413); 1 is never.
+            (deferred re-weighting, arXiv 1906.07413); 1 disables it.
     """
 
     logit_adjustment: NotNegative = 0.0
@@ -116,7 +118,7 @@ class Method(ABC):
         """The loss of one step, a scalar."""
 
     def cross_entropy(self, batch: LossInputs) -> Tensor:
-        """Cross-entropy of the labels, rebalanced where the parameters say so; the mean over the batch."""
+        """Cross-entropy of the labels, rebalanced by the parameters; the mean over the batch."""
         deferred = self.reweight_after < 1 and batch.progress >= self.reweight_after
         return adjusted_cross_entropy(
             batch.student_NC,
@@ -129,7 +131,7 @@ class Method(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CE(Method):
-    """Cross-entropy of the labels: how a teacher is trained, and a student without one."""
+    """Cross-entropy of the labels: for teachers, and for students without a teacher."""
 
     def __call__(self, batch: LossInputs) -> Tensor:
         return self.cross_entropy(batch)
@@ -140,16 +142,16 @@ class Distillation(Method):
     """Base of the methods that have a teacher.
 
     Attributes:
-        teacher_calibration: Times the log prior, taken from the teacher's logits before anything else is done with
-            them; 0 leaves the teacher as it is.
+        teacher_calibration: Factor of the log prior that is subtracted from the teacher's logits before they are used;
+            0 leaves the logits unchanged.
     """
 
     teacher_calibration: NotNegative = 0.0
     needs_teacher: ClassVar[bool] = True
 
     def teacher(self, batch: LossInputs) -> Tensor:
-        """The teacher's logits, calibrated where asked."""
-        assert batch.teacher_NC is not None, "the training loop gives teacher logits where needs_teacher is true"
+        """The teacher's logits after ``teacher_calibration``."""
+        assert batch.teacher_NC is not None, "the training loop must pass teacher logits when needs_teacher is true"
         return without_prior(batch.teacher_NC, batch.classes.log_prior_C, strength=self.teacher_calibration)
 
 
@@ -218,7 +220,8 @@ class LTKD(Distillation):
     """``CE + warm-up * temperature**2 * (alpha * cross-group + beta * within-group)``; the warm-up is linear.
 
     Attributes:
-        num_groups: Groups of the loss: 0 takes the task's own, K cuts the classes into K of nearly equal size.
+        num_groups: Number of groups in the loss: 0 uses the task's own groups, K divides the classes into K groups of
+            nearly equal size.
     """
 
     temperature: Positive = 4.0
@@ -245,7 +248,7 @@ class LTKD(Distillation):
 
 @dataclass(frozen=True, kw_only=True)
 class LTKDPlus(LTKD):
-    """Our own best: LTKD with the balanced softmax, chosen on held-out training images (docs/lab-book.md)."""
+    """LTKD with the balanced softmax: our best method, chosen on held-out training images (docs/lab-book.md)."""
 
     logit_adjustment: NotNegative = 1.0
 
@@ -262,20 +265,20 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(config: MethodConfig) -> Method:
-    """The method that a configuration names.
+    """Build the method that a configuration names.
 
     Raises:
-        UsageError: The method or one of its parameters does not exist, or a value is of the wrong kind.
+        UsageError: The method or one of its parameters does not exist, or a value is invalid.
     """
     if config.name not in METHODS:
         raise UsageError(f"unknown method '{config.name}'; known: {', '.join(METHODS)}.")
-    kind = METHODS[config.name]
-    known = [field.name for field in fields(kind)]
+    method_class = METHODS[config.name]
+    known = [field.name for field in fields(method_class)]
     for name in config.parameters:
         if name not in known:
             raise UsageError(f"method '{config.name}' has no parameter '{name}'; it has: {', '.join(known) or 'none'}.")
     try:
-        return TypeAdapter(kind).validate_python(config.parameters)
+        return TypeAdapter(method_class).validate_python(config.parameters)
     except ValidationError as reason:
         error = reason.errors()[0]
         field = ".".join(str(part) for part in error["loc"])

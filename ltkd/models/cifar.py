@@ -1,8 +1,8 @@
-"""The networks that distillation papers compare on, in their CIFAR form.
+"""The networks on which distillation papers compare methods, in their CIFAR form.
 
-They take normalised float images [N, 3, S, S] of any size S >= 8 and give logits [N, C]. The stems are made for 32 px;
-on 224 px they are right and slow. The map of the last stage is averaged with a plain ``mean((2, 3))``: adaptive
-pooling with a dynamic batch exports to a graph that quantisation tools reject.
+They take normalised float images [N, 3, S, S] of any size S >= 8 and return logits [N, C]. The stems are designed for
+32 px; images of 224 px work but are slow. The map of the last stage is averaged with a plain ``mean((2, 3))``, because
+adaptive pooling with a dynamic batch exports to a graph that quantisation tools reject.
 
 Sources: He et al., arXiv 1512.03385 (ResNet); Zagoruyko and Komodakis, arXiv 1605.07146 (wide ResNet); Zhang et al.,
 arXiv 1707.01083 (ShuffleNet); Sandler et al., arXiv 1801.04381 (MobileNetV2). Widths, strides and the shortcuts of the
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class FeatureNetwork(Protocol):
-    """A network that shows its insides, as distillation of features needs it; every network of this module does.
+    """A network that returns its intermediate maps, as feature distillation needs; every network here does.
 
     ``network(image)`` is ``network.classifier(network.features(image)[-1])``.
     """
@@ -26,11 +26,12 @@ class FeatureNetwork(Protocol):
     classifier: nn.Module
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The map of every stage [N, D, H, W], shallow to deep, and last the pooled embedding [N, D].
+        """Return the map of every stage [N, D, H, W], shallow to deep, and then the pooled embedding [N, D].
 
-        The maps are taken before the ReLU that closes their stage, because that is what feature distillation
-        matches: what ReLU drops says how far a unit is from being active. In wide networks, which normalise before
-        they convolve, it is the stage's map after the next normalisation; MobileNetV2 closes no stage with a ReLU.
+        The maps are those before the last ReLU of each stage. Feature distillation matches these, because the negative
+        values that ReLU removes show how far a unit is from being active. Wide networks normalise before they
+        convolve, so their maps are taken after the normalisation that follows the stage. The stages of MobileNetV2 do
+        not end with a ReLU.
         """
 
 
@@ -75,14 +76,14 @@ class Bottleneck(nn.Module):
 class ShuffleBlock(nn.Module):
     """Grouped 1x1 convolutions around a depthwise one; the channels change groups in between.
 
-    With stride 2 the averaged input is put beside the new channels instead of added to them.
+    With stride 2 the averaged input is concatenated with the new channels instead of added to them.
 
     Args:
         width_in: Channels of the input.
         width: Channels of the output.
         stride: 1 or 2.
         groups: Groups of the two 1x1 convolutions.
-        groups_in: Groups of the first of them; 1 where the input is too narrow for groups.
+        groups_in: Groups of the first of them; 1 if the input is too narrow for groups.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, *, groups: int, groups_in: int) -> None:
@@ -115,7 +116,7 @@ class ResidualNetwork(nn.Module):
     Args:
         num_classes: C.
         stem: The first convolution.
-        stages: The blocks of every stage; a block gives its map before the ReLU.
+        stages: The blocks of every stage; a block returns its map before the ReLU.
         width: Channels of the last stage.
     """
 
@@ -128,12 +129,12 @@ class ResidualNetwork(nn.Module):
         self.classifier = nn.Linear(width, num_classes)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The maps of the stages before their closing ReLU and the pooled embedding."""
+        """The maps of the stages before their last ReLU, and the pooled embedding."""
         maps = []
         hidden = F.relu(self.bn(self.conv(image)))
-        for blocks_done, block in enumerate(self.blocks, start=1):
+        for num_blocks, block in enumerate(self.blocks, start=1):
             summed = block(hidden)
-            if blocks_done in self.stage_ends:
+            if num_blocks in self.stage_ends:
                 maps.append(summed)
             hidden = F.relu(summed)
         return [*maps, hidden.mean((2, 3))]
@@ -157,7 +158,7 @@ def resnet(num_classes: int, *, depth: int, widths: tuple[int, int, int, int]) -
 
 
 def resnet50(num_classes: int) -> ResidualNetwork:
-    """ResNet-50 with a 3x3 stem of stride 1 in place of the 7x7 one and its pooling."""
+    """ResNet-50 with a 3x3 stem of stride 1 instead of the 7x7 stem and its pooling."""
     return _resnet(num_classes, Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3))
 
 
@@ -176,7 +177,7 @@ def shufflenet_v1(num_classes: int) -> ResidualNetwork:
 class PreActivationBlock(nn.Module):
     """Two 3x3 convolutions, normalised before each, with a shortcut around them.
 
-    Where the width changes, the shortcut is a 1x1 convolution of the normalised input, without normalisation after it.
+    If the width changes, the shortcut is a 1x1 convolution of the normalised input, without normalisation after it.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -188,7 +189,7 @@ class PreActivationBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else None
 
     def forward(self, image: Tensor, normalised: Tensor) -> Tensor:
-        """The block's map of an image and of the same image after ``bn1``."""
+        """The block's map, from its input and the same input after ``bn1``."""
         active = F.relu(normalised)
         hidden: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
         return hidden + (image if self.shortcut is None else self.shortcut(active))
@@ -219,7 +220,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The normalised maps of the stages before their ReLU and the pooled embedding."""
+        """The normalised maps of the stages before their ReLU, and the pooled embedding."""
         maps = []
         hidden = self.conv(image)
         for number, block in enumerate(self.blocks):
@@ -236,7 +237,7 @@ class WideResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """A depthwise 3x3 convolution at a multiple of the block's width; the way back to it has no ReLU."""
+    """A depthwise 3x3 convolution at a multiple of the block's width; no ReLU follows the last convolution."""
 
     def __init__(self, width_in: int, width: int, stride: int, *, expansion: int) -> None:
         super().__init__()
@@ -260,10 +261,10 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 for small images at half width: expansion 6, first convolution of stride 2.
 
-    ``features`` cuts it into four stages, one for each size of the map.
+    ``features`` divides it into four stages, one for each size of the map.
     """
 
-    # for every stage its runs of blocks: expansion, width, number of blocks, stride of the first
+    # for every stage, its groups of blocks: expansion, width, number of blocks, stride of the first block
     STAGES = (
         ((1, 8, 1, 1), (6, 12, 2, 1)),
         ((6, 16, 3, 2),),
@@ -277,9 +278,9 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Conv2d(3, width_in, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width_in)
         self.stages = nn.ModuleList()
-        for runs in self.STAGES:
+        for stage in self.STAGES:
             blocks = []
-            for expansion, width, num_blocks, stride in runs:
+            for expansion, width, num_blocks, stride in stage:
                 for block in range(num_blocks):
                     blocks.append(InvertedResidual(width_in, width, stride if block == 0 else 1, expansion=expansion))
                     width_in = width
@@ -306,7 +307,7 @@ class MobileNetV2(nn.Module):
 
 
 def _projection(width_in: int, width: int, stride: int) -> nn.Module:
-    """The shortcut of a block: nothing where the shape stays, else a normalised 1x1 convolution."""
+    """The shortcut of a block: the identity if the shape does not change, else a normalised 1x1 convolution."""
     if stride == 1 and width_in == width:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
@@ -319,7 +320,10 @@ class _BlockType(Protocol):
 def _resnet(
     num_classes: int, block: _BlockType, widths: tuple[int, ...], num_blocks: tuple[int, ...]
 ) -> ResidualNetwork:
-    """A residual network with a 3x3 stem; the order of its random draws is part of what a seed means."""
+    """A residual network with a 3x3 stem.
+
+    The order of the random draws must not change, or a seed would give other weights.
+    """
     stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
     network = ResidualNetwork(num_classes, stem=stem, stages=_stages(block, widths, num_blocks), width=widths[-1])
     _initialise(network)
@@ -327,7 +331,7 @@ def _resnet(
 
 
 def _stages(block: _BlockType, widths: tuple[int, ...], num_blocks: tuple[int, ...]) -> list[list[nn.Module]]:
-    """Blocks by stage; every stage but the first begins with stride 2. ``widths`` begins with the stem's."""
+    """The blocks of every stage; all but the first stage begin with stride 2. ``widths[0]`` is that of the stem."""
     stages = []
     for stage, (width_in, width, number) in enumerate(zip(widths[:-1], widths[1:], num_blocks, strict=True)):
         first = block(width_in, width, 2 if stage > 0 else 1)

@@ -1,14 +1,14 @@
-"""Networks by name, weights from elsewhere, and what turns pixels into a network's input.
+"""Build networks by name, load their weights from a file, and normalise their input.
 
-A name is one of four forms:
+A name has one of four forms:
 
     resnet20                   a network of the distillation benchmarks, a key of MODELS
     torchvision/resnet18       any classifier of torchvision
     timm/vit_tiny_patch16_224  any model of timm, which the extra ltkd[timm] installs
-    package.module:function    your own: function(num_classes) gives a torch.nn.Module
+    package.module:function    your own: function(num_classes) returns a torch.nn.Module
 
-Every network takes normalised float images [N, 3, S, S] and gives logits [N, C]. None comes with trained weights; those
-are filled in by ``load_weights``.
+Every network takes normalised float images [N, 3, S, S] and returns logits [N, C]. Networks are built without trained
+weights; ``load_weights`` loads them.
 """
 
 import difflib
@@ -37,9 +37,9 @@ Builder = Callable[[int], nn.Module]
 
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
-_KEYS = ("state_dict", "model", "network")  # where training scripts put the state dict in their checkpoints
+_KEYS = ("state_dict", "model", "network")  # keys under which training scripts store the state dict in a checkpoint
 _EXPECTED_IN_A_PICKLE = (
-    f"tensors by name, alone or below {', '.join(_KEYS[:-1])} or {_KEYS[-1]}; "
+    f"tensors by name, at the top level or under {', '.join(_KEYS[:-1])} or {_KEYS[-1]}; "
     "save them with: torch.save(network.state_dict(), path)"
 )
 
@@ -54,12 +54,13 @@ MODELS: dict[str, Builder] = {
 
 
 def model_builder(name: str) -> Builder:
-    """What builds a network of that name for a number of classes.
+    """Find the function that builds the named network for a number of classes.
 
-    A name of your own imports the module it names, so a run's configuration is to be trusted like code.
+    A name of the form ``package.module:function`` imports that module, so only use run configurations that you would
+    trust as code.
 
     Raises:
-        UsageError: Nothing has that name, or what it names cannot be imported.
+        UsageError: The name is unknown, or its module or function cannot be imported.
     """
     if name in MODELS:
         return MODELS[name]
@@ -78,10 +79,10 @@ def model_builder(name: str) -> Builder:
 
 
 def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
-    """A freshly initialised network; the caller's random state is left as it was.
+    """Build a network with random weights; the caller's random state does not change.
 
     Raises:
-        UsageError: As in ``model_builder``; or your own function gave something that is no network.
+        UsageError: As in ``model_builder``, or your own function returned something other than a network.
     """
     with seeded(seed):
         return model_builder(name)(num_classes)
@@ -89,9 +90,9 @@ def build_network(name: str, num_classes: int, seed: int) -> nn.Module:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random draws on the CPU that depend on the seed alone; the caller's random state is left as it was."""
+    """Seed the random draws on the CPU inside the context; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for the caller as well
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also change the state of the GPUs
         yield
 
 
@@ -100,7 +101,7 @@ def _torchvision_model(entry: str) -> Builder:
     known = models.list_models(module=models)
     if entry not in known:
         raise UsageError(f"torchvision has no classifier '{entry}'{_similar(entry, known)}.")
-    # in training these two would give three logits instead of one; their old initialisation must be asked for
+    # in training mode these two return auxiliary logits by default; without init_weights they warn
     extra = {"aux_logits": False, "init_weights": True} if entry in ("googlenet", "inception_v3") else {}
     return lambda num_classes: models.get_model(entry, weights=None, num_classes=num_classes, **extra)
 
@@ -109,26 +110,26 @@ def _timm_model(entry: str) -> Builder:
     timm = _library("timm", "timm", "timm")
     known = timm.list_models()
     if entry not in known:
-        # create_model would download what hf-hub:NAME describes, and ignore the weights that NAME.TAG stands for
+        # create_model would download hf-hub:NAME, and ignore the weights named by the tag of NAME.TAG
         untagged = re.split("[.:]", entry)[0]
-        tagged = "; give a name without a tag of weights or a place" if untagged != entry else ""
-        raise UsageError(f"timm has no model '{entry}'{_similar(untagged, known)}{tagged}.")
+        hint = "; give the name without a tag or a hub prefix" if untagged != entry else ""
+        raise UsageError(f"timm has no model '{entry}'{_similar(untagged, known)}{hint}.")
     return lambda num_classes: timm.create_model(entry, pretrained=False, num_classes=num_classes)
 
 
 def _library(module: str, package: str, extra: str) -> ModuleType:
-    """A library that only some names need."""
+    """Import a library that only some names need."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as reason:
-        needed = (reason.name or package).partition(".")[0]
+        missing = (reason.name or package).partition(".")[0]
         raise UsageError(
-            f"models named {package}/NAME need {needed}, which is not installed: pip install 'ltkd[{extra}]'"
+            f"models named {package}/NAME need {missing}, which is not installed: pip install 'ltkd[{extra}]'"
         ) from None
 
 
 def _own_function(name: str, module_name: str, function_name: str) -> Callable[[int], object]:
-    """What ``package.module:function`` names, found in the current directory or among the installed packages."""
+    """The function of ``package.module:function``, from the current directory or the installed packages."""
     with _importable(Path.cwd()):
         try:
             module = importlib.import_module(module_name)
@@ -136,7 +137,7 @@ def _own_function(name: str, module_name: str, function_name: str) -> Callable[[
             if reason.name is not None and f"{module_name}.".startswith(f"{reason.name}."):
                 raise UsageError(
                     f"model '{name}': there is no module '{reason.name}' in {Path.cwd()} or among the installed "
-                    "packages; start in the folder that holds it, or install it."
+                    "packages; run the command in the folder that contains it, or install it."
                 ) from None
             raise UsageError(f"model '{name}': {module_name} needs {reason.name}, which is not installed.") from None
     if not hasattr(module, function_name):
@@ -144,13 +145,13 @@ def _own_function(name: str, module_name: str, function_name: str) -> Callable[[
             f"model '{name}': {module.__file__ or module_name} has no '{function_name}'"
             f"{_similar(function_name, vars(module))}."
         )
-    found = getattr(module, function_name)
-    if not callable(found):
+    function = getattr(module, function_name)
+    if not callable(function):
         raise UsageError(
-            f"model '{name}': '{function_name}' is of type {type(found).__name__}, expected a function that takes the "
-            "number of classes and gives a torch.nn.Module."
+            f"model '{name}': '{function_name}' is of type {type(function).__name__}, expected a function that takes "
+            "the number of classes and returns a torch.nn.Module."
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def _build_own(name: str, function: Callable[[int], object], num_classes: int) -> nn.Module:
@@ -158,15 +159,15 @@ def _build_own(name: str, function: Callable[[int], object], num_classes: int) -
         network = function(num_classes)
     if not isinstance(network, nn.Module):
         raise UsageError(
-            f"model '{name}' gave a value of type {type(network).__name__}, expected a torch.nn.Module that takes "
-            "images [N, 3, S, S] and gives logits."
+            f"model '{name}' returned a value of type {type(network).__name__}, expected a torch.nn.Module that takes "
+            "images [N, 3, S, S] and returns logits."
         )
     return network
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """A folder as the first place to import from; the command ``ltkd`` does not look in the current directory."""
+    """Import from a folder first; without this, the command ``ltkd`` does not import from the current directory."""
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -176,45 +177,45 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _similar(name: str, known: Collection[str]) -> str:
-    """A question after an unknown name, or nothing."""
+    """A suggestion to append to an unknown name; empty if no known name is similar."""
     longer = [candidate for candidate in known if name and candidate.startswith(name)]
     close = (longer or difflib.get_close_matches(name, known))[:3]
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill a network with trained weights from a ``.safetensors`` file or a state dict that torch saved.
+    """Load trained weights from a ``.safetensors`` file or a state dict saved by torch.
 
-    A torch file may hold the state dict itself or have it below ``state_dict``, ``model`` or ``network``, as training
-    scripts save it; the prefix ``module.`` that data-parallel training leaves is dropped. Only tensors are
-    unpickled. The network is filled whole or, on an error, not at all.
+    A torch file may contain the state dict itself or a checkpoint with it under ``state_dict``, ``model`` or
+    ``network``. The prefix ``module.`` of data-parallel training is removed. Only tensors are unpickled. On an error
+    the network does not change.
 
     Raises:
-        UsageError: The file is missing, damaged, holds code, or is of another network.
+        UsageError: The file is missing or damaged, contains code, or belongs to another network.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is no file; give the weights as .safetensors or as a state dict saved by torch.")
+        raise UsageError(f"{path} is not a file; give the weights as .safetensors or as a state dict saved by torch.")
     tensors = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     expected = network.state_dict()
     prefix = "module."
     if all(name.startswith(prefix) for name in tensors) and not all(name.startswith(prefix) for name in expected):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    # older versions of torch did not count batches; nothing is computed from the count
+    # older versions of torch did not store this count, and no result depends on it
     missing = [name for name in expected if name not in tensors and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in tensors if name not in expected]
     shapes = [
-        f"{name} {list(tensor.shape)} for {list(expected[name].shape)}"
+        f"{name} {list(tensor.shape)}, expected {list(expected[name].shape)}"
         for name, tensor in tensors.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
-    differing = {"missing": missing, "not expected": unexpected, "of another shape": shapes}
+    differing = {"are missing": missing, "are unexpected": unexpected, "have another shape": shapes}
     if any(differing.values()):
-        found = "; ".join(f"{len(names)} {how}, first {names[0]}" for how, names in differing.items() if names)
+        differences = "; ".join(f"{len(names)} {how}, first {names[0]}" for how, names in differing.items() if names)
         raise UsageError(
-            f"{path} is of another network: of {len(expected)} tensors {found}. "
-            "The architecture and the number of classes must be those that it was trained with."
+            f"{path} belongs to another network: of {len(expected)} tensors, {differences}. "
+            "Use the architecture and the number of classes that it was trained with."
         )
-    network.load_state_dict(tensors, strict=False)  # only counts of batches can be missing by now
+    network.load_state_dict(tensors, strict=False)  # only batch counts can be missing here
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -222,34 +223,35 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as reason:
         problem = str(reason).splitlines()[0]
-        raise UsageError(f"{path} is no whole safetensors file ({problem}); copy or save it again.") from None
+        raise UsageError(f"{path} is not a complete safetensors file ({problem}); copy or save it again.") from None
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """A state dict that ``torch.save`` wrote, alone or inside a checkpoint."""
+    """Read a state dict written by ``torch.save``, alone or inside a checkpoint."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of forms that it may refuse, and then refuses them
+        with warnings.catch_warnings(action="ignore"):  # torch warns before it rejects some formats
             content = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(reason))
-        if asked:
+        rejected = re.search(r"GLOBAL ([\w.]+)", str(reason))
+        if rejected:
             raise UsageError(
-                f"{path} holds {asked[1]}, and only tensors are read from a pickle, because the rest can run code. "
-                "Where it was trained, save the tensors alone: torch.save(network.state_dict(), path)"
+                f"{path} contains {rejected[1]}, but only tensors are read from a pickle, because other objects can "
+                "run code. In the code that trained it, save only the tensors: "
+                "torch.save(network.state_dict(), path)"
             ) from None
         problem = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        raise UsageError(f"{path} is no whole file of torch ({problem}); copy or save it again.") from None
+        raise UsageError(f"{path} is not a complete torch file ({problem}); copy or save it again.") from None
     if not isinstance(content, Mapping):
-        raise UsageError(f"{path} holds a {type(content).__name__}, expected {_EXPECTED_IN_A_PICKLE}")
+        raise UsageError(f"{path} contains a {type(content).__name__}, expected {_EXPECTED_IN_A_PICKLE}")
     content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         names = shorten(", ".join(map(str, content)) or "nothing", 60)
-        raise UsageError(f"{path} holds a dict of {names}, expected {_EXPECTED_IN_A_PICKLE}")
+        raise UsageError(f"{path} contains a dict of {names}, expected {_EXPECTED_IN_A_PICKLE}")
     return dict(content)
 
 
 class Normalise(nn.Module):
-    """Pixels to network input: uint8 [N, S, S, 3] to float32 [N, 3, S, S] with one multiply and one add."""
+    """Turn pixels into network input: uint8 [N, S, S, 3] to float32 [N, 3, S, S], with one multiply and one add."""
 
     scale: Tensor
     shift: Tensor
@@ -261,5 +263,5 @@ class Normalise(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, pixels_NSS3: Tensor) -> Tensor:
-        """Normalised images, channels last in memory."""
+        """The normalised images, in channels-last memory format."""
         return pixels_NSS3.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift

@@ -1,1 +1,1 @@
-"""Training a network into a run folder: the loop, checkpoints, several processes, progress."""
+"""Training a network into a run folder: the loop, checkpoints, distributed training, progress."""

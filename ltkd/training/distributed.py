@@ -1,6 +1,6 @@
-"""The processes that share every batch of a training, started by torchrun.
+"""Data-parallel training on several processes, which torchrun starts.
 
-Without torchrun there is one rank and everything here is the identity.
+Without torchrun there is one rank, and no operation here communicates.
 """
 
 import os
@@ -22,18 +22,18 @@ from ltkd.errors import LtkdError, StoppedError, TrainingError
 
 Value = TypeVar("Value")
 
-# A rank that waits longer for the others has lost one; reading and checking the images is part of the wait.
-PATIENCE = timedelta(hours=1)
+# a rank that waits longer has lost another one; the time covers reading and checking the images
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """One of ``size`` processes that train one network.
+    """This process's place among the processes that train one network, and the collective operations.
 
     Attributes:
-        rank: Which of them this is; rank 0 writes and prints.
-        size: How many there are.
-        local: Which of those on this machine it is.
+        rank: Rank of this process; rank 0 writes and prints.
+        size: Number of processes.
+        local: Rank of this process on its machine.
     """
 
     rank: int = 0
@@ -46,9 +46,9 @@ class Distributed:
         return self.rank == 0
 
     def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module, or one whose gradients are the mean over the ranks.
+        """Wrap a module so that its gradients are the mean over the ranks.
 
-        Running statistics are those of rank 0; on CUDA batch norm sees the batches of all ranks.
+        Running statistics are those of rank 0. On CUDA, batch norm is computed over the batches of all ranks.
         """
         if self.size == 1:
             return module
@@ -57,7 +57,7 @@ class Distributed:
         return nn.parallel.DistributedDataParallel(module)
 
     def scale_loss(self, loss: Tensor, num_images: int) -> Tensor:
-        """A loss whose mean over the ranks is the mean over all their images, though the last batch may be uneven."""
+        """Scale the loss so that its mean over the ranks is the mean over all images, even for an uneven last batch."""
         if self.size == 1:
             return loss
         total = torch.tensor(float(num_images), device=loss.device)
@@ -72,7 +72,7 @@ class Distributed:
         return float(value) / self.size
 
     def any_rank(self, value: bool) -> bool:
-        """Whether it is true on any rank."""
+        """Whether the value is true on any rank."""
         if self.size == 1:
             return value
         flag = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -80,7 +80,7 @@ class Distributed:
         return bool(flag)
 
     def all_gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order; tensors must be on the CPU."""
+        """The values of all ranks, in the order of the ranks; tensors must be on the CPU."""
         if self.size == 1:
             return [value]
         values = [value] * self.size
@@ -88,8 +88,8 @@ class Distributed:
         return values
 
     def raise_on_all(self, error: LtkdError | None) -> None:
-        """Raise on every rank what one of them found, so that none waits for another that has left."""
-        first = next((found for found in self.all_gather(error) if found is not None), None)
+        """Raise one rank's error on every rank, so that no rank waits for one that has ended."""
+        first = next((gathered for gathered in self.all_gather(error) if gathered is not None), None)
         if first is not None:
             raise first
 
@@ -99,66 +99,71 @@ class Distributed:
             for buffer in network.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def interleaved(self, mine: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The values of all ranks, rank r having had every ``size``-th one from r on."""
+    def gather_interleaved(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Gather an array of which rank r has every ``size``-th value, starting at r."""
         if self.size == 1:
-            return mine
-        parts = self.all_gather(mine)
-        whole = np.empty(sum(len(part) for part in parts), dtype=mine.dtype)
+            return values
+        parts = self.all_gather(values)
+        whole = np.empty(sum(len(part) for part in parts), dtype=values.dtype)
         for rank, part in enumerate(parts):
             whole[rank :: self.size] = part
         return whole
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def init_distributed(device_type: str) -> Iterator[Distributed]:
-    """Join the processes that torchrun started, for as long as the context lasts; one rank where it did not.
+    """Join the process group that torchrun started, until the context ends; without torchrun there is one rank.
 
-    Of an error that ends several ranks, the first one to have it says what it is; the others leave in silence.
+    If an error ends several ranks, only the first rank to end reports it. The others exit without a message.
 
     Args:
-        device_type: ``cuda`` ranks talk by nccl, ``cpu`` ranks by gloo.
+        device_type: ``cuda`` uses the backend nccl, ``cpu`` uses gloo.
 
     Raises:
-        TrainingError: Another rank is gone without a word.
+        TrainingError: The connection to another rank was lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Distributed()
         return
-    ranks = Distributed(rank=int(os.environ["RANK"]), size=size, local=int(os.environ.get("LOCAL_RANK", "0")))
+    distributed = Distributed(rank=int(os.environ["RANK"]), size=size, local=int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
-        torch.cuda.set_device(ranks.local)
+        torch.cuda.set_device(distributed.local)
     store, _, _ = next(rendezvous("env://"))
     dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo", store=store, rank=ranks.rank, world_size=size, timeout=PATIENCE
+        "nccl" if device_type == "cuda" else "gloo",
+        store=store,
+        rank=distributed.rank,
+        world_size=size,
+        timeout=TIMEOUT,
     )
 
-    def first_to_end() -> bool:
+    def is_first_to_end() -> bool:
         try:
             return bool(store.add("ended", 1) == 1)
         except RuntimeError:
-            return False  # the store went with the process that held it, which was the first
+            return False  # the store ended with the process that hosts it, so that process was the first
 
     try:
-        yield ranks
+        yield distributed
     except LtkdError as error:
-        if not first_to_end():
+        if not is_first_to_end():
             sys.exit(128 + error.signal_number if isinstance(error, StoppedError) else 2)
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        if not first_to_end():
+        if not is_first_to_end():
             sys.exit(2)
         raise TrainingError(
-            f"rank {ranks.rank} of {size} has lost another one ({str(error).splitlines()[0]}); was it killed, or out "
-            "of memory? The same command goes on from the last checkpoint."
+            f"rank {distributed.rank} of {size} lost the connection to another rank ({str(error).splitlines()[0]}); it "
+            "may have been killed or have run out of memory. Run the same command again to resume from the last "
+            "checkpoint."
         ) from None
     finally:
         dist.destroy_process_group()

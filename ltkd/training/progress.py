@@ -1,4 +1,4 @@
-"""What a person sees on the terminal while a network trains."""
+"""Progress of loading and training, shown on the terminal and written for TensorBoard."""
 
 import time
 from pathlib import Path
@@ -16,26 +16,26 @@ from ltkd.training.run_folder import Metrics
 
 
 def load_with_progress(config: DataConfig, console: Console) -> Dataset:
-    """Load a data set with a bar over its files, and say how many were left out."""
+    """Load a data set, show a progress bar over its files and print how many files were skipped."""
     columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # a bar that is not drawn, as in a file, would still leave an empty line
+    # when the output is a file, the bar is not drawn but would still print an empty line
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        data = load_dataset(config, lambda done, total: bar.update(task, completed=done, total=total))
+        data = load_dataset(config, lambda completed, total: bar.update(task, completed=completed, total=total))
     if data.skipped:
-        console.print(f"left out {data.skipped:,} unreadable images", highlight=False)
+        console.print(f"skipped {data.skipped:,} unreadable images", highlight=False)
     return data
 
 
 class TrainingDisplay:
-    """A progress bar over all steps and, above it, a line for every look at the test set.
+    """A progress bar over all steps and, above it, a line per evaluation on the test set.
 
     Args:
         console: Where to print.
-        title: What is trained.
+        title: Short description of the training.
         epochs: Epochs of the recipe.
-        steps_per_epoch: Steps of an epoch.
-        start: Where a checkpoint stands.
+        steps_per_epoch: Steps per epoch.
+        start: Position from which the training starts or resumes.
     """
 
     def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int, start: Position) -> None:
@@ -57,9 +57,9 @@ class TrainingDisplay:
             step=f"{start.step}/{steps_per_epoch}",
             rate=0.0,
         )
-        self._since, self._images = time.perf_counter(), 0
+        self._epoch_started_at, self._images = time.perf_counter(), 0
         if self._steps(start):
-            self._bar.console.print(f"{title}: going on after {self._steps(start):,} steps")
+            self._bar.console.print(f"{title}: resuming after {self._steps(start):,} steps")
 
     def __enter__(self) -> "TrainingDisplay":
         self._bar.start()
@@ -71,9 +71,9 @@ class TrainingDisplay:
         self._bar.stop()
 
     def step(self, position: Position, num_images: int) -> None:
-        """Move the bar to where the training stands; the rate is that of the running epoch."""
+        """Move the bar to the position; the rate is the mean over the current epoch."""
         self._images += num_images
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        elapsed = max(time.perf_counter() - self._epoch_started_at, 1e-9)
         self._bar.update(
             self._task,
             completed=self._steps(position),
@@ -82,10 +82,10 @@ class TrainingDisplay:
             rate=self._images / elapsed,
         )
         if position.step == 0:
-            self._since, self._images = time.perf_counter(), 0
+            self._epoch_started_at, self._images = time.perf_counter(), 0
 
     def epoch(self, report: EpochReport) -> None:
-        """Print an epoch's accuracies when the test set was looked at."""
+        """Print the accuracies of an epoch that was evaluated."""
         if report.accuracy is not None:
             by_group = "  ".join(f"{name} {100 * value:5.1f}" for name, value in report.accuracy.items())
             self._bar.console.print(
@@ -99,12 +99,12 @@ class TrainingDisplay:
 
 
 class TensorBoardWriter:
-    """The metrics as TensorBoard scalars, where a folder for them is given."""
+    """Writes the metrics as TensorBoard scalars; without a folder it does nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self._writer = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an optional dependency
 
             self._writer = SummaryWriter(str(folder))
 
@@ -115,7 +115,7 @@ class TensorBoardWriter:
         if self._writer is not None:
             self._writer.close()
 
-    def note(self, line: Metrics) -> None:
+    def write(self, line: Metrics) -> None:
         """Write one epoch's metrics."""
         if self._writer is not None:
             for name, value in line.items():

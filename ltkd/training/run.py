@@ -1,4 +1,4 @@
-"""One training from its configuration to a complete run folder, resuming where an earlier attempt stopped."""
+"""One training, from its configuration to a complete run folder; an interrupted training is resumed."""
 
 import importlib.metadata
 import json
@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ltkd.config import DataConfig, Execution, MethodConfig, Recipe, RunConfig
-from ltkd.contract.records import sha256_of, write_whole
-from ltkd.data.batches import Shard, batches_of
+from ltkd.contract.records import sha256_of, write_atomically
+from ltkd.data.batches import Shard, make_batches
 from ltkd.data.datasets import Dataset
 from ltkd.errors import DeviceError, RunError, StoppedError, UsageError
 from ltkd.methods.registry import Method, build_method
@@ -32,10 +32,10 @@ from ltkd.training.run_folder import (
     WEIGHTS_FILE,
     Metrics,
     Run,
-    claimed,
+    claim_run_folder,
     open_run,
     read_metrics,
-    writing,
+    report_write_errors,
 )
 from ltkd.training.signals import stop_signals
 from ltkd.training.teacher import CachedTeacher, Teacher
@@ -44,7 +44,7 @@ CHECKPOINT_FILE = Path("checkpoint") / "state.safetensors"
 LOGITS_FOLDER, BOARD_FOLDER = "logits", "tensorboard"
 
 SAVE_EVERY_S = 300.0  # an epoch of a large data set lasts hours
-AGREE_EVERY = 20  # steps between two questions of the ranks whether to save or to stop
+AGREE_EVERY = 20  # steps between two collective decisions of the ranks whether to save or stop
 
 
 def run_config(
@@ -59,25 +59,24 @@ def run_config(
     teacher: Run | None = None,
     teacher_views: int | None = None,
 ) -> RunConfig:
-    """A complete configuration, in which versions and the teacher's weights are noted.
+    """Complete a run's configuration with the package versions and the hashes of weights.
 
     Raises:
-        UsageError: The model does not exist, the method needs a teacher and has none, or a network is to be taken as
-            it is and has no weights.
+        UsageError: The model does not exist, the method needs a teacher and none is given, the recipe does not train
+            and no weights are given, the weights are not a file, or teacher views cannot be used.
     """
     model_builder(model)
     if build_method(method).needs_teacher and teacher is None:
         raise UsageError(f"method '{method.name}' needs a teacher; use: ltkd distill TEACHER --method {method.name}")
     if recipe.epochs == 0 and weights_from is None:
-        raise UsageError(f"recipe '{recipe.name}' takes a network as it is; give its weights with --weights FILE.")
+        raise UsageError(f"recipe '{recipe.name}' does not train the network; give its weights with --weights FILE.")
     if weights_from is not None and not weights_from.is_file():
         raise UsageError(
-            f"{weights_from} is no file; give the weights as .safetensors or as a state dict saved by torch."
+            f"{weights_from} is not a file; give the weights as .safetensors or as a state dict saved by torch."
         )
     if teacher_views is not None and (execution.num_devices > 1 or build_method(method).needs_features):
         raise UsageError(
-            "kept teacher logits are for one process and a method that compares logits alone; leave "
-            "--teacher-views out."
+            "--teacher-views needs a single process and a method that compares logits alone; remove the option."
         )
     return RunConfig(
         data=data,
@@ -102,51 +101,52 @@ def train_run(
     console: Console,
     title: str,
     *,
-    ranks: Distributed | None = None,
+    distributed: Distributed | None = None,
     tensorboard: bool = False,
 ) -> Run:
-    """Train what the configuration says, in ``out``; go on where an interrupted run stopped.
+    """Train a configuration in the run folder ``out``, or resume an interrupted training there.
 
-    A run that is complete is opened as it is. It is saved after every epoch, every few minutes, and when a signal asks
-    the process to stop.
+    If the run is complete already, it is only opened. A checkpoint is saved after every epoch, every few minutes, and
+    when a signal requests the process to stop.
 
     Args:
-        config: What to train, and on what.
-        data: The images that ``config.data`` stands for.
+        config: The configuration of the run.
+        data: The images that ``config.data`` specifies.
         out: The run folder.
         console: Where progress is shown.
-        title: What is trained, in a few words.
-        ranks: The processes that share every batch; rank 0 alone writes and shows.
-        tensorboard: Whether the metrics are written for TensorBoard too, below ``out``.
+        title: Short description of the training.
+        distributed: This process's place in distributed training; only rank 0 writes and shows progress.
+        tensorboard: Whether the metrics are also written for TensorBoard, below ``out``.
 
     Raises:
-        RunError: ``out`` holds something else, or a run of another configuration, or cannot be written, or another
-            process trains in it.
+        RunError: ``out`` has other contents or a run of another configuration, cannot be written, or another process is
+            training in it.
         TrainingError: The loss is no longer finite.
-        StoppedError: A signal asked to stop; the run was saved.
+        StoppedError: A signal requested a stop; a checkpoint was saved.
     """
-    ranks = ranks or Distributed()
+    distributed = distributed or Distributed()
     network = build_network(config.model, len(data.task.class_names), config.seed)
     if config.weights_from is not None:
         load_weights(network, config.weights_from)
-    taught_by = None if (out / WEIGHTS_FILE).is_file() else _teacher_network(config, data)
+    teacher_network = None if (out / WEIGHTS_FILE).is_file() else _teacher_network(config, data)
     device = torch.device(config.execution.device)
-    with writing(out), claimed(out, config, data.task, ranks):
-        if ranks.any_rank(ranks.is_main and (out / WEIGHTS_FILE).is_file()):
-            if ranks.is_main:
-                console.print(f"[dim]{title}: {out} is complete already[/dim]")
+    with report_write_errors(out), claim_run_folder(out, config, data.task, distributed):
+        if distributed.any_rank(distributed.is_main and (out / WEIGHTS_FILE).is_file()):
+            if distributed.is_main:
+                console.print(f"[dim]{title}: {out} is already complete[/dim]")
         else:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(config.seed + ranks.rank)  # of what networks draw themselves, such as dropout
-                metrics = _train(config, data, network, taught_by, out, console, title, ranks, tensorboard)
-            if ranks.is_main:
+                # for random numbers that the network draws, such as dropout
+                torch.manual_seed(config.seed + distributed.rank)
+                metrics = _train(config, data, network, teacher_network, out, console, title, distributed, tensorboard)
+            if distributed.is_main:
                 if config.recipe.epochs:
                     plot_curves(metrics, data.task.groups.names, title, out / CURVES_FILE)
                 weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-                write_whole(out / WEIGHTS_FILE, save(weights))
-        if ranks.is_main:
+                write_atomically(out / WEIGHTS_FILE, save(weights))
+        if distributed.is_main:
             shutil.rmtree((out / CHECKPOINT_FILE).parent, ignore_errors=True)
-        ranks.barrier()
+        distributed.barrier()
     return open_run(out)
 
 
@@ -154,82 +154,86 @@ def _train(
     config: RunConfig,
     data: Dataset,
     network: nn.Module,
-    taught_by: nn.Module | None,
+    teacher_network: nn.Module | None,
     out: Path,
     console: Console,
     title: str,
-    ranks: Distributed,
+    distributed: Distributed,
     tensorboard: bool,
 ) -> list[Metrics]:
-    """Train ``network`` to its last epoch and keep the run folder up to date; the metrics of every epoch."""
+    """Train ``network`` to its last epoch, keep the run folder up to date and return the metrics of every epoch."""
     method, device = build_method(config.method), torch.device(config.execution.device)
-    learner = _learner(config, network, taught_by, data.task.input_px)
-    checkpoint = Checkpoint(out / CHECKPOINT_FILE, learner, ranks)
+    state = _train_state(config, network, teacher_network, data.task.input_px)
+    checkpoint = Checkpoint(out / CHECKPOINT_FILE, state, distributed)
     start = checkpoint.load()
     if config.execution.compiled:
-        learner.student.compile()
+        state.student.compile()
     metrics = read_metrics(out)[: start.epoch]
-    batches = batches_of(
+    batches = make_batches(
         data,
         batch_size=config.recipe.batch_size,
         seed=config.seed,
         device=device,
-        shard=Shard(ranks.rank, ranks.size),
+        shard=Shard(distributed.rank, distributed.size),
         views=config.teacher_views,
     )
     display = TrainingDisplay(
-        console if ranks.is_main else Console(quiet=True), title, config.recipe.epochs, batches.steps_per_epoch, start
+        console if distributed.is_main else Console(quiet=True),
+        title,
+        config.recipe.epochs,
+        batches.steps_per_epoch,
+        start,
     )
-    board = TensorBoardWriter(out / BOARD_FOLDER if tensorboard and ranks.is_main else None)
-    with stop_signals() as asked, display, board:
+    tensorboard_writer = TensorBoardWriter(out / BOARD_FOLDER if tensorboard and distributed.is_main else None)
+    with stop_signals() as stop_request, display, tensorboard_writer:
         saved_at = time.monotonic()
 
-        def after_step(progress: Position, num_images: int) -> None:
+        def after_step(position: Position, num_images: int) -> None:
             nonlocal saved_at
-            display.step(progress, num_images)
-            if ranks.size > 1 and progress.step % AGREE_EVERY:
-                return  # ranks must agree, and asking is a wait for all of them
-            stop = ranks.any_rank(asked.signal_number is not None)
-            if stop or progress.step == 0 or ranks.any_rank(time.monotonic() - saved_at > SAVE_EVERY_S):
-                checkpoint.save(progress)
+            display.step(position, num_images)
+            if distributed.size > 1 and position.step % AGREE_EVERY:
+                return  # the ranks decide together, and every decision waits for all of them
+            stop = distributed.any_rank(stop_request.signal_number is not None)
+            if stop or position.step == 0 or distributed.any_rank(time.monotonic() - saved_at > SAVE_EVERY_S):
+                checkpoint.save(position)
                 saved_at = time.monotonic()
             if stop:
                 raise StoppedError(
-                    f"stopped in {out} after epoch {progress.epoch} of {config.recipe.epochs} and {progress.step} of "
-                    f"{batches.steps_per_epoch} steps; saved. The same command goes on from there.",
-                    asked.signal_number or signal.SIGTERM,
+                    f"stopped in {out} after epoch {position.epoch} of {config.recipe.epochs} and {position.step} of "
+                    f"{batches.steps_per_epoch} steps; a checkpoint was saved. Run the same command again to resume.",
+                    stop_request.signal_number or signal.SIGTERM,
                 )
 
         for report in train(
-            learner,
+            state,
             data,
             batches,
             method,
             config.recipe,
-            teacher=_teacher(config, taught_by, method, len(data.train_labels)),
+            teacher=_teacher(config, teacher_network, method, len(data.train_labels)),
             execution=config.execution,
-            ranks=ranks,
+            distributed=distributed,
             start=start,
             on_step=after_step,
         ):
             metrics.append(report.as_flat())
-            if ranks.is_main:
-                write_whole(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics).encode())
-            board.note(metrics[-1])
+            if distributed.is_main:
+                write_atomically(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics).encode())
+            tensorboard_writer.write(metrics[-1])
             display.epoch(report)
     if not config.recipe.epochs:
-        accuracy = evaluate(network, data, device, ranks)
+        accuracy = evaluate(network, data, device, distributed)
         metrics = [{"epoch": 0, **{f"{ACCURACY}{name}": value for name, value in accuracy.items()}}]
-        if ranks.is_main:
-            write_whole(out / METRICS_FILE, (json.dumps(metrics[0]) + "\n").encode())
+        if distributed.is_main:
+            write_atomically(out / METRICS_FILE, (json.dumps(metrics[0]) + "\n").encode())
     return metrics
 
 
-def _learner(config: RunConfig, network: nn.Module, taught_by: nn.Module | None, input_px: int) -> TrainState:
-    """The network on its device, with what its method adds and what moves it."""
+def _train_state(config: RunConfig, network: nn.Module, teacher_network: nn.Module | None, input_px: int) -> TrainState:
+    """The network on its device, with the layers of its method, the optimiser and the gradient scaler."""
     device, fusion = torch.device(config.execution.device), None
-    if build_method(config.method).needs_features and taught_by is not None:
-        fusion = ReviewFusion.between(network, taught_by, input_px, seed=config.seed)
+    if build_method(config.method).needs_features and teacher_network is not None:
+        fusion = ReviewFusion.between(network, teacher_network, input_px, seed=config.seed)
     student = Student(network, fusion).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -260,20 +264,20 @@ def _teacher(config: RunConfig, network: nn.Module | None, method: Method, num_i
         network,
         config.execution,
         config.teacher / LOGITS_FOLDER,
-        drawn_by=f"seed{config.seed}-batch{config.recipe.batch_size}",
+        view_source=f"seed{config.seed}-batch{config.recipe.batch_size}",
         num_images=num_images,
         views=config.teacher_views,
     )
 
 
-def resolve_device(asked: str) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda`` stands for.
+def resolve_device(requested: str) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA if it is available.
 
     Raises:
-        DeviceError: CUDA was asked for and is not there.
+        DeviceError: CUDA was requested and is not available.
     """
-    if asked == "auto":
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("asked for cuda, but torch sees no CUDA device; give --device cpu to train on the CPU.")
-    return torch.device(asked)
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("cuda was requested, but torch finds no CUDA device; give --device cpu to train on the CPU.")
+    return torch.device(requested)

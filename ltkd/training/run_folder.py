@@ -3,11 +3,12 @@
     config.json            everything needed to repeat the run
     task.json              class names, training counts, groups, preprocessing
     metrics.jsonl          one flat object per epoch
-    checkpoint/            where the training stands, for going on; gone when the run is complete
-    weights.safetensors    there exactly when the run is complete
+    checkpoint/            state to resume from; removed when the run is complete
+    weights.safetensors    exists exactly when the run is complete
     curves.png             loss and accuracy per group over the epochs
 
-Every file is written beside its place and renamed, so an interrupted run is usable or absent, never half.
+Every file is written under a temporary name and then renamed, so an interruption never leaves a partial file. ``run``
+trains into the folder; this module creates, locks, checks and reads it.
 """
 
 import errno
@@ -36,8 +37,8 @@ if sys.platform != "win32":
 
 CONFIG_FILE, TASK_FILE, METRICS_FILE = "config.json", "task.json", "metrics.jsonl"
 WEIGHTS_FILE, CURVES_FILE = "weights.safetensors", "curves.png"
-ACCURACY = "accuracy_"  # begins the names of accuracies in metrics.jsonl
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+ACCURACY = "accuracy_"  # prefix of the accuracies in metrics.jsonl
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 Metrics = dict[str, float]
 
@@ -59,17 +60,19 @@ class Run:
     def load_network(self) -> nn.Module:
         """The trained network on the CPU, float32, in evaluation mode.
 
-        It takes normalised images, float32 [N, 3, S, S], and gives logits [N, C].
+        It takes normalised images, float32 [N, 3, S, S], and returns logits [N, C].
 
         Raises:
-            RunError: The weights are damaged or of another network.
+            RunError: The weights are damaged or belong to another network.
         """
         network = build_network(self.config.model, len(self.task.class_names), self.config.seed)
         try:
             network.load_state_dict(load_file(self.weights_path))
         except (SafetensorError, RuntimeError, OSError) as reason:
             problem = str(reason).splitlines()[0]
-            raise RunError(f"{self.weights_path} is no {self.config.model} ({problem}); train again.") from None
+            raise RunError(
+                f"{self.weights_path} does not have the weights of {self.config.model} ({problem}); train again."
+            ) from None
         return network.eval()
 
     def accuracy(self) -> dict[str, float]:
@@ -77,7 +80,7 @@ class Run:
         return _accuracy(self.metrics[-1])
 
     def best_accuracy(self) -> float:
-        """The highest overall test accuracy of any epoch looked at; chosen on the test set, so never a result."""
+        """The highest overall test accuracy of any evaluated epoch; chosen on the test set, so never a result."""
         return max(_accuracy(line)["all"] for line in self.metrics if "accuracy_all" in line)
 
 
@@ -85,62 +88,62 @@ def open_run(path: Path) -> Run:
     """Open a complete run.
 
     Raises:
-        RunError: It is no run folder, or its training did not end.
+        RunError: The path is not a run folder, or its training is not complete.
     """
     if not path.is_dir():
-        raise RunError(f"{path} is no run folder: no such directory. Make one with: ltkd train --out {path}")
+        raise RunError(f"{path} is not a run folder: no such directory. Create one with: ltkd train --out {path}")
     config = read_record(path / CONFIG_FILE, RunConfig, RunError)
     task = read_record(path / TASK_FILE, Task, RunError)
     metrics = read_metrics(path)
     if not (path / WEIGHTS_FILE).is_file() or len(metrics) < config.recipe.epochs:
         raise RunError(
             f"{path} has no {WEIGHTS_FILE}: its training stopped after {len(metrics)} of {config.recipe.epochs} "
-            "epochs. Give the command that started it once more; it goes on from there."
+            "epochs. Run the command that started it again to resume."
         )
     return Run(path, config, task, tuple(metrics))
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """A disk that is full or may not be written, as one clear line."""
+def report_write_errors(out: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error of one line."""
     try:
         yield
     except OSError as reason:
-        if reason.errno not in CANNOT_WRITE:
+        if reason.errno not in WRITE_ERRORS:
             raise
         raise RunError(
-            f"{reason.filename or out} could not be written ({reason.strerror}); what was saved before is whole. "
-            "Put that right, and the same command goes on from there."
+            f"{reason.filename or out} could not be written ({reason.strerror}); earlier files are intact. Fix the "
+            "cause, then run the same command again to resume."
         ) from None
 
 
 @contextmanager
-def claimed(out: Path, config: RunConfig, task: Task, ranks: Distributed) -> Iterator[None]:
-    """Make ``out`` the folder of this run, or find that it is already; rank 0 does it for all."""
-    with ExitStack() as held:
-        problem = None
-        if ranks.is_main:
+def claim_run_folder(out: Path, config: RunConfig, task: Task, distributed: Distributed) -> Iterator[None]:
+    """Lock ``out``, then create the run folder there or check that it belongs to this run; rank 0 does it for all."""
+    with ExitStack() as lock:
+        error = None
+        if distributed.is_main:
             try:
-                with writing(out):
+                with report_write_errors(out):
                     if not (out / WEIGHTS_FILE).is_file():
-                        held.enter_context(_alone_in(out))
-                    _claim(out, config, task)
-            except RunError as error:
-                problem = error
-        ranks.raise_on_all(problem)
+                        lock.enter_context(_lock_folder(out))
+                    _create_or_check(out, config, task)
+            except RunError as raised:
+                error = raised
+        distributed.raise_on_all(error)
         yield
 
 
 @contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keep other processes from training in ``out``; however this one ends, the kernel gives the folder free."""
+def _lock_folder(out: Path) -> Iterator[None]:
+    """Prevent other processes from training in ``out``; the kernel releases the lock however this process ends."""
     if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file; give another --out.")
+        raise RunError(f"{out} is a file, not a folder; give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
         return
-    folder = os.open(out, os.O_RDONLY)  # the folder itself is locked, so no file is left behind
+    folder = os.open(out, os.O_RDONLY)  # the folder itself is locked, so there is no lock file to remove
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -154,18 +157,19 @@ def _alone_in(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _claim(out: Path, config: RunConfig, task: Task) -> None:
+def _create_or_check(out: Path, config: RunConfig, task: Task) -> None:
+    """Create the run folder, or raise if ``out`` has other contents or a run of another configuration or task."""
     if (out / CONFIG_FILE).is_file():
-        differing = _differing(read_record(out / CONFIG_FILE, RunConfig, RunError), config)
-        if differing:
-            raise RunError(f"{out} holds a run of another configuration ({'; '.join(differing)}); give another --out.")
+        differences = _differences(read_record(out / CONFIG_FILE, RunConfig, RunError), config)
+        if differences:
+            raise RunError(f"{out} has a run of another configuration ({'; '.join(differences)}); give another --out.")
         if read_record(out / TASK_FILE, Task, RunError) != task:
             raise RunError(f"{out} was trained on other images than {config.data.name} has now; give another --out.")
     else:
-        # a process that is killed may leave the first file, and parts of both
+        # a killed process may leave the first file, and temporary files of both
         own = (TASK_FILE, f".{TASK_FILE}.*.part", f".{CONFIG_FILE}.*.part")
         if not all(any(path.match(name) for name in own) for path in out.iterdir()):
-            raise RunError(f"{out} is not empty and no run folder; give another --out.")
+            raise RunError(f"{out} is not empty and not a run folder; give another --out.")
         write_record(out / TASK_FILE, task)
         write_record(out / CONFIG_FILE, config)
     if not (out / WEIGHTS_FILE).is_file():
@@ -173,37 +177,37 @@ def _claim(out: Path, config: RunConfig, task: Task) -> None:
             part.unlink()
 
 
-def _differing(found: RunConfig, asked: RunConfig) -> list[str]:
-    """Every field in which two configurations differ, in words."""
-    if found.method.name != asked.method.name:
-        return [f"method is {found.method.name}, asked for {asked.method.name}"]
-    before, now = _by_field(found), _by_field(asked)
+def _differences(found: RunConfig, requested: RunConfig) -> list[str]:
+    """Describe every field in which two configurations differ."""
+    if found.method.name != requested.method.name:
+        return [f"method is {found.method.name}, requested {requested.method.name}"]
+    found_fields, requested_fields = _flatten(found), _flatten(requested)
     return [
-        f"{name} is {before.get(name)}, asked for {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        f"{name} is {found_fields.get(name)}, requested {requested_fields.get(name)}"
+        for name in {**found_fields, **requested_fields}
+        if found_fields.get(name) != requested_fields.get(name)
     ]
 
 
-def _by_field(config: RunConfig) -> dict[str, object]:
-    """Everything that counts in a configuration, by dotted name."""
-    # by meaning: a parameter that a newer version added has the default that the older one was
-    whole = config.model_copy(update={"method": method_config(config.method.name, config.method.parameters)})
+def _flatten(config: RunConfig) -> dict[str, object]:
+    """The fields that define the run, by dotted name; parameters that an older version did not write are filled in."""
+    # the default of a new parameter is the behaviour of the versions before it
+    complete = config.model_copy(update={"method": method_config(config.method.name, config.method.parameters)})
     fields: dict[str, object] = {}
 
-    def note(values: Mapping[str, object], prefix: str) -> None:
+    def add(values: Mapping[str, object], prefix: str) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
-                note(value, f"{prefix}{name}.")
+                add(value, f"{prefix}{name}.")
             else:
                 fields[prefix + name] = value
 
-    note(whole.model_dump(exclude={"versions", "schema_version"}), "")
+    add(complete.model_dump(exclude={"versions", "schema_version"}), "")
     return fields
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The epochs that a run has recorded so far."""
+    """The metrics of the epochs that a run has recorded so far."""
     file = path / METRICS_FILE
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: noted when they come, obeyed after a whole step."""
+"""Signals that stop a training: they are recorded on arrival, and the training stops after the current step."""
 
 import signal
 import threading
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class StopRequest:
-    """Whether a signal came.
+    """Whether a signal to stop has arrived.
 
     Attributes:
-        signal_number: The first one; None while there was none.
+        signal_number: The first signal; None if none has arrived.
     """
 
     signal_number: int | None = None
@@ -23,32 +23,32 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM for as long as the context lasts.
+    """Record SIGINT and SIGTERM instead of acting on them, until the context ends.
 
-    After the first signal a SIGINT acts as it would have without this: a second Ctrl-C ends at once. A second SIGTERM
-    changes nothing, because where torchrun or a cluster's scheduler stop a group of processes, each of them is often
-    told twice. A signal that came too late for anybody in the context to obey it acts when the context ends.
+    After the first signal SIGINT has its previous handler again, so a second Ctrl-C ends the process at once. A second
+    SIGTERM has no effect, because torchrun and cluster schedulers often send it twice to each process of a group. A
+    recorded signal on which the code in the context did not act is raised again when the context ends.
 
-    Only the main thread of a process can do this; in another the signals keep their meaning.
+    Python can set handlers only in the main thread; in other threads this context does nothing.
     """
-    asked = StopRequest()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
-    # a signal that the parent process had ignored, as a background shell does with SIGINT, stays ignored
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    # a signal that is ignored stays ignored; shells start background processes with SIGINT ignored
+    previous = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.signal_number = asked.signal_number or number
-        if signal.SIGINT in before:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+    def record(number: int, frame: FrameType | None) -> None:
+        request.signal_number = request.signal_number or number
+        if signal.SIGINT in previous:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    for number in before:
-        signal.signal(number, note)
+    for number in previous:
+        signal.signal(number, record)
     try:
-        yield asked
+        yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    if asked.signal_number is not None:  # an obeyed one leaves by an exception
-        signal.raise_signal(asked.signal_number)
+    if request.signal_number is not None:  # code that acts on the signal leaves the context by an exception
+        signal.raise_signal(request.signal_number)

@@ -1,1 +1,1 @@
-"""The routes: /v1, /v2 (Open Inference Protocol) and operations."""
+"""The HTTP routes: /v1, /v2 (Open Inference Protocol) and operations, and the OpenAPI description."""

@@ -1,4 +1,4 @@
-"""The HTTP service: its routes, and how they are put together."""
+"""Builds the FastAPI application from the routes of this package and the service (serve/http/service.py)."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 import ltkd
 from serve.api.openapi import describe
 from serve.api.operations import operations
-from serve.api.v1 import classification, facts
+from serve.api.v1 import classify_routes, model_routes
 from serve.api.v2 import open_inference
 from serve.http.middleware import RequestMiddleware, answer_http, answer_problem, answer_validation
 from serve.http.service import Service
@@ -18,20 +18,20 @@ from serve.problems import ProblemError
 
 
 def create_app(service: Service) -> FastAPI:
-    """The service, handed everything it uses; it is ready once the server has started it."""
+    """Create the application around a service. Its lifespan starts and closes the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[dict[str, Service], None]:
         await service.start()
-        yield {"service": service}  # the protocol that answers the usual request by itself finds it there
+        yield {"service": service}  # serve/http/fast_path.py reads it from the application state
         await service.close()
 
     app = FastAPI(
         title="ltkd",
-        summary="Classifies images and says which group of classes each answer fell in.",
+        summary="Classifies images and reports the class group of each answer.",
         version=ltkd.__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's page loads scripts from another host; /openapi.json is served
+        docs_url=None,  # FastAPI's documentation page loads scripts from another host; /openapi.json is served
         redoc_url=None,
         exception_handlers={
             ProblemError: answer_problem,
@@ -40,8 +40,8 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.add_middleware(RequestMiddleware, service=service)
-    app.include_router(classification(service))
-    app.include_router(facts(service))
+    app.include_router(classify_routes(service))
+    app.include_router(model_routes(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
     key = Depends(service.keys.requires("classify"))
     app.include_router(
@@ -50,7 +50,7 @@ def create_app(service: Service) -> FastAPI:
             service.settings,
             service.require_ready,
             service.require_accepting,
-            lambda request, served, classified: service.note(served, classified, request.state.asked),
+            lambda request, served, result: service.record(served, result, request.state.context),
             guards=[key],
         )
     )

@@ -1,6 +1,7 @@
-"""How the API describes itself: bodies, problems and headers, with an example of each.
+"""The OpenAPI description: bodies, problems and headers, with an example of each.
 
-FastAPI derives what it can from the routes; what it cannot know is added here, and ``describe`` puts the two together.
+FastAPI derives a description from the routes. This module has the parts that it cannot derive, and ``describe`` adds
+them.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.api.v2_tensors import FILES, LOGITS, InferBody, InferReply
 from serve.http.bodies import ANY_BYTES, JSON, MULTIPART, ImagesBody
-from serve.problems import MEDIA_TYPE, Problem, problem_of
+from serve.problems import MEDIA_TYPE, Problem, make_problem
 
 EXAMPLE_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # one red pixel
@@ -22,7 +23,7 @@ _COMPONENTS = "#/components/schemas/{model}"
 CLASSIFY_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "One image as it is, or several in a form or in JSON; gzip or deflate by Content-Encoding.",
+        "description": "One image as raw bytes, or several in a form or in JSON. Content-Encoding: gzip or deflate.",
         "content": {
             "image/jpeg": _BYTES,
             "image/png": _BYTES,
@@ -46,7 +47,7 @@ CLASSIFY_BODY: dict[str, Any] = {
 INFER_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "JSON, or JSON with the tensor's bytes behind it; gzip or deflate by Content-Encoding.",
+        "description": "JSON, or JSON followed by the bytes of the tensor. Content-Encoding: gzip or deflate.",
         "content": {
             JSON: {
                 "schema": {"$ref": _COMPONENTS.format(model=InferBody.__name__)},
@@ -59,10 +60,10 @@ INFER_BODY: dict[str, Any] = {
 
 INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The output, in JSON or behind it",
+        "description": "The output, in the JSON or as binary data after it",
         "headers": {
             "Inference-Header-Content-Length": {
-                "description": "How much of the body is JSON, if not all of it",
+                "description": "Number of bytes of JSON at the start of the body; absent if the whole body is JSON",
                 "schema": {"type": "integer", "minimum": 0},
             }
         },
@@ -82,16 +83,16 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 _EXAMPLES = {
     400: "query top_k is 'five': Input should be a valid integer.",
-    401: "the request has no key; send one as: Authorization: Bearer KEY",
-    403: "the key camera-3 may classify, not give orders.",
-    404: "there is no model bird; there are: birds.",
-    408: "the body did not arrive within 10 s; send less, or over a faster line.",
-    409: "image 0 of request order-4711 was told already; the first label counts.",
-    413: "the body is larger than 20,971,520 bytes; send fewer or less.",
-    415: "not a JPEG, PNG or WebP image (it begins with b'hello'); convert it to one.",
+    401: "this route needs an API key; send the header 'Authorization: Bearer KEY'.",
+    403: "the key camera-3 has the role classify; this route needs a key with the role admin.",
+    404: "there is no model bird; there is: birds version 1.",
+    408: "the body did not arrive within 10 s; send a smaller body or use a faster connection.",
+    409: "image 0 of request order-4711 already has a true label; the first label counts.",
+    413: "the body is larger than 20,971,520 bytes; send fewer or smaller images.",
+    415: "the file is not a JPEG, PNG or WebP image (it begins with b'hello'); convert it to one.",
     422: "the image is damaged or truncated (image file is truncated); send the whole file.",
-    429: "32 requests are in hand, at most 32 are taken; try again.",
-    500: "the service has a defect; its log has the cause under request 0f3c.",
+    429: "32 images are waiting, and more would not be answered in time; try again in 1 s.",
+    500: "an internal error occurred; the log of the service has the cause under request id 0f3c.",
     503: "the service is not ready; try again.",
     504: "the deadline passed before the image was answered; send fewer at a time, or allow more time.",
 }
@@ -100,29 +101,29 @@ _REQUEST_HEADERS = {
     "X-Request-ID": {
         "name": "X-Request-ID",
         "in": "header",
-        "description": "The caller's name for the request, given back; one that is not plain is replaced",
+        "description": "The client's id for the request. The response repeats it; an invalid id is replaced.",
         "schema": {"type": "string"},
         "example": "order-4711",
     },
     "traceparent": {
         "name": "traceparent",
         "in": "header",
-        "description": "W3C Trace Context: the trace that the request belongs to; it is in the log",
+        "description": "W3C Trace Context: the trace of the request; it is written to the log",
         "schema": {"type": "string"},
         "example": EXAMPLE_TRACE,
     },
 }
 _RESPONSE_HEADERS = {
     "X-Request-ID": {
-        "description": "The name of the request, in the log and for feedback",
+        "description": "The id of the request, used in the log and for feedback",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
     "Retry-After": {
-        "description": "Seconds after which it is worth trying again",
+        "description": "Seconds to wait before the next attempt",
         "schema": {"type": "integer", "minimum": 1},
     },
     "Server-Timing": {
-        "description": "Milliseconds in each stage",
+        "description": "Milliseconds spent in each stage",
         "schema": {"type": "string"},
         "example": "decode;dur=0.31, queue;dur=1.20, infer;dur=4.05",
     },
@@ -131,14 +132,14 @@ _HEADERS_OF = {"429": ("X-Request-ID", "Retry-After"), "503": ("X-Request-ID", "
 
 
 def problem_responses(*statuses: int, media_type: str = MEDIA_TYPE) -> dict[int | str, dict[str, Any]]:
-    """The problems of a route, each with an example."""
+    """The problem responses of a route, each with an example."""
     return {
         status: {
-            "description": problem_of(status, "").title,
+            "description": make_problem(status, "").title,
             "content": {
                 media_type: {
                     "schema": {"$ref": _COMPONENTS.format(model=Problem.__name__)},
-                    "example": problem_of(status, _EXAMPLES[status]).model_dump(),
+                    "example": make_problem(status, _EXAMPLES[status]).model_dump(),
                 }
             },
         }
@@ -147,7 +148,7 @@ def problem_responses(*statuses: int, media_type: str = MEDIA_TYPE) -> dict[int 
 
 
 def describe(app: FastAPI) -> None:
-    """Complete the description that the app gives of itself at ``/openapi.json``."""
+    """Complete the description that the application serves at ``/openapi.json``."""
     derived = app.openapi
 
     def described() -> dict[str, Any]:
@@ -155,12 +156,12 @@ def describe(app: FastAPI) -> None:
             app.openapi_schema = complete(derived())
         return app.openapi_schema
 
-    app.openapi = described  # type: ignore[method-assign] # as FastAPI's documentation has it
+    app.openapi = described  # type: ignore[method-assign] # the way that FastAPI documents
 
 
 def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """A description with the parts that FastAPI cannot derive."""
-    _, written = models_json_schema(
+    """Add the parts that FastAPI cannot derive to a description."""
+    _, definitions = models_json_schema(
         [
             (Problem, "serialization"),
             (ImagesBody, "validation"),
@@ -170,12 +171,12 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
         ref_template=_COMPONENTS,
     )
     components = schema.setdefault("components", {})
-    components["schemas"] = dict(sorted((components.get("schemas", {}) | written["$defs"]).items()))
+    components["schemas"] = dict(sorted((components.get("schemas", {}) | definitions["$defs"]).items()))
     components["headers"], components["parameters"] = _RESPONSE_HEADERS, _REQUEST_HEADERS
     for methods in schema["paths"].values():
         for operation in methods.values():
             _complete_operation(operation)
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form; ours is the Problem
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own error format; this API uses Problem
         components["schemas"].pop(name, None)
     return schema
 

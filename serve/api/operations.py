@@ -1,4 +1,4 @@
-"""The routes for those who run the service: what it has seen, what was right, and the order to reload."""
+"""The routes for operators: metrics, statistics per class group, feedback with true labels, and reloading."""
 
 import asyncio
 import logging
@@ -12,22 +12,22 @@ from ltkd.errors import LtkdError
 from serve.api.openapi import problem_responses
 from serve.http.api_keys import Keys
 from serve.monitoring.drift import WindowReport
-from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackTaken, GroupAccuracy
+from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackReceipt, GroupAccuracy
 from serve.monitoring.prometheus import MEDIA_TYPE, Telemetry
 from serve.pool.repository import AnyEngineClient, ModelReloaded, ModelRepository, Reloaded
-from serve.problems import ProblemError, problem_of
+from serve.problems import ProblemError, make_problem
 
 _log = logging.getLogger(__name__)
 
 
-class GroupsSeen(Record):
-    """What a model has answered lately, group by group, and how often that was right.
+class GroupsReport(Record):
+    """Recent predictions of a model per class group, and how often they were right.
 
     Attributes:
         model: Name of the model.
         version: Its version.
-        window: Its most recent predictions, against those of certification.
-        feedback: Its accuracy, of the answers whose true label was told.
+        window: Its most recent predictions, compared with those of certification.
+        feedback: Its accuracy on the answers whose true label was reported.
     """
 
     model: str
@@ -39,15 +39,15 @@ class GroupsSeen(Record):
 def operations(
     models: ModelRepository[AnyEngineClient], telemetry: Telemetry, feedback: Feedback, keys: Keys
 ) -> APIRouter:
-    """The routes, handed everything they use."""
+    """Create the routes for operators."""
     router = APIRouter(tags=["operate"])
-    anyone_with_a_key, admin = Depends(keys.requires("classify")), Depends(keys.requires("admin"))
+    any_key, admin_key = Depends(keys.requires("classify")), Depends(keys.requires("admin"))
 
     @router.get(
         "/metrics",
-        summary="What Prometheus reads",
+        summary="Metrics in the format of Prometheus",
         response_class=Response,
-        dependencies=[anyone_with_a_key],
+        dependencies=[any_key],
         responses=problem_responses(401),
     )
     async def metrics() -> Response:
@@ -55,72 +55,72 @@ def operations(
 
     @router.get(
         "/v1/groups",
-        summary="What was predicted lately in each group, against what was certified",
-        dependencies=[anyone_with_a_key],
+        summary="Recent predictions per class group, compared with those of certification",
+        dependencies=[any_key],
         responses=problem_responses(400, 401, 404),
     )
     async def groups(
-        model: Annotated[str | None, Query(description="Name of the model; not needed where there is one")] = None,
-        version: Annotated[str | None, Query(description="Its version; the highest where it is not given")] = None,
-    ) -> GroupsSeen:
+        model: Annotated[str | None, Query(description="Name of the model; not needed if only one is served")] = None,
+        version: Annotated[str | None, Query(description="Version of the model; by default the highest")] = None,
+    ) -> GroupsReport:
         served = models.find(model, version)
         name, number = served.key
-        return GroupsSeen(
-            model=name, version=number, window=served.meter.window.report(), feedback=served.ledger.accuracy()
+        return GroupsReport(
+            model=name, version=number, window=served.metrics.window.report(), feedback=served.feedback.accuracy()
         )
 
     @router.post(
         "/v1/feedback",
-        summary="Tell the true label of an answer",
-        description="Of an answer the service remembers request id, predicted class, group and confidence, in memory "
-        "and for the most recent answers only; images are not kept.",
-        dependencies=[anyone_with_a_key],
+        summary="Report the true label of an answer",
+        description="The service keeps request id, predicted class, group and confidence of the most recent answers in "
+        "memory. It does not keep images.",
+        dependencies=[any_key],
         responses=problem_responses(400, 401, 404, 409),
     )
-    async def tell(body: FeedbackBody) -> FeedbackTaken:
-        return feedback.take(body)
+    async def tell(body: FeedbackBody) -> FeedbackReceipt:
+        return feedback.add_label(body)
 
     @router.post(
         "/v1/admin/reload",
-        summary="Look for new bundles, and serve those that can be proved",
-        dependencies=[admin],
+        summary="Look for new or changed bundles, verify them and serve them",
+        dependencies=[admin_key],
         responses=problem_responses(401, 403, 409),
     )
     async def reload() -> Reloaded:
         try:
             reloaded = await reload_all(models, keys)
         except LtkdError as reason:
-            raise ProblemError(problem_of(409, str(reason))) from None
-        return answered(reloaded)
+            raise ProblemError(make_problem(409, str(reason))) from None
+        return require_success(reloaded)
 
     return router
 
 
 async def reload_all(models: ModelRepository[AnyEngineClient], keys: Keys) -> Reloaded:
-    """Read the keys again, then the models.
+    """Reload the API keys, then the models.
 
     Raises:
-        LtkdError: The key file cannot be used; keys and models stay as they are.
+        LtkdError: The key file cannot be used; keys and models are not changed.
     """
-    keys.read_again()
+    keys.reload()
     return await models.reload()
 
 
-def answered(reloaded: Reloaded) -> Reloaded:
-    """What a reload did, if all that was offered is served now.
+def require_success(reloaded: Reloaded) -> Reloaded:
+    """Return the result of a reload if every bundle could be loaded.
 
     Raises:
-        ProblemError: Something could not be served, and why.
+        ProblemError: 409, some bundles could not be loaded; the detail has the reasons.
     """
-    failed: list[ModelReloaded] = [done for done in reloaded.models if done.outcome == "failed"]
+    failed: list[ModelReloaded] = [model for model in reloaded.models if model.outcome == "failed"]
     if failed:
-        told = " ".join(f"{done.name} version {done.version}: {done.reason}" for done in failed)
-        raise ProblemError(problem_of(409, f"not everything that is offered can be served. {told}"))
+        reasons = " ".join(f"{model.name} version {model.version}: {model.reason}" for model in failed)
+        raise ProblemError(make_problem(409, f"some bundles could not be loaded. {reasons}"))
     return reloaded
 
 
 def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> None:
-    """Reload whenever this process receives SIGHUP, where there is such a signal; called on the event loop."""
+    """Reload whenever this process receives SIGHUP, on systems that have this signal. Call it on the event loop."""
     loop = asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()
 
@@ -128,7 +128,7 @@ def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> No
         try:
             await reload_all(models, keys)
         except LtkdError as reason:
-            _log.error("reload failed, nothing was changed: %s", reason)
+            _log.error("the reload failed and changed nothing: %s", reason)
 
     def on_hangup() -> None:
         task = loop.create_task(reload())

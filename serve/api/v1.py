@@ -1,4 +1,4 @@
-"""The routes of /v1: classification and facts about models."""
+"""The routes of /v1: classification, model information and health checks."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 
 
 class Preprocessing(Record):
-    """What happens to an image before the network sees it."""
+    """How an image is prepared for the network."""
 
     formats: tuple[str, ...]
     input_px: int
@@ -26,7 +26,7 @@ class Preprocessing(Record):
 
 
 class ModelFacts(Record):
-    """The model that answers: where it runs, what it takes and all that its bundle says of it."""
+    """A served model: where it runs, which images it accepts and the manifest of its bundle."""
 
     model: ModelRef
     version: str
@@ -35,24 +35,24 @@ class ModelFacts(Record):
 
 
 class Alive(Record):
-    """The process answers."""
+    """The server process is running."""
 
     status: str = "alive"
 
 
 class Ready(Record):
-    """Every model is proved on its golden samples and answers."""
+    """Every model has reproduced its golden samples and accepts requests."""
 
     status: str = "ready"
     models: tuple[ModelRef, ...]
 
 
-ModelName = Annotated[str | None, Query(description="Name of the model; not needed where there is one")]
-ModelVersion = Annotated[str | None, Query(description="Its version; the highest where it is not given")]
+ModelName = Annotated[str | None, Query(description="Name of the model; not needed if only one is served")]
+ModelVersion = Annotated[str | None, Query(description="Version of the model; by default the highest")]
 
 
-def classification(service: Service) -> APIRouter:
-    """The route that classifies, in full; the usual request never gets here (serve/http/fast_path.py)."""
+def classify_routes(service: Service) -> APIRouter:
+    """Create the route that classifies. Most requests with one image do not reach it (serve/http/fast_path.py)."""
     router = APIRouter(tags=["classify"])
     settings = service.settings
 
@@ -66,44 +66,46 @@ def classification(service: Service) -> APIRouter:
     async def classify(
         request: Request,
         _: Annotated[str, Depends(service.keys.requires("classify"))],
-        top_k: Annotated[int, Query(ge=1, description="Classes to list; at most all of them are")] = settings.top_k,
+        top_k: Annotated[
+            int, Query(ge=1, description="Number of classes to list, or all if there are fewer")
+        ] = settings.top_k,
         model: ModelName = None,
         version: ModelVersion = None,
         timeout: Annotated[
-            str, Header(alias=TIMEOUT_HEADER, description="Seconds after which nobody needs the answer")
+            str, Header(alias=TIMEOUT_HEADER, description="Seconds after which the client no longer needs the response")
         ] = "",
     ) -> Response:
         service.require_accepting()
-        asked = request.state.asked
-        deadline = service.deadline(asked, timeout)
+        context = request.state.context
+        deadline = service.deadline(context, timeout)
         served = service.models.find(model, version)
-        with served.held():
+        with served.in_use():
             contents = await read_images(request, settings)
-            top_k = min(top_k, len(served.worker.manifest.task.class_names))
-            classified = await served.worker.classify(contents, top_k, deadline)
-        body = service.answer(served, classified, asked)
-        headers = {"X-Ltkd-Provider": served.worker.provider, "Server-Timing": server_timing(classified.stage_seconds)}
+            top_k = min(top_k, len(served.pool.manifest.task.class_names))
+            result = await served.pool.classify(contents, top_k, deadline)
+        body = service.response_body(served, result, context)
+        headers = {"X-Ltkd-Provider": served.pool.provider, "Server-Timing": server_timing(result.stage_seconds)}
         return Response(body, media_type="application/json", headers=headers)
 
     return router
 
 
-def facts(service: Service) -> APIRouter:
-    """The routes that say what is served, and whether."""
+def model_routes(service: Service) -> APIRouter:
+    """Create the routes for model information and health checks."""
     router = APIRouter(tags=["operate"])
     key = Depends(service.keys.requires("classify"))
 
     @router.get(
         "/v1/model",
-        summary="A model, where it runs and what it takes",
+        summary="A model, where it runs and which images it accepts",
         dependencies=[key],
         responses=problem_responses(400, 401, 404),
     )
     async def model_facts(model: ModelName = None, version: ModelVersion = None) -> ModelFacts:
         served = service.models.find(model, version)
-        manifest = served.worker.manifest
+        manifest = served.pool.manifest
         return ModelFacts(
-            model=model_ref(manifest, served.worker.precision, served.worker.provider),
+            model=model_ref(manifest, served.pool.precision, served.pool.provider),
             version=served.key.version,
             preprocessing=Preprocessing(
                 formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
@@ -111,14 +113,14 @@ def facts(service: Service) -> APIRouter:
             manifest=manifest,
         )
 
-    @router.get("/livez", summary="Whether the process answers")
+    @router.get("/livez", summary="Whether the server process is running")
     async def livez() -> Alive:
         return Alive()
 
-    @router.get("/readyz", summary="Whether requests are taken", responses=problem_responses(503))
+    @router.get("/readyz", summary="Whether the service accepts requests", responses=problem_responses(503))
     async def readyz() -> Ready:
         service.require_ready()
-        workers = [served.worker for served in service.models.all()]
-        return Ready(models=tuple(model_ref(one.manifest, one.precision, one.provider) for one in workers))
+        pools = [served.pool for served in service.models.all()]
+        return Ready(models=tuple(model_ref(pool.manifest, pool.precision, pool.provider) for pool in pools))
 
     return router

@@ -1,7 +1,8 @@
-"""The Open Inference Protocol, version 2, over HTTP: what clients of Triton and KServe speak.
+"""The routes of /v2: the Open Inference Protocol, version 2, which clients of Triton and KServe use.
 
-With the binary tensor data, classification and model configuration extensions, and the index of the model repository
-extension. Tensors are read and written in serve/api/v2_tensors.py; here are the routes.
+The supported extensions are binary tensor data, classification, model configuration and the index of the model
+repository extension. serve/api/v2_tensors.py reads and writes the tensors, serve/api/v2_metadata.py describes the
+models.
 """
 
 import asyncio
@@ -35,41 +36,43 @@ from serve.api.v2_tensors import InferRequest, build_response, parse_request
 from serve.engine.messages import OutputKind
 from serve.http.bodies import JSON, BodyLimits, read_whole
 from serve.http.middleware import problem_response, validation_problem
-from serve.pool.engine_process import RequestResult
-from serve.problems import Content, Problem, ProblemError, problem_of
+from serve.pool.pending_requests import RequestResult
+from serve.problems import Content, Problem, ProblemError, make_problem
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 _TAG = "Open Inference Protocol"
 _UNLOCKED = problem_responses(400, 401, media_type=JSON)
-Named = tuple[str, str | None]
-"""The name of a model and, if one is asked for, its version."""
+NameAndVersion = tuple[str, str | None]
+"""The name of a model and its version; None stands for the highest version."""
 
 
 class Engine(Protocol):
-    """What the protocol needs of an engine process."""
+    """The part of EnginePool that these routes use."""
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
 
-    async def ask(self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float) -> RequestResult:
-        """What ``wanted`` says of images; ``deadline`` on the clock of ``time.monotonic``.
+    async def infer(
+        self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float
+    ) -> RequestResult:
+        """Compute the output that ``wanted`` names for each image; ``deadline`` is a time of ``time.monotonic``.
 
         Raises:
-            ProblemError: There is no answer.
+            ProblemError: The request was rejected or could not be answered.
         """
 
 
 class Key(Protocol):
-    """By what a model version is found."""
+    """Identifies a model version."""
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """The name of the model."""
 
     @property
     def version(self) -> str:
-        """Of the model, too."""
+        """The version of the model."""
 
 
 class Servable(Protocol):
@@ -80,11 +83,11 @@ class Servable(Protocol):
         """Its name and version."""
 
     @property
-    def worker(self) -> Engine:
-        """What answers."""
+    def pool(self) -> Engine:
+        """The engine processes of this version."""
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keep it answering, whatever a reload does."""
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep this version running until the block ends, even if a reload replaces it."""
 
 
 Servable_co = TypeVar("Servable_co", bound=Servable, covariant=True)
@@ -94,7 +97,7 @@ class RepositoryProtocol(Protocol[Servable_co]):
     """The models that are served."""
 
     def find(self, name: str | None = None, version: str | None = None) -> Servable_co:
-        """One model; the newest version where none is named.
+        """Find a model version; by default the highest.
 
         Raises:
             ProblemError: There is no such model.
@@ -105,21 +108,21 @@ class RepositoryProtocol(Protocol[Servable_co]):
 
 
 class InferenceLimits(BodyLimits, Protocol):
-    """What the settings say of inference requests."""
+    """The settings that limit inference requests."""
 
     @property
     def timeout_seconds(self) -> float:
-        """A request that is not answered within this time gets 504; it may ask for less."""
+        """A request that is not answered within this time gets 504; a request may set a shorter time."""
 
 
 class ProtocolRoute(APIRoute):
-    """A route whose problems are called ``application/json``: clients of the protocol look for no other type."""
+    """A route that sends problems as ``application/json``: clients of the protocol accept no other media type."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, with the problems that it raises answered here."""
+        """Wrap FastAPI's handler so that the problems it raises are answered here."""
         handle = super().get_route_handler()
 
-        async def answered(request: Request) -> Response:
+        async def handle_with_problems(request: Request) -> Response:
             try:
                 return await handle(request)
             except ProblemError as error:
@@ -127,102 +130,104 @@ class ProtocolRoute(APIRoute):
             except RequestValidationError as error:
                 return problem_response(validation_problem(error), media_type=JSON)
 
-        return answered
+        return handle_with_problems
 
 
 def open_inference(
-    catalogue: RepositoryProtocol[Servable_co],
+    repository: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
     require_ready: Callable[[], None],
     require_accepting: Callable[[], None],
-    note: Callable[[Request, Servable_co, RequestResult], None],
+    on_result: Callable[[Request, Servable_co, RequestResult], None],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
-    """The routes of the protocol.
+    """Create the routes of the protocol.
 
     Args:
-        catalogue: The models that are served.
-        limits: Of bodies and of time.
+        repository: The models that are served.
+        limits: Limits on bodies and on time.
         require_ready: Raises a ProblemError unless load balancers should send requests here.
-        require_accepting: Raises a ProblemError when no requests are taken.
-        note: Told of every answer.
-        guards: Dependencies of every route but the two probes; they raise a ProblemError for who is not let in.
+        require_accepting: Raises a ProblemError if the service accepts no requests.
+        on_result: Called with every successful result.
+        guards: Dependencies of every route except the two health checks. They raise a ProblemError to reject a request.
     """
-    whole = APIRouter(tags=[_TAG], route_class=ProtocolRoute)
-    router = APIRouter(prefix="/v2", route_class=ProtocolRoute, dependencies=guards)
+    router = APIRouter(tags=[_TAG], route_class=ProtocolRoute)
+    guarded = APIRouter(prefix="/v2", route_class=ProtocolRoute, dependencies=guards)
 
-    @whole.get("/v2/health/live", summary="Whether the process answers")
+    @router.get("/v2/health/live", summary="Whether the server process is running")
     async def live() -> Live:
         return Live()
 
-    @whole.get(
-        "/v2/health/ready", summary="Whether requests are taken", responses=problem_responses(503, media_type=JSON)
+    @router.get(
+        "/v2/health/ready",
+        summary="Whether the service accepts requests",
+        responses=problem_responses(503, media_type=JSON),
     )
     async def ready() -> ServerReady:
         require_ready()
         return ServerReady()
 
-    @router.get("", summary="The server and its extensions", responses=_UNLOCKED)
+    @guarded.get("", summary="The server and its extensions", responses=_UNLOCKED)
     async def server_metadata() -> ServerMetadata:
         return ServerMetadata()
 
-    @router.post("/repository/index", summary="Every version of every model", responses=_UNLOCKED)
+    @guarded.post("/repository/index", summary="Every version of every model", responses=_UNLOCKED)
     async def index() -> list[IndexEntry]:
-        return [IndexEntry(name=one.key.name, version=one.key.version) for one in catalogue.all()]
+        return [IndexEntry(name=served.key.name, version=served.key.version) for served in repository.all()]
 
-    async def newest(model: str) -> Named:
+    async def highest_version(model: str) -> NameAndVersion:
         return model, None
 
-    async def versioned(model: str, version: str) -> Named:
+    async def given_version(model: str, version: str) -> NameAndVersion:
         return model, version
 
-    for path, named in (("/models/{model}", newest), ("/models/{model}/versions/{version}", versioned)):
-        _describe(router, path, named, catalogue, limits)
-        _infer(router, path, named, catalogue, limits, require_accepting, note)
-    whole.include_router(router)
-    return whole
+    for path, key_of in (("/models/{model}", highest_version), ("/models/{model}/versions/{version}", given_version)):
+        _add_model_routes(guarded, path, key_of, repository, limits)
+        _add_inference(guarded, path, key_of, repository, limits, require_accepting, on_result)
+    router.include_router(guarded)
+    return router
 
 
-def _describe(
+def _add_model_routes(
     router: APIRouter,
     path: str,
-    named: Callable[..., Awaitable[Named]],
-    catalogue: RepositoryProtocol[Servable_co],
+    key_of: Callable[..., Awaitable[NameAndVersion]],
+    repository: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
 ) -> None:
     unknown = problem_responses(400, 401, 404, 503, media_type=JSON)
 
-    @router.get(path, summary="What a model takes and gives", responses=unknown)
-    async def model_metadata(key: Annotated[Named, Depends(named)]) -> ModelMetadata:
-        served = catalogue.find(*key)
+    @router.get(path, summary="Inputs and outputs of a model", responses=unknown)
+    async def model_metadata(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelMetadata:
+        served = repository.find(*key)
         name = served.key.name
-        versions = tuple(one.key.version for one in catalogue.all() if one.key.name == name)
-        return metadata_of(served.worker.manifest.task, name, versions)
+        versions = tuple(each.key.version for each in repository.all() if each.key.name == name)
+        return metadata_of(served.pool.manifest.task, name, versions)
 
-    @router.get(f"{path}/ready", summary="Whether a model takes requests", responses=unknown)
-    async def model_ready(key: Annotated[Named, Depends(named)]) -> ModelReady:
-        return ModelReady(name=catalogue.find(*key).key.name)
+    @router.get(f"{path}/ready", summary="Whether a model accepts requests", responses=unknown)
+    async def model_ready(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelReady:
+        return ModelReady(name=repository.find(*key).key.name)
 
-    @router.get(f"{path}/config", summary="A model in Triton's words", responses=unknown)
-    async def model_config(key: Annotated[Named, Depends(named)]) -> ModelConfig:
-        served = catalogue.find(*key)
-        return config_of(served.worker.manifest.task, served.key.name, limits.max_images)
+    @router.get(f"{path}/config", summary="The configuration of a model in Triton's format", responses=unknown)
+    async def model_config(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelConfig:
+        served = repository.find(*key)
+        return config_of(served.pool.manifest.task, served.key.name, limits.max_images)
 
 
-def _infer(
+def _add_inference(
     router: APIRouter,
     path: str,
-    named: Callable[..., Awaitable[Named]],
-    catalogue: RepositoryProtocol[Servable_co],
+    key_of: Callable[..., Awaitable[NameAndVersion]],
+    repository: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
     require_accepting: Callable[[], None],
-    note: Callable[[Request, Servable_co, RequestResult], None],
+    on_result: Callable[[Request, Servable_co, RequestResult], None],
 ) -> None:
-    one_at_a_time = asyncio.Lock()  # a tensor in JSON takes some thirty times its size while it is read
+    one_at_a_time = asyncio.Lock()  # parsing a tensor in JSON takes about thirty times its size in memory
 
     @router.post(
         f"{path}/infer",
-        summary="Logits, or the best classes, of one image or many",
+        summary="Compute the logits, or the best classes, of one image or many",
         openapi_extra=INFER_BODY,
         response_class=Response,
         responses=INFER_RESPONSES
@@ -230,45 +235,45 @@ def _infer(
     )
     async def infer(
         request: Request,
-        key: Annotated[Named, Depends(named)],
+        key: Annotated[NameAndVersion, Depends(key_of)],
         json_bytes: Annotated[
             Annotated[int, Field(ge=0)] | SkipJsonSchema[None],
-            Header(alias=JSON_LENGTH, description="How much of the body is JSON, if not all of it"),
+            Header(alias=JSON_LENGTH, description="Number of bytes of JSON at the start of the body"),
         ] = None,
     ) -> Response:
         require_accepting()
-        served = catalogue.find(*key)
-        with served.held():
-            task = served.worker.manifest.task
+        served = repository.find(*key)
+        with served.in_use():
+            task = served.pool.manifest.task
             body = await read_whole(request, limits)
             async with one_at_a_time:
-                asked = await asyncio.to_thread(parse_request, body, json_bytes, task, limits.max_images)
-            classified = await _ask(served.worker, asked, limits.timeout_seconds)
-        logits_NC = _logits(classified.results)
-        note(request, served, classified)
-        written = build_response(asked, logits_NC, task, served.key.name, served.key.version)
-        if written.json_bytes is None:
-            return Response(written.body, media_type=JSON)
-        headers = {JSON_LENGTH: str(written.json_bytes)}
-        return Response(written.body, headers=headers, media_type="application/octet-stream")
+                infer_request = await asyncio.to_thread(parse_request, body, json_bytes, task, limits.max_images)
+            result = await _run(served.pool, infer_request, limits.timeout_seconds)
+        logits_NC = _logits(result.results)
+        on_result(request, served, result)
+        response = build_response(infer_request, logits_NC, task, served.key.name, served.key.version)
+        if response.json_bytes is None:
+            return Response(response.body, media_type=JSON)
+        headers = {JSON_LENGTH: str(response.json_bytes)}
+        return Response(response.body, headers=headers, media_type="application/octet-stream")
 
 
-async def _ask(engine: Engine, asked: InferRequest, timeout_seconds: float) -> RequestResult:
-    """What became of the images of a request."""
-    seconds = timeout_seconds if asked.timeout_seconds is None else min(timeout_seconds, asked.timeout_seconds)
+async def _run(engine: Engine, request: InferRequest, timeout_seconds: float) -> RequestResult:
+    """Compute the logits of the images of a request."""
+    seconds = timeout_seconds if request.timeout_seconds is None else min(timeout_seconds, request.timeout_seconds)
     deadline = time.monotonic() + seconds
-    if isinstance(asked.images, np.ndarray):
-        pixels = [pixels_SS3.tobytes() for pixels_SS3 in asked.images]
-        return await engine.ask(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline)
-    return await engine.ask(asked.images, OutputKind.LOGITS, 1, deadline)
+    if isinstance(request.images, np.ndarray):
+        pixels = [pixels_SS3.tobytes() for pixels_SS3 in request.images]
+        return await engine.infer(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline)
+    return await engine.infer(request.images, OutputKind.LOGITS, 1, deadline)
 
 
 def _logits(results: Sequence[bytes | Problem]) -> NDArray[np.float32]:
-    """Logits, float32 [N, C]; the protocol has no place for an image that failed among others."""
+    """Logits, float32 [N, C]. The protocol has no error per image, so the first problem is raised."""
     rows = []
     for number, logits_C in enumerate(results, 1):
         if isinstance(logits_C, Problem):
             where = f"image {number} of {len(results)}: " if len(results) > 1 else ""
-            raise ProblemError(problem_of(logits_C.status, where + logits_C.detail))
+            raise ProblemError(make_problem(logits_C.status, where + logits_C.detail))
         rows.append(np.frombuffer(logits_C, np.float32))
     return np.stack(rows)

@@ -1,7 +1,7 @@
-"""What the Open Inference Protocol says of servers and models.
+"""Metadata of the server and the models in the formats of the Open Inference Protocol and of Triton.
 
-A model's inputs are alternatives, which the protocol's metadata cannot say; Triton's model configuration calls them
-optional.
+A request has exactly one of a model's two inputs. The metadata of the protocol cannot express that; Triton's model
+configuration marks the inputs as optional.
 """
 
 import ltkd
@@ -13,7 +13,7 @@ PLATFORM = "onnxruntime_onnx"
 
 
 class ServerMetadata(Record):
-    """Which server this is, and which extensions of the protocol it has."""
+    """Name and version of the server, and the extensions of the protocol that it supports."""
 
     name: str = "ltkd"
     version: str = ltkd.__version__
@@ -21,19 +21,19 @@ class ServerMetadata(Record):
 
 
 class Live(Record):
-    """The process answers."""
+    """The server process is running."""
 
     live: bool = True
 
 
 class ServerReady(Record):
-    """Requests are taken."""
+    """The service accepts requests."""
 
     ready: bool = True
 
 
 class ModelReady(Record):
-    """The model takes requests."""
+    """The model accepts requests."""
 
     name: str
     ready: bool = True
@@ -48,7 +48,7 @@ class TensorMetadata(Record):
 
 
 class ModelMetadata(Record):
-    """What a model takes and gives. A request has one of the inputs."""
+    """The inputs and outputs of a model. A request has exactly one of the inputs."""
 
     name: str
     versions: tuple[str, ...]
@@ -67,13 +67,13 @@ class IndexEntry(Record):
 
 
 class Reshape(Record):
-    """The shape that a tensor really has, without the number of images."""
+    """The actual shape of a tensor per image, if it differs from ``dims``."""
 
     shape: tuple[int, ...]
 
 
 class TensorConfig(Record):
-    """One input or output in the words of Triton's model configuration."""
+    """One input or output in the format of Triton's model configuration."""
 
     name: str
     data_type: str
@@ -84,7 +84,7 @@ class TensorConfig(Record):
 
 
 class ModelConfig(Record):
-    """A model in the words of Triton's model configuration."""
+    """A model in the format of Triton's model configuration."""
 
     name: str
     platform: str
@@ -95,7 +95,7 @@ class ModelConfig(Record):
 
 
 def metadata_of(task: Task, name: str, versions: tuple[str, ...]) -> ModelMetadata:
-    """What a model takes and gives."""
+    """Describe the inputs and outputs of a model."""
     return ModelMetadata(
         name=name,
         versions=versions,
@@ -109,7 +109,7 @@ def metadata_of(task: Task, name: str, versions: tuple[str, ...]) -> ModelMetada
 
 
 def config_of(task: Task, name: str, max_images: int) -> ModelConfig:
-    """The same in the words of Triton's model configuration."""
+    """Describe a model in the format of Triton's model configuration."""
     pixels = (task.input_px, task.input_px, 3)
     return ModelConfig(
         name=name,

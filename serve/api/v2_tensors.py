@@ -1,11 +1,11 @@
-"""Tensors of the Open Inference Protocol: a request's bytes in, a response's bytes out, nothing of HTTP.
+"""Tensors of the Open Inference Protocol: parses the bytes of a request and builds the bytes of a response.
 
-A request is JSON, or JSON with the tensors' bytes behind it (the binary tensor data extension); a response likewise. A
-model takes its images as one of two inputs, and gives one output:
+The routes are in serve/api/v2.py; this module does not depend on HTTP. A request or response is JSON, or JSON followed
+by the bytes of its tensors (the binary tensor data extension). A model has two alternative inputs and one output:
 
-    image         UINT8 [N, S, S, 3]   pixels as the network sees them, RGB
-    image_bytes   BYTES [N]            JPEG, PNG or WebP files; in JSON, where bytes cannot stand, in base64
-    logits        FP32 [N, C]          or with the classification extension BYTES [N, k], "value:index:label"
+    image         UINT8 [N, S, S, 3]   pixels at the input size of the network, RGB
+    image_bytes   BYTES [N]            JPEG, PNG or WebP files; in base64 if they are inside the JSON
+    logits        FP32 [N, C]          or, with the classification extension, BYTES [N, k], "value:index:label"
 
 Shape legend: N images, S side in pixels, C classes.
 """
@@ -25,24 +25,28 @@ from pydantic_core import to_json
 from ltkd.contract.records import Record
 from ltkd.contract.task import Task
 from serve.http.bodies import base64_bytes, too_many_images
-from serve.problems import Content, Problem, ProblemError, problem_of
+from serve.problems import Content, Problem, ProblemError, make_problem
 
 PIXELS, FILES, LOGITS = "image", "image_bytes", "logits"
-MAX_JSON_BYTES = 4 * 2**20  # a tensor in JSON takes some thirty times its size while it is read
-_PREFIX = struct.Struct("<I")  # in front of each element of BYTES
+MAX_JSON_BYTES = 4 * 2**20  # parsing a tensor in JSON takes about thirty times its size in memory
+_PREFIX = struct.Struct("<I")  # the length before each element of BYTES
 
 
 class Parameters(BaseModel):
-    """What can be said beside a tensor or a request; what is not known here is left alone, as the protocol has it."""
+    """Parameters of a request or tensor. Unknown parameters are ignored, as the protocol requires."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this input behind the JSON")
-    binary_data: bool | None = Field(default=None, description="Whether this output comes behind the JSON")
+    binary_data_size: int | None = Field(default=None, ge=0, description="Size of this input's data after the JSON")
+    binary_data: bool | None = Field(default=None, description="Whether this output follows the JSON as binary data")
     binary_data_output: bool | None = Field(default=None, description="The same for all outputs")
-    classification: int | None = Field(default=None, ge=1, description="Instead of logits, so many best classes")
-    timeout: int | None = Field(default=None, gt=0, description="Microseconds after which nobody needs the answer")
-    shared_memory_region: str | None = Field(default=None, description="Not taken")
+    classification: int | None = Field(
+        default=None, ge=1, description="Number of best classes to return instead of logits"
+    )
+    timeout: int | None = Field(
+        default=None, gt=0, description="Microseconds after which the client no longer needs the response"
+    )
+    shared_memory_region: str | None = Field(default=None, description="Not supported")
 
 
 class InputTensor(BaseModel):
@@ -57,8 +61,8 @@ class InputTensor(BaseModel):
     data: list[object] | None = Field(default=None, description="Row by row, flat or nested")
 
 
-class WantedOutput(BaseModel):
-    """One tensor that a request wants to have."""
+class RequestedOutput(BaseModel):
+    """One tensor that a request asks for."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -74,11 +78,11 @@ class InferBody(BaseModel):
     id: str = Field(default="", max_length=256)
     parameters: Parameters = Parameters()
     inputs: tuple[InputTensor, ...] = Field(min_length=1, max_length=1)
-    outputs: tuple[WantedOutput, ...] = Field(default=(), max_length=1)
+    outputs: tuple[RequestedOutput, ...] = Field(default=(), max_length=1)
 
 
 class OutputParameters(Record):
-    """What is said beside an output that comes behind the JSON."""
+    """Parameters of an output that follows the JSON as binary data."""
 
     binary_data_size: int = Field(ge=0)
 
@@ -94,7 +98,7 @@ class OutputTensor(Record):
 
 
 class InferReply(Record):
-    """The JSON of an inference response; it is written by hand, and a test holds it against this."""
+    """The JSON of an inference response. build_response writes it directly; a test compares the two."""
 
     model_name: str
     model_version: str
@@ -104,14 +108,14 @@ class InferReply(Record):
 
 @dataclass(frozen=True)
 class InferRequest:
-    """What a request asks for.
+    """A parsed inference request.
 
     Attributes:
-        id: The caller's own name for it, given back.
+        id: The client's id for the request; the response repeats it.
         images: Pixels, uint8 [N, S, S, 3], or the N files.
-        binary: Whether the output comes behind the JSON.
-        num_best: Classes to list instead of logits; 0 for logits.
-        timeout_seconds: After which nobody needs the answer, where the caller says so.
+        binary: Whether the output follows the JSON as binary data.
+        num_best: Number of classes to list instead of logits; 0 for logits.
+        timeout_seconds: Time after which the client no longer needs the response; None if it sets no limit.
     """
 
     id: str
@@ -125,31 +129,31 @@ def parse_request(body: bytes, json_bytes: int | None, task: Task, max_images: i
     """Read an inference request.
 
     Args:
-        body: The JSON, with the tensors' bytes behind it.
-        json_bytes: How much of the body is JSON; None for all of it.
-        task: Of the model that is asked.
-        max_images: Requests with more images are refused.
+        body: The JSON, followed by the bytes of the tensors.
+        json_bytes: Number of bytes of JSON at the start of the body; None for all of it.
+        task: The task of the requested model.
+        max_images: Requests with more images are rejected.
 
     Raises:
-        ProblemError: The request is malformed, or asks for what the model does not have.
+        ProblemError: The request is malformed, or its tensors are not those of the model.
     """
     json_bytes = len(body) if json_bytes is None else json_bytes
     if json_bytes > len(body):
         raise _malformed(f"Inference-Header-Content-Length is {json_bytes}, but the body has {len(body)} bytes.")
     if json_bytes > MAX_JSON_BYTES:
-        detail = f"the request has {json_bytes:,} bytes of JSON, at most {MAX_JSON_BYTES:,} are taken"
-        raise ProblemError(problem_of(413, f"{detail}; send tensors as binary data."))
+        detail = f"the request has {json_bytes:,} bytes of JSON, but at most {MAX_JSON_BYTES:,} are accepted"
+        raise ProblemError(make_problem(413, f"{detail}; send the tensors as binary data."))
     try:
-        asked = InferBody.model_validate_json(body[:json_bytes])
+        parsed = InferBody.model_validate_json(body[:json_bytes])
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:80] or "the body"
         raise _malformed(f"{where}: {first['msg']}; expected an inference request in JSON.") from None
-    (tensor,) = asked.inputs
-    binary, num_best = _wanted(asked, len(task.class_names))
-    timeout = asked.parameters.timeout
+    (tensor,) = parsed.inputs
+    binary, num_best = _output_format(parsed, len(task.class_names))
+    timeout = parsed.parameters.timeout
     return InferRequest(
-        id=asked.id,
+        id=parsed.id,
         images=_images(tensor, body[json_bytes:], task.input_px, max_images),
         binary=binary,
         num_best=num_best,
@@ -159,11 +163,11 @@ def parse_request(body: bytes, json_bytes: int | None, task: Task, max_images: i
 
 @dataclass(frozen=True)
 class InferResponse:
-    """A response on its way out.
+    """The body of an inference response.
 
     Attributes:
-        body: JSON, with the output's bytes behind it if that was wanted.
-        json_bytes: How much of it is JSON, where there is more.
+        body: JSON, followed by the bytes of the output if the request asked for binary data.
+        json_bytes: Number of bytes of JSON at the start of the body; None if all of it is JSON.
     """
 
     body: bytes
@@ -173,14 +177,14 @@ class InferResponse:
 def build_response(
     request: InferRequest, logits_NC: NDArray[np.float32], task: Task, model_name: str, model_version: str
 ) -> InferResponse:
-    """Write an inference response.
+    """Build the body of an inference response.
 
     Args:
-        request: What was asked.
-        logits_NC: The model's answer.
-        task: Its classes.
-        model_name: Which model answered.
-        model_version: And which of its versions.
+        request: The request.
+        logits_NC: The logits of its images.
+        task: The task of the model, with its class names.
+        model_name: Name of the model.
+        model_version: Version of the model.
     """
     output: dict[str, object]
     if request.num_best:
@@ -200,12 +204,12 @@ def build_response(
     head: dict[str, object] = {"model_name": model_name, "model_version": model_version}
     if request.id:
         head["id"] = request.id
-    written = to_json({**head, "outputs": [output]})
-    return InferResponse(written + raw, len(written) if request.binary else None)
+    json_part = to_json({**head, "outputs": [output]})
+    return InferResponse(json_part + raw, len(json_part) if request.binary else None)
 
 
 def best_classes(logits_NC: NDArray[np.float32], class_names: Sequence[str], num_best: int) -> list[str]:
-    """The most probable classes of each image, "value:index:label", image after image."""
+    """List the most probable classes of each image as "value:index:label", one image after another."""
     order_NC = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_best]
     return [
         f"{float(logits_C[index]):f}:{index}:{class_names[index]}"
@@ -215,69 +219,72 @@ def best_classes(logits_NC: NDArray[np.float32], class_names: Sequence[str], num
 
 
 def pack_bytes(elements: Sequence[bytes]) -> Iterator[bytes]:
-    """Elements of BYTES as they stand behind the JSON, each with its length in front."""
+    """Encode elements of BYTES as binary data: each element follows its length."""
     return chain.from_iterable((_PREFIX.pack(len(element)), element) for element in elements)
 
 
 def unpack_bytes(raw: bytes, num: int) -> list[bytes]:
-    """The ``num`` elements of BYTES behind the JSON.
+    """Decode ``num`` elements of BYTES from binary data.
 
     Raises:
-        ProblemError: There are more, fewer, or one does not end.
+        ProblemError: There are more or fewer elements, or one of them is truncated.
     """
     elements: list[bytes] = []
     start = 0
     while len(elements) < num:
         end = start + _PREFIX.size
         if end > len(raw):
-            raise _malformed(f"the input {FILES} has {len(elements)} elements, its shape says {num}.")
+            raise _malformed(f"the input {FILES} has {len(elements)} elements, but its shape says {num}.")
         (length,) = _PREFIX.unpack_from(raw, start)
         start = end + length
         if start > len(raw):
-            raise _malformed(f"element {len(elements)} of {FILES} says it has {length} bytes, {len(raw) - end} follow.")
+            detail = f"element {len(elements)} of {FILES} declares {length} bytes, but only {len(raw) - end} follow."
+            raise _malformed(detail)
         elements.append(raw[end:start])
     if start < len(raw):
-        raise _malformed(f"{len(raw) - start} bytes follow the {num} elements that the shape of {FILES} promises.")
+        raise _malformed(
+            f"{len(raw) - start} extra bytes follow the {num} elements of {FILES}; send as many as its shape says."
+        )
     return elements
 
 
-def _wanted(asked: InferBody, num_classes: int) -> tuple[bool, int]:
-    """Whether the output comes behind the JSON, and how many classes are listed instead of logits."""
-    binary = asked.parameters.binary_data_output
-    if not asked.outputs:
+def _output_format(body: InferBody, num_classes: int) -> tuple[bool, int]:
+    """Whether the output follows the JSON as binary data, and the number of classes to list instead of logits."""
+    binary = body.parameters.binary_data_output
+    if not body.outputs:
         return bool(binary), 0
-    (output,) = asked.outputs
+    (output,) = body.outputs
     if output.parameters.shared_memory_region is not None:
-        raise _malformed("shared memory is not taken; have the output in the response.")
+        raise _malformed("shared memory is not supported; request the output in the response.")
     own = output.parameters.binary_data
     return bool(binary if own is None else own), min(output.parameters.classification or 0, num_classes)
 
 
 def _images(tensor: InputTensor, raw: bytes, size_px: int, max_images: int) -> NDArray[np.uint8] | list[Content]:
-    num, *one = tensor.shape
+    num, *image_shape = tensor.shape
     if tensor.name == PIXELS:
-        expected, fits = f"UINT8 [N, {size_px}, {size_px}, 3]", one == [size_px, size_px, 3]
+        expected, fits = f"UINT8 [N, {size_px}, {size_px}, 3]", image_shape == [size_px, size_px, 3]
     else:
-        expected, fits = "BYTES [N]", one in ([], [1])
+        expected, fits = "BYTES [N]", image_shape in ([], [1])
     if not fits or num < 1 or not expected.startswith(tensor.datatype):
         detail = f"the input {tensor.name} is {tensor.datatype} {list(tensor.shape)}, expected {expected}"
-        raise _malformed(f"{detail} with N from 1 on.")
+        raise _malformed(f"{detail} with N of at least 1.")
     if num > max_images:
         raise _malformed(too_many_images(max_images))
     if tensor.parameters.shared_memory_region is not None:
-        raise _malformed("shared memory is not taken; send the tensor in the request.")
+        raise _malformed("shared memory is not supported; send the tensor in the request.")
     size = tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         raise _malformed(f"the input {tensor.name} needs either data or binary_data_size.")
     if (size or 0) != len(raw):
         raise _malformed(
-            f"the input {tensor.name} says it has {size or 0} bytes behind the JSON, {len(raw)} are there."
+            f"the input {tensor.name} declares {size or 0} bytes after the JSON, but {len(raw)} bytes follow it."
         )
     if tensor.name == FILES:
         return _files(tensor.data, num) if tensor.data is not None else list[Content](unpack_bytes(raw, num))
     pixels = raw if tensor.data is None else _flat_pixels(tensor.data)
     if len(pixels) != prod(tensor.shape):
-        raise _malformed(f"the input {PIXELS} has {len(pixels)} values, its shape says {prod(tensor.shape)}.")
+        raise _malformed(f"the input {PIXELS} has {len(pixels)} values, but its shape says {prod(tensor.shape)}.")
     return np.frombuffer(pixels, np.uint8).reshape(tensor.shape)
 
 
@@ -286,7 +293,7 @@ def _flat_pixels(data: list[object]) -> bytes:
         if not (data and isinstance(data[0], list)):
             break
         try:
-            data = list(chain.from_iterable(data))  # type: ignore[arg-type] # TypeError is the answer
+            data = list(chain.from_iterable(data))  # type: ignore[arg-type] # TypeError is handled
         except TypeError:
             raise _malformed(f"the data of {PIXELS} is not nested evenly; send it row by row.") from None
     try:
@@ -298,8 +305,8 @@ def _flat_pixels(data: list[object]) -> bytes:
 def _files(data: list[object], num: int) -> list[Content]:
     texts = [text for row in data for text in (row if isinstance(row, list) else [row])]
     if len(texts) != num:
-        raise _malformed(f"the input {FILES} has {len(texts)} elements, its shape says {num}.")
-    contents = [base64_bytes(text) if isinstance(text, str) else problem_of(400, _NO_BASE64) for text in texts]
+        raise _malformed(f"the input {FILES} has {len(texts)} elements, but its shape says {num}.")
+    contents = [base64_bytes(text) if isinstance(text, str) else make_problem(400, _NO_BASE64) for text in texts]
     for content in contents:
         if isinstance(content, Problem):
             raise ProblemError(content)
@@ -310,4 +317,4 @@ _NO_BASE64 = f"the data of {FILES} must be files in base64, or binary data."
 
 
 def _malformed(detail: str) -> ProblemError:
-    return ProblemError(problem_of(400, detail))
+    return ProblemError(make_problem(400, detail))

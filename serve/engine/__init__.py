@@ -1,1 +1,1 @@
-"""What runs in an engine process: it decodes images, batches them, runs the model and builds the answers."""
+"""The code of an engine process: it decodes images, batches them, runs the model and builds the answers."""

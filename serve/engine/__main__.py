@@ -1,8 +1,8 @@
-"""The beginning of an engine process: it gets ready with what the others leave of the processor.
+"""The entry point of an engine process: ``python -m serve.engine DESCRIPTOR CONFIG``.
 
-A process that starts loads libraries, proves the model and warms it, for some seconds. On a core where another process
-answers meanwhile, that one would lose half of its time, and its requests would be late or refused. A thread may give
-its priority away but not take it back, so the thread that will answer is there before anything else is.
+For some seconds the new process loads libraries, verifies the model and warms it up. On a single core it would take
+half of the time of a process that is serving requests, and those requests would be late or rejected. So the start runs
+at a low priority. A thread can lower its priority but not raise it again, so the serving thread is created first.
 """
 
 import gc
@@ -12,33 +12,33 @@ import sys
 import threading
 from collections.abc import Callable
 
-_LESS_URGENT = 10  # a tenth of the time of those who answer, and all that they do not need
+_START_NICENESS = 10  # a tenth of the time of a process that serves requests, and whatever time that one leaves idle
 
 
 def main() -> None:
-    """Get ready in this thread, then answer in another."""
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:  # the front's (serve/server.py)
+    """Prepare the engine in this thread, then serve requests in another."""
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:  # inherited from serve/server.py
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    gc.disable()  # until the start is over (ltkd.contract.resources)
+    gc.disable()  # until the end of the start (ltkd.contract.resources)
     ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
-    def answer() -> None:
+    def serve() -> None:
         ready.get()()
 
-    answering = threading.Thread(target=answer, name="answering")
-    answering.start()
+    serving = threading.Thread(target=serve, name="serving")
+    serving.start()
     try:
-        from ltkd.contract.resources import num_cores  # noqa: PLC0415 - after the thread
+        from ltkd.contract.resources import num_cores  # noqa: PLC0415 - after the thread is created
 
-        if sys.platform == "linux" and num_cores() == 1:  # the threads of a session would keep the low priority
-            os.nice(_LESS_URGENT)  # of this thread alone, whatever priority the service was given
-        from serve.engine.message_loop import prepared  # noqa: PLC0415 - most of the work
+        if sys.platform == "linux" and num_cores() == 1:  # else a session's threads would inherit it
+            os.nice(_START_NICENESS)  # of this thread alone, relative to the priority of the service
+        from serve.engine.message_loop import prepare  # noqa: PLC0415 - the slowest part of the start
 
-        ready.put(prepared(int(sys.argv[1]), sys.argv[2]))
+        ready.put(prepare(int(sys.argv[1]), sys.argv[2]))
     except BaseException:
         ready.put(lambda: None)
         raise
-    answering.join()
+    serving.join()
 
 
 if __name__ == "__main__":

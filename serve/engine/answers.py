@@ -1,8 +1,8 @@
-"""Answers: what the network thinks of an image, which group of classes it thinks it in, and what that is worth.
+"""Answers: the predicted class of an image, its class group, and how reliable the prediction is.
 
-What confidence means was measured in each group when the model was certified (ltkd/contract/calibration.py); here it
-is applied.
-An answer is computed row by row, so it is the same to the last bit alone and in any batch.
+The calibration of each group was measured when the model was certified (ltkd/contract/calibration.py); this module
+applies it to logits. ``serve.engine.classifier`` and ``serve.classify_files`` use it.
+Each row is computed on its own, so an answer is the same to the last bit alone and in any batch.
 
 Shape legend: N images, C classes, K class groups.
 """
@@ -21,11 +21,11 @@ from pydantic_core import to_json
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.calibration import GroupCalibration, Proportion, least_probabilities, softmax, temperatures
 from ltkd.contract.records import Record
-from serve.problems import Problem, problem_of
+from serve.problems import Problem, make_problem
 
 Decision = Literal["accept", "abstain", "no_guarantee"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
-NOT_FINITE = "the network gave no finite logits for this image; it cannot be classified by this model."
+NOT_FINITE = "the logits of this image are not finite; this model cannot classify it."
 
 
 class ClassProbability(Record):
@@ -41,9 +41,9 @@ class PredictionSet(Record):
     """The classes that may be the true one.
 
     Attributes:
-        labels: From the most probable to the least; empty where no class is as probable as true classes usually are.
-        target_coverage: In every group, the share of images whose class shall be in the set.
-        coverage: In each group, the share that was seen when the model was certified; null where it was not.
+        labels: From the most probable to the least; empty if no class is as probable as true classes usually are.
+        target_coverage: The share of images, in every group, whose true class should be in the set.
+        coverage: The share that certification measured in each group; null if it was not measured.
     """
 
     labels: tuple[str, ...]
@@ -52,24 +52,24 @@ class PredictionSet(Record):
 
 
 class Answer(ClassProbability):
-    """What the model says of one image.
+    """The answer for one image.
 
     Attributes:
         label: The most probable class.
         group: The group of that class.
         probability: Its probability, calibrated for predictions of that group.
-        within_group_probability: The class's share of its own group's probability: how sure the model is once the
-            group is settled.
+        within_group_probability: The class's share of its own group's probability: the confidence in the class,
+            given the group.
         group_confidence: The probability of each group; they sum to 1.
-        expected_accuracy: How often predictions of this group with such a probability were right; null where it is
-            not known.
-        decision: ``accept`` where the probability reaches the group's threshold, else ``abstain``; ``no_guarantee``
-            where the certification found no threshold that gives the target precision.
+        expected_accuracy: How often predictions of this group with such a probability were right; null if it is not
+            known.
+        decision: ``accept`` if the probability reaches the group's threshold, else ``abstain``; ``no_guarantee`` if
+            certification found no threshold that gives the target precision.
         threshold: The least probability that is accepted in this group.
-        target_precision: The share of accepted predictions that shall be right.
+        target_precision: The share of accepted predictions that should be right.
         prediction_set: The classes that may be the true one.
         top_k: The most probable classes, most probable first.
-        warnings: What was done to the image that its sender may not expect.
+        warnings: Changes made to the image that the client may not expect.
     """
 
     within_group_probability: float = Field(ge=0, le=1)
@@ -84,13 +84,13 @@ class Answer(ClassProbability):
 
 
 class RejectedImage(Record):
-    """Stands in the place of an image that could not be used."""
+    """The result of an image that was rejected."""
 
     error: Problem
 
 
 class ModelRef(Record):
-    """Which model answered, and where it ran."""
+    """Which model computed the answers, and which execution provider ran it."""
 
     name: str
     precision: Precision
@@ -99,42 +99,42 @@ class ModelRef(Record):
 
 
 class Answers(Record):
-    """One result an image, in the order of the request."""
+    """One result per image, in the order of the request."""
 
     model: ModelRef
     results: tuple[Answer | RejectedImage, ...]
 
 
 def model_ref(manifest: Manifest, precision: Precision, provider: str) -> ModelRef:
-    """Which of a bundle's models runs, and where."""
+    """The reference to one model of a bundle and the provider that runs it."""
     sha256 = manifest.precisions[precision].sha256
     return ModelRef(name=manifest.name, precision=precision, provider=provider, sha256=sha256)
 
 
 def answers_json(model: bytes, results: Sequence[bytes]) -> bytes:
-    """The body of a response, from the JSON of its model and of its results."""
+    """The body of a response, built from the JSON of its model and of its results."""
     return b'{"model":%b,"results":[%b]}' % (model, b",".join(results))
 
 
 def rejected_image_json(problem: Problem) -> bytes:
-    """A Refused in JSON."""
+    """A ``RejectedImage`` in JSON."""
     return RejectedImage(error=problem).model_dump_json().encode()
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the logits of a batch say.
+    """The predictions for a batch.
 
     Attributes:
         probability_NC: Calibrated, float64, most probable class first.
-        order_NC: The classes in that order; equally probable ones by their index.
+        order_NC: The class indices in that order; equally probable classes are ordered by index.
         mass_NK: Probability of each group, float64.
         labels: The N predicted classes.
         groups: Their groups.
         confidences: Their probabilities.
-        decisions: What the groups' thresholds make of them.
+        decisions: The decisions of the groups' thresholds.
         sets: The N prediction sets, most probable class first.
-        finite: Whether the logits of the N images were finite; what stands here of others means nothing.
+        finite: Whether the logits of each image were finite; if not, its other values are meaningless.
     """
 
     probability_NC: NDArray[np.float64]
@@ -148,13 +148,13 @@ class Predictions:
     finite: list[bool]
 
     def within(self, row: int) -> float:
-        """The share that the predicted class has of its group's probability."""
+        """The predicted class's share of its group's probability."""
         mass = float(self.mass_NK[row, self.groups[row]])
         return min(self.confidences[row] / mass, 1.0)  # a sum may be rounded below its largest part
 
 
 class AnswerBuilder:
-    """Turns the logits of one certified model into answers; everything that does not change is prepared once."""
+    """Turns the logits of one certified model into answers. The constructor prepares everything that is constant."""
 
     def __init__(self, manifest: Manifest, precision: Precision) -> None:
         task, calibration = manifest.task, manifest.precisions[precision].calibration
@@ -169,7 +169,7 @@ class AnswerBuilder:
         self._groups = [_GroupRules(group) for group in calibration]
         self._target_coverage = min(group.prediction_set.target_coverage for group in calibration)
         self._coverage = {
-            group.group: None if (seen := group.prediction_set.coverage) is None else seen.value
+            group.group: None if (coverage := group.prediction_set.coverage) is None else coverage.value
             for group in calibration
         }
         self._label_json = [to_json(name) for name in self._class_names]
@@ -187,9 +187,9 @@ class AnswerBuilder:
             to_json(self._coverage),
         )
 
-    def judge(self, logits_NC: NDArray[np.float32]) -> Predictions:
-        """What a batch of logits, float32 [N, C], says of each image."""
-        logits_NC = np.ascontiguousarray(logits_NC)  # another layout is summed in another order
+    def predict(self, logits_NC: NDArray[np.float32]) -> Predictions:
+        """The predictions for a batch of logits, float32 [N, C]."""
+        logits_NC = np.ascontiguousarray(logits_NC)  # another memory layout would be summed in another order
         finite_N: NDArray[np.bool_] = np.asarray(np.isfinite(logits_NC).all(axis=1))
         if not finite_N.all():
             logits_NC = np.where(finite_N[:, None], logits_NC, np.float32(0))
@@ -209,69 +209,71 @@ class AnswerBuilder:
             groups=groups,
             confidences=confidences,
             decisions=[self._groups[group].decision(p) for group, p in zip(groups, confidences, strict=True)],
-            sets=_rows(order_NC[in_set_NC].tolist(), in_set_NC.sum(axis=1).tolist()),
+            sets=_split(order_NC[in_set_NC].tolist(), in_set_NC.sum(axis=1).tolist()),
             finite=finite_N.tolist(),
         )
 
     def records(
-        self, judged: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]
+        self, predictions: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]
     ) -> list[Answer | RejectedImage]:
-        """The answers as records; an image without finite logits is refused.
+        """The answers as records; an image without finite logits is rejected.
 
         Args:
-            judged: What the logits of N images say.
-            top_k: For each image how many classes to list; at most all of them are.
-            warnings: For each image what the decoder said.
+            predictions: Of N images.
+            top_k: How many classes to list for each image; a number above C lists all of them.
+            warnings: The decoder's warnings for each image.
         """
         return [
-            self._record(judged, row, top_k[row], warnings[row])
+            self._record(predictions, row, top_k[row], warnings[row])
             if finite
-            else RejectedImage(error=problem_of(500, NOT_FINITE))
-            for row, finite in enumerate(judged.finite)
+            else RejectedImage(error=make_problem(500, NOT_FINITE))
+            for row, finite in enumerate(predictions.finite)
         ]
 
-    def json(self, judged: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
-        """The same answers in JSON, made without the records: it is what the service does most often."""
+    def json(self, predictions: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
+        """The same answers in JSON, built without the records, because the service calls this for every batch."""
         return [
-            self._text(judged, row, top_k[row], warnings[row])
+            self._answer_json(predictions, row, top_k[row], warnings[row])
             if finite
-            else rejected_image_json(problem_of(500, NOT_FINITE))
-            for row, finite in enumerate(judged.finite)
+            else rejected_image_json(make_problem(500, NOT_FINITE))
+            for row, finite in enumerate(predictions.finite)
         ]
 
     def _ranked(self, logits_NC: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Classes by falling logit, equal ones by index: a sort of unique integers, which is several times faster.
+        """Classes by descending logit, equal ones by index.
 
-        The bits of a float, with those below the sign turned round where it is negative, order as the floats do.
+        It sorts unique integers, which is several times faster than a stable sort of floats. The bits of a float, with
+        those below the sign inverted if it is negative, have the same order as the floats.
         """
         bits_NC = (logits_NC + np.float32(0)).view(np.int32)  # the sum makes -0.0 equal to 0.0
-        rising_NC = bits_NC ^ ((bits_NC >> 31) & np.int32(0x7FFFFFFF))
-        key_NC = (rising_NC.astype(np.int64) << 32) | self._countdown_C
+        ascending_NC = bits_NC ^ ((bits_NC >> 31) & np.int32(0x7FFFFFFF))
+        key_NC = (ascending_NC.astype(np.int64) << 32) | self._countdown_C
         key_NC.sort(axis=1)
         order_NC: NDArray[np.int64] = len(self._class_names) - 1 - (key_NC[:, ::-1] & 0xFFFFFFFF)
         return order_NC
 
-    def _text(self, judged: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> bytes:
-        rules = self._groups[judged.groups[row]]
-        indices = judged.order_NC[row, :top_k].tolist()
-        listed, mass = judged.probability_NC[row, :top_k].tolist(), judged.mass_NK[row].tolist()
-        numbers = to_json([judged.within(row), *mass, *listed])[1:-1].split(b",")  # in one go: a tenth of the time
+    def _answer_json(self, predictions: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> bytes:
+        rules = self._groups[predictions.groups[row]]
+        indices = predictions.order_NC[row, :top_k].tolist()
+        listed, mass = predictions.probability_NC[row, :top_k].tolist(), predictions.mass_NK[row].tolist()
+        # one call for all numbers takes a tenth of the time
+        numbers = to_json([predictions.within(row), *mass, *listed])[1:-1].split(b",")
         probabilities = numbers[1 + len(mass) :]
         parts = [self._class_json[indices[0]], probabilities[0], b',"within_group_probability":', numbers[0]]
         for name, share in zip(self._mass_json, numbers[1:], strict=False):
             parts += (name, share)
         parts += (
-            rules.expected_json(judged.confidences[row]),
-            rules.decision_json[judged.decisions[row]],
-            b",".join([self._label_json[index] for index in judged.sets[row]]),
+            rules.expected_json(predictions.confidences[row]),
+            rules.decision_json[predictions.decisions[row]],
+            b",".join([self._label_json[index] for index in predictions.sets[row]]),
             self._coverage_json,
             b",".join([self._class_json[i] + p + b"}" for i, p in zip(indices, probabilities, strict=True)]),
             b'],"warnings":[]}' if not warnings else b'],"warnings":%b}' % to_json(warnings),
         )
         return b"".join(parts)
 
-    def _record(self, judged: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
-        rules = self._groups[judged.groups[row]]
+    def _record(self, predictions: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
+        rules = self._groups[predictions.groups[row]]
         ranked = [
             ClassProbability(
                 label=self._class_names[index],
@@ -280,19 +282,21 @@ class AnswerBuilder:
                 probability=probability,
             )
             for index, probability in zip(
-                judged.order_NC[row, :top_k].tolist(), judged.probability_NC[row, :top_k].tolist(), strict=True
+                predictions.order_NC[row, :top_k].tolist(),
+                predictions.probability_NC[row, :top_k].tolist(),
+                strict=True,
             )
         ]
         return Answer(
             **ranked[0].model_dump(),
-            within_group_probability=judged.within(row),
-            group_confidence=dict(zip(self._group_names, judged.mass_NK[row].tolist(), strict=True)),
-            expected_accuracy=rules.expected(judged.confidences[row]),
-            decision=judged.decisions[row],
+            within_group_probability=predictions.within(row),
+            group_confidence=dict(zip(self._group_names, predictions.mass_NK[row].tolist(), strict=True)),
+            expected_accuracy=rules.expected(predictions.confidences[row]),
+            decision=predictions.decisions[row],
             threshold=rules.threshold,
             target_precision=rules.target_precision,
             prediction_set=PredictionSet(
-                labels=tuple(self._class_names[index] for index in judged.sets[row]),
+                labels=tuple(self._class_names[index] for index in predictions.sets[row]),
                 target_coverage=self._target_coverage,
                 coverage=self._coverage,
             ),
@@ -302,7 +306,7 @@ class AnswerBuilder:
 
 
 class _GroupRules:
-    """What one group's calibration says of a prediction, as records and as JSON."""
+    """The calibration of one group, applied to a prediction: as records and as JSON."""
 
     def __init__(self, group: GroupCalibration) -> None:
         self.threshold = group.abstention.threshold
@@ -322,7 +326,7 @@ class _GroupRules:
         return "accept" if confidence >= self.threshold else "abstain"
 
     def expected(self, confidence: float) -> Proportion | None:
-        """As ``ltkd.contract.calibration.expected_accuracy``."""
+        """The same as ``ltkd.contract.calibration.expected_accuracy``."""
         found = bisect_left(self._up_to, confidence)
         return self._accuracy[found] if found < len(self._accuracy) else None
 
@@ -331,6 +335,6 @@ class _GroupRules:
         return self._accuracy_json[found] if found < len(self._accuracy_json) else b'},"expected_accuracy":null'
 
 
-def _rows(flat: list[int], lengths: list[int]) -> list[list[int]]:
-    rest = iter(flat)
-    return [list(islice(rest, length)) for length in lengths]
+def _split(flat: list[int], lengths: list[int]) -> list[list[int]]:
+    remaining = iter(flat)
+    return [list(islice(remaining, length)) for length in lengths]

@@ -1,8 +1,11 @@
-"""Batches out of whatever waits: one thread owns the run, and nobody else's mistake fails an item.
+"""Dynamic batching: queued items are run in batches by a single thread.
 
-A run costs as much as the size it is padded to. So the owner takes the size that serves the waiting items fastest: on a
-GPU, where only some sizes are warm and a larger batch costs next to nothing, it pads up; on a CPU, where every size is
-run as it is, it takes all that wait, unless fewer at a time are faster.
+If a batch fails, its items are run again one by one, so that one bad item fails alone. The batch size is the one that
+gives the highest throughput for the items in the queue. A GPU runs only the sizes that are warmed up, and a larger
+batch costs next to nothing, so batches are padded to the next of these sizes. A CPU runs every size without padding, so
+a batch takes all items in the queue, unless smaller batches are faster.
+
+``serve.engine.classifier`` batches decoded images with it; ``serve.pool.admission`` uses ``best_size``.
 """
 
 import threading
@@ -12,21 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-_AROUND_A_RUN_SECONDS = 2e-4  # stacking, answering, sending: once a batch
-_NEARLY = 0.9  # the times were measured once, on a machine that had other work too
-_END_SECONDS = 10.0
+_OVERHEAD_SECONDS = 2e-4  # per batch: stacking, building the answers, sending
+_GOOD_ENOUGH = 0.9  # of the best rate: the times were measured once, on a machine that had other work too
+_CLOSE_TIMEOUT_SECONDS = 10.0
 
 
 class Waiting(Protocol):
-    """What a batcher asks of an item."""
+    """The interface of an item in the queue."""
 
     @property
     def deadline(self) -> float:
-        """When its answer is of no use any more, on the clock of ``time.monotonic``."""
+        """The time after which its result is useless, on the clock of ``time.monotonic``."""
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether its request was cancelled."""
 
 
 Item = TypeVar("Item", bound=Waiting)
@@ -38,8 +41,9 @@ class BatchRun(Generic[Item, Result]):
     """A batch after its run.
 
     Attributes:
-        items: What was in it.
-        result: What the run gave, or what it raised for the one item of a batch that was repeated.
+        items: The items of the batch.
+        result: The result of the run. An exception if a run of a single item failed, and ``TimeoutError`` for items
+            that were dropped.
         began: When the run began, on the clock of ``time.monotonic``.
         seconds: How long it took.
     """
@@ -51,25 +55,25 @@ class BatchRun(Generic[Item, Result]):
 
 
 def best_size(waiting: int, seconds_of: Mapping[int, float]) -> int:
-    """The size to run now: the one that answers most of the waiting items in a second, or nearly.
+    """The largest batch size that has at least 90 % of the best throughput for the items in the queue.
 
     Args:
-        waiting: How many items wait, at least one.
+        waiting: How many items are in the queue, at least one.
         seconds_of: How long a run of each size takes, padded or not.
     """
-    rate_of = {size: min(waiting, size) / (seconds + _AROUND_A_RUN_SECONDS) for size, seconds in seconds_of.items()}
-    enough = _NEARLY * max(rate_of.values())
+    rate_of = {size: min(waiting, size) / (seconds + _OVERHEAD_SECONDS) for size, seconds in seconds_of.items()}
+    enough = _GOOD_ENOUGH * max(rate_of.values())
     return max(size for size, rate in rate_of.items() if rate >= enough)
 
 
 class Batcher(Generic[Item, Result]):
-    """Takes items from any thread and runs them in batches in one thread: its own, or that of its caller.
+    """Accepts items from any thread and runs them in batches in one thread: its own, or its caller's.
 
     Args:
-        run: Runs at most the largest size of items. Called by the one thread.
-        deliver: Given every batch after its run, and every dropped item with ``TimeoutError``. Called by that thread.
+        run: Runs a batch of at most the largest size. Called in that thread.
+        deliver: Called in that thread with every batch after its run, and with ``TimeoutError`` for dropped items.
         seconds_of: How long a run of each size takes.
-        max_wait: How long the first item of a batch may wait for others, in seconds.
+        max_wait: How long the first item of a batch may wait for more items, in seconds.
     """
 
     def __init__(
@@ -87,20 +91,20 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._closing = False
-        self._owner: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Run batches in a thread of its own from now on."""
-        self._owner = threading.Thread(target=self._own, name="owner", daemon=True)
-        self._owner.start()
+        """Start a thread that runs the batches."""
+        self._thread = threading.Thread(target=self._run_batches, name="batcher", daemon=True)
+        self._thread.start()
 
     @property
     def num_waiting(self) -> int:
-        """Items that were put and are in no batch yet."""
+        """How many items are in the queue and not in a batch yet."""
         return len(self._queue)
 
     def put(self, items: Sequence[Item]) -> None:
-        """Queue items in order."""
+        """Append items to the queue, in order."""
         with self._changed:
             was_empty = not self._queue
             self._queue.extend(items)
@@ -108,27 +112,27 @@ class Batcher(Generic[Item, Result]):
                 self._changed.notify()
 
     def run_one(self) -> None:
-        """Run the next batch, if anything waits, in the caller's thread; for a batcher that was not started."""
+        """Run the next batch, if there is one, in the caller's thread; for a batcher that was not started."""
         if self._queue:
             self._drop_or_run(self._take())
 
     def close(self) -> None:
-        """Run what waits, then end the thread; a run that does not come back is left behind."""
+        """Run all queued items, then end the thread. A run that does not return within 10 s is abandoned."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._owner:
-            self._owner.join(_END_SECONDS)
+        if self._thread:
+            self._thread.join(_CLOSE_TIMEOUT_SECONDS)
         else:
             while self._queue:
                 self.run_one()
 
-    def _own(self) -> None:
+    def _run_batches(self) -> None:
         while batch := self._next():
             self._drop_or_run(batch)
 
     def _next(self) -> list[Item]:
-        """Wait for items and take the best number of them; empty at the end."""
+        """Wait for items and take a batch from the queue; empty after ``close``."""
         with self._changed:
             while not self._queue and not self._closing:
                 self._changed.wait()
@@ -139,8 +143,8 @@ class Batcher(Generic[Item, Result]):
     def _wait_for_more(self) -> None:
         until = time.monotonic() + self._max_wait
         while len(self._queue) < self.max_size and not self._closing:
-            left = until - time.monotonic()
-            if left <= 0 or not self._changed.wait(left):
+            remaining = until - time.monotonic()
+            if remaining <= 0 or not self._changed.wait(remaining):
                 return
 
     def _take(self) -> list[Item]:
@@ -154,16 +158,16 @@ class Batcher(Generic[Item, Result]):
             self._deliver(BatchRun(dropped, TimeoutError(), now, 0.0))
             batch = [item for item in batch if item not in dropped]
         if batch:
-            self._attempt(batch)
+            self._run_and_deliver(batch)
 
-    def _attempt(self, batch: Sequence[Item]) -> None:
+    def _run_and_deliver(self, batch: Sequence[Item]) -> None:
         began = time.monotonic()
         try:
             result: Result | Exception = self._run(batch)
-        except Exception as reason:  # whatever it is, it belongs to the items
-            if len(batch) > 1:  # only the culprit shall fail
+        except Exception as reason:  # any error is the result of these items
+            if len(batch) > 1:  # run the items one by one, so that only the bad one fails
                 for item in batch:
-                    self._attempt([item])
+                    self._run_and_deliver([item])
                 return
             result = reason
         self._deliver(BatchRun(batch, result, began, time.monotonic() - began))

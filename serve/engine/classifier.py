@@ -1,4 +1,7 @@
-"""The engine process's work: decode, batch, infer, answer. It knows neither HTTP nor sockets."""
+"""Classification in an engine process: decode the images of a request, batch them, run the model, build the answers.
+
+``serve.engine.message_loop`` passes requests in and sends the responses; this module uses neither HTTP nor sockets.
+"""
 
 import threading
 import time
@@ -17,85 +20,85 @@ from serve.engine.messages import EngineRequest, EngineResponse, ImageResult, Ou
 from serve.engine.session import Engine
 from serve.problems import image_problem
 
-_HAND_OVER_SECONDS = 0.005  # after so long decoded images go on, and whoever decodes looks for what else is new
+_MAX_DECODE_SECONDS = 0.005  # after that long, decoded images are queued and the decoding thread reads new messages
 _LATE = ImageResult(
     504, b"the deadline passed before the image was answered; send fewer at a time, or allow more time."
 )
-_BROKEN = ImageResult(500, b"the service failed on this image; its log has the cause.")
-_ENDLESS = ImageResult(500, NOT_FINITE.encode())
+_INTERNAL_ERROR = ImageResult(500, b"the service failed on this image; its log has the cause.")
+_NOT_FINITE = ImageResult(500, NOT_FINITE.encode())
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request on its way through decode, queue and run.
+    """A request in progress.
 
     Attributes:
-        work: What is asked.
-        arrived: When it came, on the clock of ``time.monotonic``.
-        left: How many of its images are not settled.
-        outcomes: What became of them.
+        message: The request as it was received.
+        arrived: When it was received, on the clock of ``time.monotonic``.
+        num_pending: How many of its images have no result yet.
+        results: One result per image, in the order of the request.
         decoded: When its last image was decoded.
-        began: When the last batch with one of them began.
+        began: When the last batch with one of its images began.
         infer_seconds: How long that batch ran.
-        batch_size: How many images were in it.
-        cancelled: Whether nobody waits for it any more.
+        batch_size: How many images were in that batch.
+        cancelled: Whether the server process cancelled it.
     """
 
-    work: EngineRequest
+    message: EngineRequest
     arrived: float
-    left: int
-    outcomes: list[ImageResult]
+    num_pending: int
+    results: list[ImageResult]
     decoded: float
     began: float
     infer_seconds: float = 0.0
     batch_size: int = 0
     cancelled: bool = False
 
-    def done(self) -> EngineResponse:
-        """What the front is told of it; nobody reads the outcomes of a request that was cancelled."""
+    def response(self) -> EngineResponse:
+        """The response to the server process, which ignores the results of a cancelled request."""
         decode_seconds, queue_seconds = self.decoded - self.arrived, max(0.0, self.began - self.decoded)
-        outcomes = [] if self.cancelled else self.outcomes
+        results = [] if self.cancelled else self.results
         return EngineResponse(
-            self.work.number, decode_seconds, queue_seconds, self.infer_seconds, self.batch_size, outcomes
+            self.message.number, decode_seconds, queue_seconds, self.infer_seconds, self.batch_size, results
         )
 
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One image of a request, decoded."""
+    """One decoded image of a request."""
 
     request: Request
-    place: int
+    index: int
     pixels_SS3: NDArray[np.uint8]
     warnings: tuple[str, ...]
 
     @property
     def deadline(self) -> float:
-        """When its request is late."""
-        return self.request.work.deadline
+        """The deadline of its request."""
+        return self.request.message.deadline
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether its request was cancelled."""
         return self.request.cancelled
 
 
 Job = tuple[Request, int]
-"""One image of a request, still encoded: the request and the place in it."""
+"""One image that is not decoded yet: its request and its index in it."""
 
 
 class Classifier:
-    """Decodes, batches and answers.
+    """Decodes images, batches them and builds the answers.
 
     Args:
-        engine: What gives the logits.
-        max_pixels: Images with more pixels are refused from their header.
-        max_wait: How long an image may wait for others, in seconds.
-        send: Given requests as they are done, several at a time; called by several threads.
-        report: Given what went wrong inside; for the log.
+        engine: Computes the logits.
+        max_pixels: Images with more pixels are rejected from their header.
+        max_wait: How long an image may wait for more images, in seconds.
+        send: Called with responses, several at a time, from several threads.
+        report: Called with unexpected exceptions, for the log.
 
     Attributes:
-        batcher: Runs what is decoded; started, or asked for one batch after another.
+        batcher: Runs the decoded images. The caller starts its thread, or calls ``run_one`` repeatedly.
     """
 
     def __init__(
@@ -107,39 +110,39 @@ class Classifier:
         report: Callable[[Exception], None],
     ) -> None:
         self._engine = engine
-        self._answerer = AnswerBuilder(engine.manifest, engine.precision)
+        self._answer_builder = AnswerBuilder(engine.manifest, engine.precision)
         self._max_pixels = max_pixels
         self._send = send
         self._report = report
         self._requests: dict[int, Request] = {}
-        self._settling = threading.Lock()
+        self._results_lock = threading.Lock()
         self.batcher: Batcher[Item, NDArray[np.float32]] = Batcher(
             self._run, self._deliver, engine.seconds_of, max_wait
         )
 
-    def accept(self, work: EngineRequest) -> list[Job]:
-        """Take a request in; its images are to be decoded by any thread."""
-        now, num = time.monotonic(), len(work.contents)
-        request = Request(work, now, num, [_LATE] * num, now, now)
-        self._requests[work.number] = request
-        return [(request, place) for place in range(num)]
+    def accept(self, message: EngineRequest) -> list[Job]:
+        """Register a request and return its images as jobs; any thread may decode them."""
+        now, num = time.monotonic(), len(message.contents)
+        request = Request(message, now, num, [_LATE] * num, now, now)
+        self._requests[message.number] = request
+        return [(request, index) for index in range(num)]
 
     def cancel(self, number: int) -> None:
-        """Drop a request that nobody waits for, wherever it is."""
+        """Cancel a request; those of its images that are not in a batch yet will not be run."""
         if request := self._requests.get(number):
             request.cancelled = True
 
     def decode(self, jobs: deque[Job]) -> None:
-        """Decode jobs, as many as fit into a batch, and queue the images together.
+        """Decode jobs, at most one batch of them, and queue the decoded images together.
 
         Args:
-            jobs: Taken from its left end.
+            jobs: The decoded jobs are removed from its left end.
         """
         ready: list[Item] = []
-        until = time.monotonic() + _HAND_OVER_SECONDS
+        until = time.monotonic() + _MAX_DECODE_SECONDS
         while jobs and len(ready) < self.batcher.max_size:
-            request, place = jobs.popleft()
-            if item := self._decoded(request, place):
+            request, index = jobs.popleft()
+            if item := self._decode_or_reject(request, index):
                 ready.append(item)
             if request.decoded > until:
                 break
@@ -147,80 +150,87 @@ class Classifier:
             self.batcher.put(ready)
 
     def close(self) -> None:
-        """Answer what was queued, then end."""
+        """Run the queued images, then end."""
         self.batcher.close()
 
-    def _decoded(self, request: Request, place: int) -> Item | None:
-        """The image, or None if there is none to run; then what became of it is noted."""
-        decoded = self._decode(request, place)
+    def _decode_or_reject(self, request: Request, index: int) -> Item | None:
+        """Decode an image; if it is not to be run, store its result and return None."""
+        decoded = self._decode(request, index)
         request.decoded = request.began = time.monotonic()
         if isinstance(decoded, Item):
             return decoded
-        self._settle([(request, place, decoded)])
+        self._store_results([(request, index, decoded)])
         return None
 
-    def _decode(self, request: Request, place: int) -> Item | ImageResult:
-        work, size_px = request.work, self._engine.manifest.task.input_px
-        if request.cancelled or work.deadline <= time.monotonic():
+    def _decode(self, request: Request, index: int) -> Item | ImageResult:
+        message, size_px = request.message, self._engine.manifest.task.input_px
+        if request.cancelled or message.deadline <= time.monotonic():
             return _LATE
-        content = work.contents[place]
+        content = message.contents[index]
         try:
-            if work.wanted == OutputKind.LOGITS_OF_PIXELS:
-                return Item(request, place, np.frombuffer(content, np.uint8).reshape(size_px, size_px, 3), ())
+            if message.output_kind == OutputKind.LOGITS_OF_PIXELS:
+                return Item(request, index, np.frombuffer(content, np.uint8).reshape(size_px, size_px, 3), ())
             image = decode_image(content, size_px, self._max_pixels)
         except ImageError as error:
             problem = image_problem(error)
             return ImageResult(problem.status, problem.detail.encode(), None)
-        except Exception as reason:  # a defect: it must not end the thread that all others need
+        except Exception as reason:  # a defect; it must not end the thread, which serves all requests
             self._report(reason)
-            return _BROKEN
-        return Item(request, place, image.pixels_SS3, image.warnings)
+            return _INTERNAL_ERROR
+        return Item(request, index, image.pixels_SS3, image.warnings)
 
     def _run(self, items: Sequence[Item]) -> NDArray[np.float32]:
         return self._engine.logits([item.pixels_SS3 for item in items])
 
-    def _deliver(self, ran: BatchRun[Item, NDArray[np.float32]]) -> None:
-        for item in ran.items:
+    def _deliver(self, batch: BatchRun[Item, NDArray[np.float32]]) -> None:
+        for item in batch.items:
             request = item.request
-            request.began, request.infer_seconds, request.batch_size = ran.began, ran.seconds, len(ran.items)
-        outcomes: Sequence[ImageResult] = [_BROKEN] * len(ran.items)
-        if isinstance(ran.result, TimeoutError):
-            outcomes = [_LATE] * len(ran.items)
-        elif isinstance(ran.result, Exception):
-            self._report(ran.result)
+            request.began, request.infer_seconds, request.batch_size = batch.began, batch.seconds, len(batch.items)
+        results: Sequence[ImageResult] = [_INTERNAL_ERROR] * len(batch.items)
+        if isinstance(batch.result, TimeoutError):
+            results = [_LATE] * len(batch.items)
+        elif isinstance(batch.result, Exception):
+            self._report(batch.result)
         else:
             try:
-                outcomes = self._outcomes(ran.items, ran.result)
-            except Exception as reason:  # a defect: it must not end the thread that all others need
+                results = self._results(batch.items, batch.result)
+            except Exception as reason:  # a defect; it must not end the thread, which serves all requests
                 self._report(reason)
-        self._settle([(item.request, item.place, outcome) for item, outcome in zip(ran.items, outcomes, strict=True)])
+        self._store_results(
+            [(item.request, item.index, result) for item, result in zip(batch.items, results, strict=True)]
+        )
 
-    def _outcomes(self, items: Sequence[Item], logits_NC: NDArray[np.float32]) -> list[ImageResult]:
-        judged = self._answerer.judge(logits_NC)
-        texts = self._answerer.json(
-            judged, [item.request.work.top_k for item in items], [item.warnings for item in items]
+    def _results(self, items: Sequence[Item], logits_NC: NDArray[np.float32]) -> list[ImageResult]:
+        predictions = self._answer_builder.predict(logits_NC)
+        texts = self._answer_builder.json(
+            predictions, [item.request.message.top_k for item in items], [item.warnings for item in items]
         )
-        facts = zip(
-            judged.groups, judged.labels, judged.confidences, judged.decisions, map(len, judged.sets), strict=False
+        facts = map(
+            PredictionFacts,
+            predictions.groups,
+            predictions.labels,
+            predictions.confidences,
+            predictions.decisions,
+            map(len, predictions.sets),
         )
-        outcomes = [ImageResult(0, text, PredictionFacts(*fact)) for text, fact in zip(texts, facts, strict=True)]
+        results = [ImageResult(0, text, fact) for text, fact in zip(texts, facts, strict=True)]
         for row, item in enumerate(items):
-            if item.request.work.wanted != OutputKind.ANSWERS:
-                seen = outcomes[row].seen if judged.finite[row] else None
-                outcomes[row] = ImageResult(0, logits_NC[row].tobytes(), seen)
-            elif not judged.finite[row]:
-                outcomes[row] = _ENDLESS
-        return outcomes
+            if item.request.message.output_kind != OutputKind.ANSWERS:
+                row_facts = results[row].facts if predictions.finite[row] else None
+                results[row] = ImageResult(0, logits_NC[row].tobytes(), row_facts)
+            elif not predictions.finite[row]:
+                results[row] = _NOT_FINITE
+        return results
 
-    def _settle(self, settled: Sequence[tuple[Request, int, ImageResult]]) -> None:
-        """Note what became of images, and send the requests that have none left."""
-        done = []
-        with self._settling:
-            for request, place, outcome in settled:
-                request.outcomes[place] = outcome
-                request.left -= 1
-                if not request.left:
-                    del self._requests[request.work.number]
-                    done.append(request.done())
-        if done:
-            self._send(done)
+    def _store_results(self, results: Sequence[tuple[Request, int, ImageResult]]) -> None:
+        """Store the results of images, and send the responses of the requests that are complete."""
+        responses = []
+        with self._results_lock:
+            for request, index, result in results:
+                request.results[index] = result
+                request.num_pending -= 1
+                if not request.num_pending:
+                    del self._requests[request.message.number]
+                    responses.append(request.response())
+        if responses:
+            self._send(responses)

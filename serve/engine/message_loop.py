@@ -1,7 +1,7 @@
-"""An engine process: opens a bundle, proves and warms it, says so, and then answers what comes down the line.
+"""The main loop of an engine process: it opens a bundle, reports that it is ready, and then serves requests.
 
-It is started by ``serve.pool.engine_process`` as ``python -m serve.engine DESCRIPTOR ORDERS`` and ends when the other
-end of the line is closed, whatever ended the front. It never imports FastAPI, so it starts fast and stays small.
+``serve.pool.engine_process`` starts it as ``python -m serve.engine DESCRIPTOR CONFIG``. It ends when the server process
+closes its end of the socket or dies. It never imports FastAPI, so it starts fast and uses little memory.
 """
 
 import contextlib
@@ -41,75 +41,81 @@ from serve.engine.session import CPU, Engine, open_engine
 _MAX_WAIT_SECONDS_ON_A_GPU = 0.001
 
 
-def prepared(descriptor: int, orders_json: str) -> Callable[[], None]:
-    """Open, prove and warm what a line's orders say; what comes back serves the line to its end.
+def prepare(descriptor: int, config_json: str) -> Callable[[], None]:
+    """Open, verify and warm up an engine.
 
     Args:
-        descriptor: Of the line.
-        orders_json: An ``EngineConfig``.
+        descriptor: The file descriptor of the socket to the server process.
+        config_json: An ``EngineConfig``.
+
+    Returns:
+        A function that serves requests until the other end of the socket is closed. If the engine cannot be opened, the
+        function only sends the error.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a supervisor sends them to all; the front decides
-    line = socket.socket(fileno=descriptor)
-    orders = EngineConfig.model_validate_json(orders_json)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused like any image with too many pixels
-    num_threads = max(1, num_cores() // orders.processes)
+        signal.signal(number, signal.SIG_IGN)  # they are sent to all processes; the server process decides when to end
+    connection = socket.socket(fileno=descriptor)
+    config = EngineConfig.model_validate_json(config_json)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # rejected like any image with too many pixels
+    num_threads = max(1, num_cores() // config.processes)
     try:
-        bundle = open_bundle(orders.bundle)
-        engine = open_engine(bundle, orders.device, orders.precision, num_threads, orders.max_batch)
+        bundle = open_bundle(config.bundle)
+        engine = open_engine(bundle, config.device, config.precision, num_threads, config.max_batch)
     except LtkdError as error:
         failed = Failed(error=type(error).__name__, message=str(error)).model_dump_json()
-        return lambda: _send(line, [pack_text(Kind.FAILED, failed)])
+        return lambda: _send(connection, [pack_text(Kind.FAILED, failed)])
     trim_memory()
     default_wait = 0.0 if engine.provider == CPU else _MAX_WAIT_SECONDS_ON_A_GPU
-    max_wait = default_wait if orders.max_wait_ms is None else orders.max_wait_ms / 1000
-    return lambda: serve_line(line, engine, orders.max_pixels, max_wait, num_threads)
+    max_wait = default_wait if config.max_wait_ms is None else config.max_wait_ms / 1000
+    return lambda: serve_connection(connection, engine, config.max_pixels, max_wait, num_threads)
 
 
-def serve_line(line: socket.socket, engine: Engine, max_pixels: int, max_wait: float, num_threads: int) -> None:
-    """Say hello, and answer what comes down a line until its other end is closed.
+def serve_connection(
+    connection: socket.socket, engine: Engine, max_pixels: int, max_wait: float, num_threads: int
+) -> None:
+    """Send ``EngineReady``, then serve requests until the other end of the socket is closed.
 
     Args:
-        line: A connected stream socket.
-        engine: Proved and warm.
-        max_pixels: Images with more pixels are refused from their header.
-        max_wait: How long an image may wait for others, in seconds.
-        num_threads: How many images are decoded at one time.
+        connection: A connected stream socket.
+        engine: Verified and warm.
+        max_pixels: Images with more pixels are rejected from their header.
+        max_wait: How long an image may wait for more images, in seconds.
+        num_threads: How many images are decoded at the same time.
     """
     sending = threading.Lock()
 
-    def send(done: Sequence[EngineResponse]) -> None:
+    def send(responses: Sequence[EngineResponse]) -> None:
         with sending:
-            _send(line, [pack_response(one) for one in done])
+            _send(connection, [pack_response(response) for response in responses])
 
     def report(reason: Exception) -> None:
         with sending:
-            _send(line, [pack_text(Kind.LOG, "".join(traceback.format_exception(reason)))])
+            _send(connection, [pack_text(Kind.LOG, "".join(traceback.format_exception(reason)))])
 
-    hello = EngineReady(
+    engine_ready = EngineReady(
         manifest=engine.manifest,
         precision=engine.precision,
         provider=engine.provider,
         seconds_of=dict(engine.seconds_of),
     )
     _warm_decoders()
-    _send(line, [pack_text(Kind.HELLO, hello.model_dump_json())])
+    _send(connection, [pack_text(Kind.READY, engine_ready.model_dump_json())])
     classifier = Classifier(engine, max_pixels, max_wait, send, report)
     if num_threads == 1 and not max_wait:
-        _do_everything(line, classifier)
+        _serve_in_one_thread(connection, classifier)
     else:
-        _read_for_others(line, classifier, num_threads)
+        _serve_in_threads(connection, classifier, num_threads)
     classifier.close()
-    line.close()
+    connection.close()
 
 
-def _do_everything(line: socket.socket, classifier: Classifier) -> None:
-    """Read, decode, run and answer in one thread: on one core others would only wait for each other."""
-    inbox, batcher = MessageReader(), classifier.batcher
+def _serve_in_one_thread(connection: socket.socket, classifier: Classifier) -> None:
+    """Read, decode, run and respond in this thread: on one core, several threads would only wait for each other."""
+    reader, batcher = MessageReader(), classifier.batcher
     jobs: deque[Job] = deque()
-    while (data := read_some(line, wait=not jobs and not batcher.num_waiting)) != b"":
+    while (data := read_some(connection, wait=not jobs and not batcher.num_waiting)) != b"":
         if data:
-            jobs.extend(_jobs(classifier, inbox, data))
+            jobs.extend(_jobs(classifier, reader, data))
         elif jobs and batcher.num_waiting < batcher.max_size:
             classifier.decode(jobs)
         else:
@@ -118,46 +124,46 @@ def _do_everything(line: socket.socket, classifier: Classifier) -> None:
         classifier.decode(jobs)
 
 
-def _read_for_others(line: socket.socket, classifier: Classifier, num_threads: int) -> None:
-    """Read in this thread, decode in some, run and answer in the batcher's own."""
-    inbox = MessageReader()
-    waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+def _serve_in_threads(connection: socket.socket, classifier: Classifier, num_threads: int) -> None:
+    """Read in this thread, decode in ``num_threads`` others, run and respond in the batcher's thread."""
+    reader = MessageReader()
+    job_queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def decode() -> None:
-        while (job := waiting.get()) is not None:
+        while (job := job_queue.get()) is not None:
             classifier.decode(deque([job]))
 
     classifier.batcher.start()
     threads = [threading.Thread(target=decode, name=f"decode-{n}", daemon=True) for n in range(num_threads)]
     for thread in threads:
         thread.start()
-    while data := read_some(line):
-        for job in _jobs(classifier, inbox, data):
-            waiting.put(job)
+    while data := read_some(connection):
+        for job in _jobs(classifier, reader, data):
+            job_queue.put(job)
     for _ in threads:
-        waiting.put(None)
+        job_queue.put(None)
     for thread in threads:
         thread.join()
 
 
-def _jobs(classifier: Classifier, inbox: MessageReader, data: bytes) -> list[Job]:
+def _jobs(classifier: Classifier, reader: MessageReader, data: bytes) -> list[Job]:
     jobs: list[Job] = []
-    for kind, message in inbox.feed(data):
-        if kind == Kind.WORK:
+    for kind, message in reader.feed(data):
+        if kind == Kind.REQUEST:
             jobs += classifier.accept(unpack_request(message))
         elif kind == Kind.CANCEL:
             classifier.cancel(unpack_cancel(message))
     return jobs
 
 
-def _send(line: socket.socket, messages: Sequence[bytes]) -> None:
-    with contextlib.suppress(OSError):  # the front is gone, which whoever reads the line sees too
-        send_all(line, messages)
+def _send(connection: socket.socket, messages: Sequence[bytes]) -> None:
+    with contextlib.suppress(OSError):  # the server process has ended; the reading thread finds the socket closed
+        send_all(connection, messages)
 
 
 def _warm_decoders() -> None:
-    """Decode one image of each type: Pillow loads its codecs when they are first needed."""
-    for form in FORMATS:
+    """Decode one image of each type, because Pillow loads a codec on its first use."""
+    for image_format in FORMATS:
         file = io.BytesIO()
-        Image.new("RGB", (1, 1)).save(file, form)
+        Image.new("RGB", (1, 1)).save(file, image_format)
         decode_image(file.getvalue(), 1)

@@ -1,14 +1,15 @@
-"""The messages between the front and an engine process, over a stream socket.
+"""The messages between the server process and an engine process, over a stream socket.
 
-Every message is its length, its kind and its content, little-endian:
+``serve.pool.engine_process`` is the server process's end of the socket, ``serve.engine.message_loop`` the other one. An
+``EngineConfig`` is passed on the command line. Every message has a length, a kind and a content, all little-endian:
 
-    front to engine    WORK    number, deadline, what is wanted, top_k, the images' lengths and bytes
-                       CANCEL  number: nobody waits for it any more
-                       (end of stream: finish what was taken, then exit)
-    engine to front    HELLO   JSON: ready, and what runs
-                       FAILED  JSON: why not
-                       LOG     text: what went wrong inside
-                       DONE    number, stage seconds, and of each image its facts and its answer or problem
+    server to engine   WORK    an EngineRequest: number, deadline, output kind, top_k, lengths and bytes of the images
+                       CANCEL  the number of a request whose results are no longer needed
+                       (end of stream: finish the requests received so far, then exit)
+    engine to server   HELLO   an EngineReady, in JSON
+                       FAILED  a Failed, in JSON: why the engine cannot start
+                       LOG     the traceback of an unexpected exception, as text
+                       DONE    an EngineResponse: number, stage seconds; per image its facts and its answer or problem
 
 Deadlines are on the clock of ``time.monotonic``, which all processes of a machine share.
 """
@@ -28,15 +29,15 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class EngineConfig(Record):
-    """What an engine process is told when it starts.
+    """The configuration of an engine process, passed on its command line.
 
     Attributes:
         bundle: The bundle's directory.
-        device: ``cuda`` runs on CUDA or not at all; ``auto`` takes CUDA where it works, else the CPU.
-        precision: One of the bundle's; None takes the fastest that is certified, of those for the device.
-        max_batch: The largest batch.
-        max_wait_ms: How long an image may wait for others; None decides by the device.
-        max_pixels: Images with more pixels are refused from their header.
+        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        precision: One of the bundle's precisions; None uses the fastest certified one for the device.
+        max_batch: The largest batch size.
+        max_wait_ms: How long an image may wait for more images; None uses the default of the device.
+        max_pixels: Images with more pixels are rejected from their header.
         processes: How many engine processes share the cores.
     """
 
@@ -50,12 +51,12 @@ class EngineConfig(Record):
 
 
 class EngineReady(Record):
-    """What an engine process says when it is ready.
+    """The message of an engine process that is ready to serve requests.
 
     Attributes:
         manifest: The manifest of the bundle it opened.
         precision: Which of the bundle's models runs.
-        provider: The execution provider that really runs it, as ONNX Runtime names it.
+        provider: The execution provider that really runs it, by ONNX Runtime's name.
         seconds_of: The batch sizes that are run, and how long each takes.
     """
 
@@ -69,8 +70,8 @@ class Failed(Record):
     """Why an engine process did not become ready.
 
     Attributes:
-        error: The name of an error of ltkd/errors.py.
-        message: What it says.
+        error: The name of an error class of ltkd/errors.py.
+        message: The message of the error.
     """
 
     error: str
@@ -78,42 +79,50 @@ class Failed(Record):
 
 
 class Kind(IntEnum):
-    """What a message is."""
+    """The kind of a message."""
 
-    WORK = 1
+    REQUEST = 1  # EngineRequest
     CANCEL = 2
-    HELLO = 3
+    READY = 3  # EngineReady
     FAILED = 4
-    DONE = 5
+    RESPONSE = 5  # EngineResponse
     LOG = 6
 
 
 class OutputKind(IntEnum):
-    """What is to be made of the images of a request."""
+    """The kind of output that a request asks for."""
 
-    ANSWERS = 1  # of encoded images: answers as JSON
-    LOGITS = 2  # of encoded images: float32 [C]
-    LOGITS_OF_PIXELS = 3  # of uint8 [S, S, 3]: float32 [C]
+    ANSWERS = 1  # answers in JSON, from encoded images
+    LOGITS = 2  # float32 [C], from encoded images
+    LOGITS_OF_PIXELS = 3  # float32 [C], from uint8 [S, S, 3]
 
 
 class EngineRequest(NamedTuple):
-    """A request as the engine process takes it."""
+    """A request to an engine process.
+
+    Attributes:
+        number: Identifies the request; the response carries it too.
+        deadline: On the clock of ``time.monotonic``.
+        output_kind: What to return for each image.
+        top_k: How many classes to list in an answer.
+        contents: The images: encoded, or raw pixels, depending on ``output_kind``.
+    """
 
     number: int
     deadline: float
-    wanted: OutputKind
+    output_kind: OutputKind
     top_k: int
     contents: list[bytes]
 
 
 class PredictionFacts(NamedTuple):
-    """What telemetry needs to know of one answered image: indices, no names.
+    """What telemetry records of one classified image, with indices in place of names.
 
     Attributes:
         group: Index of the predicted class's group.
         label: Index of the predicted class.
         confidence: Its calibrated probability.
-        decision: What the group's threshold makes of that.
+        decision: The decision of the group's threshold.
         set_size: How many classes the prediction set has.
     """
 
@@ -125,29 +134,29 @@ class PredictionFacts(NamedTuple):
 
 
 class ImageResult(NamedTuple):
-    """What became of one image.
+    """The result of one image.
 
     Attributes:
         status: 0 for an answer, else the HTTP status of the problem.
-        payload: The answer, or the problem's sentence.
-        seen: The facts of an answer, of logits too; None for a problem and for logits that are no numbers.
+        payload: The answer or the logits, else the detail of the problem.
+        facts: The facts of an answer or of logits; None for a problem and for logits that are not finite.
     """
 
     status: int
     payload: bytes
-    seen: PredictionFacts | None = None
+    facts: PredictionFacts | None = None
 
 
 class EngineResponse(NamedTuple):
-    """A request's outcomes.
+    """The response to a request.
 
     Attributes:
-        number: The request.
+        number: The number of the request.
         decode_seconds: From its arrival in the engine process until its last image was decoded.
-        queue_seconds: From there until its last batch began.
+        queue_seconds: From then until its last batch began.
         infer_seconds: How long that batch ran.
-        batch_size: How many images were in it; 0 if nothing ran.
-        outcomes: One an image, in order; empty for a request that was cancelled.
+        batch_size: How many images were in that batch; 0 if nothing ran.
+        results: One per image, in order; empty for a request that was cancelled.
     """
 
     number: int
@@ -155,46 +164,50 @@ class EngineResponse(NamedTuple):
     queue_seconds: float
     infer_seconds: float
     batch_size: int
-    outcomes: list[ImageResult]
+    results: list[ImageResult]
 
 
-_WORK_KIND, _DONE_KIND = int(Kind.WORK), int(Kind.DONE)  # an enumeration costs a lookup, a number does not
-_WANTED = {int(wanted): wanted for wanted in OutputKind}
+_WORK_KIND, _DONE_KIND = (
+    int(Kind.REQUEST),
+    int(Kind.RESPONSE),
+)  # an enumeration member costs a lookup, an integer does not
+_OUTPUT_KINDS = {int(kind): kind for kind in OutputKind}
 _HEAD = struct.Struct("<IB")
 _WORK = struct.Struct("<IBQdBIH")
 _LENGTH = struct.Struct("<I")
 _CANCEL = struct.Struct("<IBQ")
 _DONE = struct.Struct("<IBQdddHH")
-_OUTCOME = struct.Struct("<HHIdBII")
-_NUMBER_OF_DECISION = {decision: number for number, decision in enumerate(DECISIONS, 1)}  # 0: no facts
+_RESULT = struct.Struct("<HHIdBII")
+_NUMBER_OF_DECISION = {decision: number for number, decision in enumerate(DECISIONS, 1)}  # 0 means no facts
 
 
-def pack_request(work: EngineRequest) -> bytes:
-    """A request as one buffer."""
-    number, deadline, wanted, top_k, contents = work
+def pack_request(request: EngineRequest) -> bytes:
+    """A WORK message."""
+    number, deadline, output_kind, top_k, contents = request
     lengths = b"".join([_LENGTH.pack(len(content)) for content in contents])
     size = _WORK.size - 4 + len(lengths) + sum(map(len, contents))
-    return b"".join((_WORK.pack(size, _WORK_KIND, number, deadline, wanted, top_k, len(contents)), lengths, *contents))
+    head = _WORK.pack(size, _WORK_KIND, number, deadline, output_kind, top_k, len(contents))
+    return b"".join((head, lengths, *contents))
 
 
 def unpack_request(message: memoryview) -> EngineRequest:
-    """The request in a message."""
-    _, _, number, deadline, wanted, top_k, num = _WORK.unpack_from(message)
+    """The request in a WORK message."""
+    _, _, number, deadline, output_kind, top_k, num = _WORK.unpack_from(message)
     start = _WORK.size + 4 * num
     contents = []
     for length in struct.unpack_from(f"<{num}I", message, _WORK.size):
         contents.append(bytes(message[start : start + length]))
         start += length
-    return EngineRequest(number, deadline, _WANTED[wanted], top_k, contents)
+    return EngineRequest(number, deadline, _OUTPUT_KINDS[output_kind], top_k, contents)
 
 
 def pack_cancel(number: int) -> bytes:
-    """Word that nobody waits for a request any more."""
+    """A CANCEL message."""
     return _CANCEL.pack(_CANCEL.size - 4, Kind.CANCEL, number)
 
 
 def unpack_cancel(message: memoryview) -> int:
-    """The number of the request that is cancelled."""
+    """The number of the cancelled request."""
     number: int = _CANCEL.unpack_from(message)[2]
     return number
 
@@ -210,45 +223,45 @@ def unpack_text(message: memoryview) -> str:
     return bytes(message[_HEAD.size :]).decode()
 
 
-def pack_response(done: EngineResponse) -> bytes:
-    """What became of a request, as one buffer."""
-    *facts_of_all, outcomes = done
+def pack_response(response: EngineResponse) -> bytes:
+    """A DONE message."""
+    *head, results = response
     parts = [b""]
-    for status, payload, seen in outcomes:
-        if seen is None:
-            parts += (_OUTCOME.pack(status, 0, 0, 0.0, 0, 0, len(payload)), payload)
+    for status, payload, facts in results:
+        if facts is None:
+            parts += (_RESULT.pack(status, 0, 0, 0.0, 0, 0, len(payload)), payload)
         else:
-            group, label, confidence, decision, set_size = seen
+            group, label, confidence, decision, set_size = facts
             number = _NUMBER_OF_DECISION[decision]
-            parts += (_OUTCOME.pack(status, group, label, confidence, number, set_size, len(payload)), payload)
+            parts += (_RESULT.pack(status, group, label, confidence, number, set_size, len(payload)), payload)
     size = _DONE.size - 4 + sum(map(len, parts))
-    parts[0] = _DONE.pack(size, _DONE_KIND, *facts_of_all, len(outcomes))
+    parts[0] = _DONE.pack(size, _DONE_KIND, *head, len(results))
     return b"".join(parts)
 
 
 def unpack_response(message: memoryview) -> EngineResponse:
-    """What became of a request."""
+    """The response in a DONE message."""
     _, _, number, decode, queue, infer, batch_size, num = _DONE.unpack_from(message)
     start = _DONE.size
-    outcomes = []
+    results = []
     for _ in range(num):
-        status, group, label, confidence, decision, set_size, length = _OUTCOME.unpack_from(message, start)
-        start += _OUTCOME.size
-        seen = PredictionFacts(group, label, confidence, DECISIONS[decision - 1], set_size) if decision else None
-        outcomes.append(ImageResult(status, bytes(message[start : start + length]), seen))
+        status, group, label, confidence, decision, set_size, length = _RESULT.unpack_from(message, start)
+        start += _RESULT.size
+        facts = PredictionFacts(group, label, confidence, DECISIONS[decision - 1], set_size) if decision else None
+        results.append(ImageResult(status, bytes(message[start : start + length]), facts))
         start += length
-    return EngineResponse(number, decode, queue, infer, batch_size, outcomes)
+    return EngineResponse(number, decode, queue, infer, batch_size, results)
 
 
 class MessageReader:
-    """Messages out of a stream of bytes, many of them from one read where there is a backlog."""
+    """Splits a stream of bytes into messages."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
-        self._missing = 0  # bytes until the message that has begun is whole
+        self._missing = 0  # bytes until the incomplete message is complete
 
     def feed(self, data: bytes) -> Iterator[tuple[int, memoryview]]:
-        """Take what was read; every message that is whole now, with its kind."""
+        """Add bytes that were read, and yield the kind and the bytes of every message that is now complete."""
         if self._parts:
             self._parts.append(data)
             self._missing -= len(data)
@@ -271,16 +284,16 @@ class MessageReader:
             self._missing = max(1, after - end)
 
 
-def read_some(line: socket.socket, num_bytes: int = 2**18, *, wait: bool = True) -> bytes | None:
-    """What has arrived: empty at the end of the stream; None if nothing has and ``wait`` is false."""
+def read_some(connection: socket.socket, num_bytes: int = 2**18, *, wait: bool = True) -> bytes | None:
+    """Read available bytes: empty at the end of the stream; None if there are none and ``wait`` is false."""
     try:
-        return line.recv(num_bytes, 0 if wait else socket.MSG_DONTWAIT)
+        return connection.recv(num_bytes, 0 if wait else socket.MSG_DONTWAIT)
     except BlockingIOError:
         return None
     except (ConnectionResetError, BrokenPipeError):
         return b""
 
 
-def send_all(line: socket.socket, messages: Sequence[bytes]) -> None:
+def send_all(connection: socket.socket, messages: Sequence[bytes]) -> None:
     """Send messages with as few calls as possible."""
-    line.sendall(messages[0] if len(messages) == 1 else b"".join(messages))
+    connection.sendall(messages[0] if len(messages) == 1 else b"".join(messages))

@@ -1,4 +1,6 @@
-"""The engine: a certified model on the device that was asked for, proved on its golden samples.
+"""The engine: a certified model in an ONNX Runtime session on the requested device, verified on its golden samples.
+
+Engine processes (``serve.engine.message_loop``) and ``serve.classify_files`` open it.
 
 Shape legend: N images, S side in pixels, C classes, M golden samples.
 """
@@ -30,18 +32,18 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE searches half a second for every new batch size
     "arena_extend_strategy": "kSameAsRequested",
-    "use_tf32": "0",  # the gates certified float32, not a shortened one
+    "use_tf32": "0",  # the gates certified float32; TF32 has fewer bits
 }
 LONGEST_RUN_SECONDS = 0.1
-_SLOW_SECONDS = 0.02  # of a run on a CPU: beside that, what only the first one does is little
+_SLOW_SECONDS = 0.02  # on a CPU; in a run this long, the extra work of a first run hardly matters
 FASTEST: dict[str, tuple[Precision, ...]] = {"cuda": ("fp16", "fp32"), "cpu": ("int8", "fp32")}
-_SILENT = 4  # ONNX Runtime's errors come as exceptions too; printed, they would say everything twice
+_LOG_FATAL_ONLY = 4  # ONNX Runtime also raises its errors; printed as well, every message would appear twice
 
 _log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the service needs of a model: the facts it shows, and logits."""
+    """The interface of an engine: the facts that the service publishes, and the logits."""
 
     @property
     def manifest(self) -> Manifest:
@@ -53,7 +55,7 @@ class Engine(Protocol):
 
     @property
     def provider(self) -> str:
-        """The execution provider that really runs it, as ONNX Runtime names it."""
+        """The execution provider that really runs it, by ONNX Runtime's name."""
 
     @property
     def seconds_of(self) -> Mapping[int, float]:
@@ -67,9 +69,9 @@ class Engine(Protocol):
 class OnnxEngine:
     """A bundle's model in an ONNX Runtime session.
 
-    A GPU runs batches of a few sizes, which are warm before the first request, and smaller ones padded to them; rows do
-    not see each other, so what pads them changes nothing. A CPU pays for every row, and for a new shape nothing worth
-    mentioning: it runs every size as it is.
+    A GPU runs only a few batch sizes, which are warmed up before the first request, and other batches are padded to
+    one of them. Rows are independent, so padding does not change the result. A CPU runs every batch size without
+    padding: there every row costs time, and a new shape costs next to nothing.
     """
 
     manifest: Manifest
@@ -79,7 +81,7 @@ class OnnxEngine:
     session: ort.InferenceSession
 
     def logits(self, images: Images) -> NDArray[np.float32]:
-        """The logits of a batch, float32 [N, C]. One caller at a time."""
+        """The logits of a batch, float32 [N, C]. Not thread-safe."""
         if not len(images):
             return np.zeros((0, len(self.manifest.task.class_names)), np.float32)
         largest = max(self.seconds_of)
@@ -95,12 +97,12 @@ class OnnxEngine:
             batch_NSS3[row] = pixels_SS3
         if self.provider == CPU:
             logits_NC: NDArray[np.float32] = self.session.run(["logits"], {"image": batch_NSS3})[0]
-        else:  # bound, the runtime copies once in each direction and does not look for a place every time
-            bound = self.session.io_binding()
-            bound.bind_cpu_input("image", batch_NSS3)
-            bound.bind_output("logits")
-            self.session.run_with_iobinding(bound)
-            logits_NC = bound.copy_outputs_to_cpu()[0]
+        else:  # with bound buffers, the runtime copies once in each direction and does not allocate for every run
+            binding = self.session.io_binding()
+            binding.bind_cpu_input("image", batch_NSS3)
+            binding.bind_output("logits")
+            self.session.run_with_iobinding(binding)
+            logits_NC = binding.copy_outputs_to_cpu()[0]
         return logits_NC[:num]
 
 
@@ -111,43 +113,44 @@ def open_engine(
     num_threads: int | None = None,
     max_batch: int = 32,
 ) -> OnnxEngine:
-    """Load a bundle's model, make it warm and replay its golden samples on the device that will answer.
+    """Load a bundle's model, warm it up and verify its golden samples on the device that will serve it.
 
     Args:
         bundle: An opened bundle: its hashes have been checked.
-        device: ``cuda`` runs on CUDA or not at all; ``auto`` takes CUDA where it works, else the CPU.
-        precision: One of the bundle's; None takes the fastest that is certified, of those for the device.
-        num_threads: How many cores the CPU may use for a run; None takes all that this process has.
-        max_batch: The largest batch to run.
+        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        precision: One of the bundle's precisions; None uses the fastest certified one for the device.
+        num_threads: How many CPU cores a run may use; None uses all cores of this process.
+        max_batch: The largest batch size to run.
 
     Raises:
-        DeviceError: ``cuda`` was asked for and does not work.
-        BundleError: The model cannot be run, or does not give the logits that were certified.
+        DeviceError: ``cuda`` was requested and does not work.
+        BundleError: The model cannot be run, or its logits differ from the certified ones.
     """
-    ort.set_default_logger_severity(_SILENT)
+    ort.set_default_logger_severity(_LOG_FATAL_ONLY)
     num_threads = num_threads or num_cores()
     if device == "auto" and num_cuda_devices() > 0:
         try:
-            return _proved(_loaded(bundle, "cuda", precision, num_threads), bundle.golden(), max_batch)
+            return _verified(_load(bundle, "cuda", precision, num_threads), bundle.golden(), max_batch)
         except DeviceError as reason:
-            _log.warning("--device auto takes the CPU: %s", reason)
-    loaded = _loaded(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
-    return _proved(loaded, bundle.golden(), max_batch)
+            _log.warning("--device auto uses the CPU: %s", reason)
+    engine = _load(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
+    return _verified(engine, bundle.golden(), max_batch)
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """The sizes that are made warm: powers of two, and the largest."""
+    """The batch sizes that are warmed up: powers of two, and the largest."""
     return (*(2**power for power in range(max_batch.bit_length()) if 2**power < max_batch), max_batch)
 
 
-def _proved(engine: OnnxEngine, golden: Golden, max_batch: int) -> OnnxEngine:
-    """The engine with every warm batch size run on golden samples, and every sample run.
+def _verified(engine: OnnxEngine, golden: Golden, max_batch: int) -> OnnxEngine:
+    """The engine with measured batch sizes, after it has reproduced every golden sample.
 
-    On a CPU large batches of a large network gain nothing and keep everybody in them waiting, so sizes that would
-    take longer than LONGEST_RUN_SECONDS are left out, but for one image; what the sizes between take is interpolated.
+    Every size of ``batch_sizes`` is run and timed on golden samples. On a CPU a large batch of a large network is no
+    faster per image and delays all of its images, so sizes that would take longer than LONGEST_RUN_SECONDS are left
+    out, except a batch of one. The times of the sizes in between are interpolated.
 
     Raises:
-        BundleError: What the network gives is not what was certified.
+        BundleError: The logits differ from the certified ones.
     """
     seconds_of: dict[int, float] = {}
     seconds_each = 0.0
@@ -173,10 +176,11 @@ def _proved(engine: OnnxEngine, golden: Golden, max_batch: int) -> OnnxEngine:
 
 
 def _replay(engine: OnnxEngine, golden: Golden, rows: NDArray[np.intp]) -> float:
-    """Hold the engine's logits of some golden samples against those that were certified.
+    """Compare the engine's logits of some golden samples with the certified ones.
 
     Returns:
-        How long the run took; on a CPU how long its threads worked, which other programs do not change.
+        How long the run took, in seconds. On a CPU it is the CPU time per thread, which does not depend on other
+        programs.
 
     Raises:
         BundleError: They differ.
@@ -188,29 +192,27 @@ def _replay(engine: OnnxEngine, golden: Golden, rows: NDArray[np.intp]) -> float
     images_NSS3, expected_NC = golden.images_MSS3[rows], certified_MC[rows]
     started = clock()
     try:
-        seen_NC = engine.logits(images_NSS3)
-    except Exception as reason:  # ONNX Runtime's errors have no family of their own
+        logits_NC = engine.logits(images_NSS3)
+    except Exception as reason:  # ONNX Runtime's errors have no common base class
         raise BundleError(f"the model cannot run its golden samples ({_one_line(reason)}); export again.") from None
     seconds = max(clock() - started, 1e-6) / num_threads
-    if seen_NC.shape != expected_NC.shape:
+    if logits_NC.shape != expected_NC.shape:
         raise BundleError(
-            f"the model gives logits of shape {list(seen_NC.shape)} for the golden samples, "
+            f"the model returns logits of shape {list(logits_NC.shape)} for the golden samples, "
             f"expected {list(expected_NC.shape)}; export again."
         )
     allowed = GOLDEN_TOLERANCE[engine.precision] * max(1.0, float(np.abs(certified_MC).max()))
-    difference = float(np.abs(seen_NC - expected_NC).max())
-    if not difference <= allowed:  # written so that NaN is refused too
+    difference = float(np.abs(logits_NC - expected_NC).max())
+    if not difference <= allowed:  # written so that NaN fails too
         raise BundleError(
-            f"on {engine.provider} the golden samples, {len(rows)} at a time, give logits that differ by "
-            f"{difference:.3g} from the certified ones, at most {allowed:.3g} is rounding; export again on this "
+            f"on {engine.provider} the logits of the golden samples, in a batch of {len(rows)}, differ by "
+            f"{difference:.3g} from the certified ones; rounding explains at most {allowed:.3g}. Export again on this "
             "machine, or start with another --device."
         )
     return seconds
 
 
-def _loaded(
-    bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int
-) -> OnnxEngine:
+def _load(bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int) -> OnnxEngine:
     certified = bundle.manifest.precisions
     chosen = precision if precision else next(name for name in FASTEST[device] if name in certified)
     path = bundle.model_path(chosen)
@@ -220,7 +222,7 @@ def _loaded(
 
 
 def num_cuda_devices() -> int:
-    """How many NVIDIA GPUs the driver offers; 0 without a driver. ONNX Runtime is not asked, it would complain."""
+    """How many NVIDIA GPUs the driver reports; 0 without a driver. ONNX Runtime would log an error without one."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -232,7 +234,7 @@ def num_cuda_devices() -> int:
 
 
 def both_runtimes() -> bool:
-    """Whether onnxruntime and onnxruntime-gpu are installed together, over each other's files."""
+    """Whether onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files."""
     installed = 0
     for package in ("onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -246,7 +248,7 @@ def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.Inferenc
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
-    missing = _preload()
+    missing = _preload_libraries()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
@@ -257,8 +259,8 @@ def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.Inferenc
     return session
 
 
-def _preload() -> str:
-    """Load the CUDA and cuDNN libraries that lie in Python packages; the answer is the first that is missing."""
+def _preload_libraries() -> str:
+    """Load the CUDA and cuDNN libraries from Python packages, and return the message about the first missing one."""
     printed = io.StringIO()
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(printed):
@@ -271,8 +273,8 @@ def _session_options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _SILENT
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder needs the cores too
+    options.log_severity_level = _LOG_FATAL_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the image decoder needs the cores too
     return options
 
 
@@ -281,16 +283,18 @@ def _session(
 ) -> ort.InferenceSession:
     try:
         session = ort.InferenceSession(model_path, sess_options=options, providers=providers, enable_fallback=0)
-    except Exception as reason:  # ONNX Runtime's errors have no family of their own
+    except Exception as reason:  # ONNX Runtime's errors have no common base class
         raise BundleError(
             f"{model_path} cannot be loaded by ONNX Runtime {ort.__version__} ({_one_line(reason)}); "
-            "install the version of constraints.txt or export again."
+            "install the version in constraints.txt or export again."
         ) from None
     session.disable_fallback()
-    seen = [(node.name, node.type) for node in session.get_inputs()], [node.name for node in session.get_outputs()]
-    if seen != ([("image", "tensor(uint8)")], ["logits"]):
+    inputs = [(node.name, node.type) for node in session.get_inputs()]
+    outputs = [node.name for node in session.get_outputs()]
+    if (inputs, outputs) != ([("image", "tensor(uint8)")], ["logits"]):
         raise BundleError(
-            f"{model_path} takes {seen[0]} and gives {seen[1]}, expected image tensor(uint8) and logits; export again."
+            f"{model_path} has inputs {inputs} and outputs {outputs}, expected image tensor(uint8) and logits; "
+            "export again."
         )
     return session
 

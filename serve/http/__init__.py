@@ -1,1 +1,1 @@
-"""HTTP below the routes: connections, middleware, request bodies, API keys."""
+"""The HTTP layer below the routes: connections, middleware, request bodies, API keys and the shared service state."""

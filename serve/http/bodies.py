@@ -1,7 +1,7 @@
-"""Request bodies: bytes with a bound and a deadline, and the three forms in which images come.
+"""Reads request bodies, with limits on size and time, and extracts images from raw, multipart and JSON bodies.
 
-Bytes are counted as they arrive and again as they are unpacked, so a body that is too large is never held, whatever its
-Content-Length says and however well it was compressed.
+Bytes are counted while they arrive and again while they are decompressed. A body that is too large is therefore never
+held in memory, whatever its Content-Length and its compression ratio are.
 """
 
 import asyncio
@@ -18,33 +18,33 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ltkd.contract.records import Record
-from serve.problems import Content, ProblemError, problem_of
+from serve.problems import Content, ProblemError, make_problem
 
 MULTIPART, JSON, ANY_BYTES = "multipart/form-data", "application/json", "application/octet-stream"
-BASE64 = "base64-image"  # the format that the description of the API gives to images in JSON
-_TAKEN = f"image/jpeg, image/png, image/webp, {ANY_BYTES}, {MULTIPART} and {JSON}"
+BASE64 = "base64-image"  # the OpenAPI format of images in JSON
+_SUPPORTED_TYPES = f"image/jpeg, image/png, image/webp, {ANY_BYTES}, {MULTIPART} and {JSON}"
 _STEP_BYTES = 2**18
 _GZIP_OR_ZLIB = zlib.MAX_WBITS + 32
 
 
 class BodyLimits(Protocol):
-    """What the settings say of request bodies."""
+    """The settings that limit request bodies."""
 
     @property
     def max_body_bytes(self) -> int:
-        """Larger bodies are refused while they arrive, compressed ones while they are unpacked."""
+        """Larger bodies are rejected while they arrive or while they are decompressed."""
 
     @property
     def max_images(self) -> int:
-        """Images in one request."""
+        """Maximum number of images per request."""
 
     @property
     def body_seconds(self) -> float:
-        """A body must have arrived within this time."""
+        """A body must arrive within this time."""
 
 
 class ImagesBody(Record):
-    """Images in JSON."""
+    """A JSON body with images."""
 
     images: tuple[str, ...] = Field(
         min_length=1,
@@ -54,65 +54,67 @@ class ImagesBody(Record):
 
 
 async def read_images(request: Request, limits: BodyLimits) -> list[Content]:
-    """The images of a request, in order; one that cannot be read is a problem in its own place.
+    """Read the images of a request, in order. An image in JSON that is not base64 becomes a Problem in its place.
 
     Raises:
-        ProblemError: The body is too large, too slow, malformed, empty or of another type.
+        ProblemError: The body is too large, too slow or malformed, or its type is not supported.
     """
     media_type = media_type_of(request)
     if media_type not in (MULTIPART, JSON, ANY_BYTES) and not media_type.startswith("image/"):
-        detail = f"the Content-Type is {_shortened(media_type)}, expected one of {_TAKEN}."
-        raise ProblemError(problem_of(415, f"{detail} With curl: -H 'Content-Type: image/jpeg' --data-binary @FILE"))
-    async with arriving(request, limits) as body:
+        detail = f"the Content-Type is {_shortened(media_type)}, expected one of {_SUPPORTED_TYPES}."
+        raise ProblemError(make_problem(415, f"{detail} With curl: -H 'Content-Type: image/jpeg' --data-binary @FILE"))
+    async with decoded_chunks(request, limits) as body:
         if media_type == MULTIPART:
             contents: list[Content] = [*await form_files(request.headers["content-type"], body, limits.max_images)]
         else:
             whole = b"".join([chunk async for chunk in body])
             contents = await asyncio.to_thread(json_images, whole) if media_type == JSON else [whole]
     if len(contents) > limits.max_images:
-        raise ProblemError(problem_of(400, too_many_images(limits.max_images)))
+        raise ProblemError(make_problem(400, too_many_images(limits.max_images)))
     return contents
 
 
 async def read_whole(request: Request, limits: BodyLimits) -> bytes:
-    """A body as one piece, unpacked.
+    """Read a whole body and decompress it.
 
     Raises:
-        ProblemError: The body is too large, too slow or cannot be unpacked.
+        ProblemError: The body is too large, too slow or cannot be decompressed.
     """
-    async with arriving(request, limits) as body:
+    async with decoded_chunks(request, limits) as body:
         return b"".join([chunk async for chunk in body])
 
 
 def media_type_of(request: Request) -> str:
-    """The type of a body, without its parameters; bytes of any kind where nothing is said."""
+    """The media type of a body without its parameters; ``application/octet-stream`` if the request has none."""
     return request.headers.get("content-type", ANY_BYTES).partition(";")[0].strip().lower() or ANY_BYTES
 
 
 @asynccontextmanager
-async def arriving(request: Request, limits: BodyLimits) -> AsyncGenerator[AsyncIterator[bytes], None]:
-    """The chunks of a body, counted and unpacked, for as long as it may take to arrive.
+async def decoded_chunks(request: Request, limits: BodyLimits) -> AsyncGenerator[AsyncIterator[bytes], None]:
+    """Give the decompressed chunks of a body, and enforce the limits on size and time.
 
     Raises:
-        ProblemError: The body is too large, too slow or cannot be unpacked.
+        ProblemError: The body is too large, too slow or cannot be decompressed.
     """
     try:
         async with (
             asyncio.timeout(limits.body_seconds),
-            aclosing(counted(request, limits.max_body_bytes)) as chunks,
-            aclosing(unpacked(chunks, request.headers.get("content-encoding", ""), limits.max_body_bytes)) as body,
+            aclosing(limited(request, limits.max_body_bytes)) as chunks,
+            aclosing(decompressed(chunks, request.headers.get("content-encoding", ""), limits.max_body_bytes)) as body,
         ):
             yield body
     except TimeoutError:
-        detail = f"the body did not arrive within {limits.body_seconds:g} s; send less, or over a faster line."
-        raise ProblemError(problem_of(408, detail), {"Connection": "close"}) from None
+        detail = (
+            f"the body did not arrive within {limits.body_seconds:g} s; send a smaller body or use a faster connection."
+        )
+        raise ProblemError(make_problem(408, detail), {"Connection": "close"}) from None
 
 
-async def counted(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body in chunks, cut off when there is more of it than allowed.
+async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Give the chunks of a body as they arrive.
 
     Raises:
-        ProblemError: The body is, or says that it is, larger than ``max_bytes``.
+        ProblemError: The body, or its Content-Length, is larger than ``max_bytes``.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
@@ -126,11 +128,11 @@ async def counted(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
             yield chunk
 
 
-async def unpacked(chunks: AsyncIterator[bytes], encoding: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """Chunks as they were before ``Content-Encoding``: gzip and deflate are undone, in steps that stay small.
+async def decompressed(chunks: AsyncIterator[bytes], encoding: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Undo the ``Content-Encoding`` gzip or deflate, in small steps.
 
     Raises:
-        ProblemError: They are packed in another way, damaged, or become more than ``max_bytes``.
+        ProblemError: The encoding is not supported, or the data is damaged or larger than ``max_bytes``.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
@@ -139,30 +141,32 @@ async def unpacked(chunks: AsyncIterator[bytes], encoding: str, max_bytes: int) 
         return
     if encoding not in ("gzip", "x-gzip", "deflate"):
         detail = f"the Content-Encoding is {_shortened(encoding)}, expected gzip, deflate or none."
-        raise ProblemError(problem_of(415, detail), {"Accept-Encoding": "gzip, deflate"})
-    unpacker = zlib.decompressobj(_GZIP_OR_ZLIB)
+        raise ProblemError(make_problem(415, detail), {"Accept-Encoding": "gzip, deflate"})
+    decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
     num_bytes = 0
     async for chunk in chunks:
         rest = chunk
-        while rest and not unpacker.eof:
+        while rest and not decompressor.eof:
             try:
-                piece = unpacker.decompress(rest, _STEP_BYTES)
+                piece = decompressor.decompress(rest, _STEP_BYTES)
             except zlib.error as reason:
-                raise ProblemError(problem_of(400, f"the body is not {encoding} ({reason}); send it whole.")) from None
-            rest = unpacker.unconsumed_tail
+                detail = f"the body is not valid {encoding} data ({reason}); compress it again and send all of it."
+                raise ProblemError(make_problem(400, detail)) from None
+            rest = decompressor.unconsumed_tail
             num_bytes += len(piece)
             if num_bytes > max_bytes:
-                raise _too_large(max_bytes, " when unpacked")
+                raise _too_large(max_bytes, " after decompression")
             yield piece
-            await asyncio.sleep(0)  # other requests get their turn between two steps
-        if rest or unpacker.unused_data:
-            raise ProblemError(problem_of(400, f"bytes follow the end of the {encoding} body; send one stream."))
-    if not unpacker.eof:
-        raise ProblemError(problem_of(400, f"the {encoding} body ends too early; send it whole."))
+            await asyncio.sleep(0)  # let other requests run between two steps
+        if rest or decompressor.unused_data:
+            detail = f"there are bytes after the end of the {encoding} stream; send exactly one stream."
+            raise ProblemError(make_problem(400, detail))
+    if not decompressor.eof:
+        raise ProblemError(make_problem(400, f"the {encoding} stream is incomplete; send all of it."))
 
 
 def json_images(body: bytes) -> list[Content]:
-    """The images of a JSON body.
+    """Extract the images of a JSON body.
 
     Raises:
         ProblemError: The body is not JSON of the expected form.
@@ -173,22 +177,24 @@ def json_images(body: bytes) -> list[Content]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         detail = f'{_shortened(where)}: {first["msg"]}; expected {{"images": ["<base64>", ...]}}.'
-        raise ProblemError(problem_of(400, detail)) from None
+        raise ProblemError(make_problem(400, detail)) from None
     return [base64_bytes(text) for text in parsed.images]
 
 
 def base64_bytes(text: str) -> Content:
-    """The bytes behind strict base64, or what is wrong with it."""
+    """Decode strict base64, or return the problem with it."""
     if text.startswith("data:"):
-        return problem_of(400, "the image is a data URL, expected base64 alone; send what follows its comma.")
+        return make_problem(400, "the image is a data URL, expected only base64; send the part after the comma.")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as reason:
-        return problem_of(400, f"the image is not base64 ({reason}); use the standard alphabet with padding.")
+        return make_problem(400, f"the image is not base64 ({reason}); use the standard alphabet with padding.")
 
 
 def _too_large(max_bytes: int, when: str = "") -> ProblemError:
-    return ProblemError(problem_of(413, f"the body is larger than {max_bytes:,} bytes{when}; send fewer or less."))
+    return ProblemError(
+        make_problem(413, f"the body is larger than {max_bytes:,} bytes{when}; send fewer or smaller images.")
+    )
 
 
 def _shortened(text: str) -> str:
@@ -199,41 +205,41 @@ WITH_CURL = "with curl: -F image=@FILE"
 
 
 async def form_files(content_type: str, body: AsyncIterator[bytes], max_files: int) -> list[bytes]:
-    """The files of a form, in order.
+    """Extract the files of a multipart form, in order.
 
     Args:
-        content_type: The header that names the boundary.
-        body: What arrives; its bytes are counted elsewhere.
-        max_files: A form with more is refused.
+        content_type: The Content-Type header, which has the boundary.
+        body: The chunks of the body; the caller limits their size.
+        max_files: A form with more files is rejected.
 
     Raises:
-        ProblemError: The form is malformed, has no file, too many of them, or something else than files.
+        ProblemError: The form is malformed, has no file, too many files or a field that is not a file.
     """
     form = _Form(max_files)
     try:
         boundary = parse_options_header(content_type.encode("latin-1"))[1].get(b"boundary", b"")
         if not boundary:
-            raise ProblemError(problem_of(400, f"the form's Content-Type names no boundary; {WITH_CURL}"))
+            raise ProblemError(make_problem(400, f"the form's Content-Type has no boundary parameter; {WITH_CURL}"))
         callbacks = {name: getattr(form, name) for name in dir(form) if name.startswith("on_")}
-        parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type] # they are those that it knows
+        parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type] # a plain dict of its callbacks
         async for chunk in body:
             parser.write(chunk)
     except FormParserError as reason:
-        raise ProblemError(problem_of(400, f"the form is malformed: {str(reason)[:120]}; {WITH_CURL}")) from None
+        raise ProblemError(make_problem(400, f"the form is malformed: {str(reason)[:120]}; {WITH_CURL}")) from None
     if not form.ended:
-        raise ProblemError(problem_of(400, "the form ends before its last boundary; send it whole."))
+        raise ProblemError(make_problem(400, "the form ends before its last boundary; send all of it."))
     if not form.files:
-        raise ProblemError(problem_of(400, f"the form has no file; {WITH_CURL}"))
+        raise ProblemError(make_problem(400, f"the form has no file; {WITH_CURL}"))
     return form.files
 
 
 def too_many_images(max_images: int) -> str:
-    """The sentence for a request with more images than are taken."""
+    """The error text for a request with too many images."""
     return f"the request has more than {max_images} images; send them in several requests."
 
 
 class _Form:
-    """What the parser tells of, part by part."""
+    """Callbacks for the multipart parser; collects the files."""
 
     def __init__(self, max_files: int) -> None:
         self.files: list[bytes] = []
@@ -265,10 +271,10 @@ class _Form:
         if b"name" not in options:
             raise FormParserError("a part has no name in its Content-Disposition")
         if b"filename" not in options:
-            detail = f"the form has a field that is no file; send files alone, {WITH_CURL}"
-            raise ProblemError(problem_of(400, detail))
+            detail = f"the form has a field that is not a file; send only files, {WITH_CURL}"
+            raise ProblemError(make_problem(400, detail))
         if len(self.files) >= self._max_files:
-            raise ProblemError(problem_of(400, too_many_images(self._max_files)))
+            raise ProblemError(make_problem(400, too_many_images(self._max_files)))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._chunks.append(data[start:end])

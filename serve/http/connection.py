@@ -1,7 +1,8 @@
-"""The connection of one client: uvicorn's, with the bounds and deadlines that it lacks.
+"""The connection of one client: uvicorn's protocol class with the limits and timeouts that it lacks.
 
-Headers are bounded in bytes and lines; headers, bodies, idleness and reading have deadlines; connections have a number.
-A client that is refused is told why in the words of the service, and has a moment to read that.
+It limits the size and number of headers and the number of connections. It sets timeouts for headers, bodies, idle
+connections and clients that do not read. A rejected client gets a problem response and has a moment to read it before
+the connection is closed. serve/http/fast_path.py extends the class.
 """
 
 import asyncio
@@ -17,16 +18,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from serve.http.service import RequestContext, Service
-from serve.problems import MEDIA_TYPE, problem_of
+from serve.problems import MEDIA_TYPE, make_problem
 
 _LINGER_SECONDS = 2.0  # a client that is refused while it sends needs time to read why
 _NOBODY = RequestContext("", None, 0.0)  # a request that was refused before its headers were read
 
 
 class Flow(FlowControl):
-    """Reads on only for a client that reads its answers and has not asked for more than it waits for.
+    """Flow control that reads more only if the client reads its responses and has no pipelined requests waiting.
 
-    uvicorn reads on after each answer, so a client that asks without end fills the memory.
+    uvicorn resumes reading after each response, so a client that pipelines without end would fill the memory.
     """
 
     def __init__(self, transport: asyncio.Transport, pipeline: Collection[object]) -> None:
@@ -40,11 +41,11 @@ class Flow(FlowControl):
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """One client's connection.
+    """The connection of one client.
 
     Attributes:
-        service: Has the limits; None before it was started.
-        since: When what the connection does now began, on the clock of ``time.monotonic``.
+        service: Has the settings with the limits; None before the service is started.
+        since: Start of the connection's current state, on the clock of ``time.monotonic``.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.busy:
             self.transport.abort()  # an answer is under way, and another one must not get between its bytes
             return
-        body = problem_of(status, detail).body
+        body = make_problem(status, detail).body
         retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head.encode("latin-1") + body)

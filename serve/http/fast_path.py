@@ -1,8 +1,8 @@
-"""The short way: the usual request, answered without a framework.
+"""The fast path: answers a POST of one image to /v1/classify without FastAPI.
 
-One image in a plain POST to /v1/classify is parsed here, handed to the engine process and answered with one write,
-without a task, a framework or a record on the way. Whatever is the least unusual about a request (another route, form
-or encoding, a key that is not known, an odd parameter) goes the ordinary way, so that one place judges it.
+Such a request is parsed here, sent to the engine process and answered with one write. Every other request (another
+route, body form or encoding, an invalid key, an unusual parameter) is passed to the FastAPI routes, so that its errors
+are reported in one place.
 """
 
 import logging
@@ -15,11 +15,19 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from serve.engine.messages import OutputKind
 from serve.http.bodies import ANY_BYTES
 from serve.http.connection import BoundedConnection
-from serve.http.service import CLIENT_LEFT, ROUTE, TIMEOUT_HEADER, Head, RequestContext, Service, server_timing
+from serve.http.service import (
+    CLIENT_CLOSED_REQUEST,
+    ROUTE,
+    TIMEOUT_HEADER,
+    Head,
+    RequestContext,
+    Service,
+    server_timing,
+)
 from serve.monitoring.logs import requests_log
 from serve.pool.dispatcher import EnginePool
-from serve.pool.engine_process import PendingRequest, RequestResult
-from serve.problems import MEDIA_TYPE, ProblemError, problem_of
+from serve.pool.pending_requests import PendingRequest, RequestResult
+from serve.problems import MEDIA_TYPE, ProblemError, make_problem
 
 _JSON = "application/json"
 _PATH = ROUTE.encode()
@@ -38,7 +46,7 @@ class _NoEvent:
 
 
 class Exchange:
-    """A request on the short way. To uvicorn it looks like a cycle of its own, as far as uvicorn looks."""
+    """A request on the fast path. It has the attributes that uvicorn uses of its own request cycle."""
 
     __slots__ = (
         "asked", "call", "deadline", "disconnected", "head", "held_bytes", "keep_alive", "message_event", "parts",
@@ -63,7 +71,7 @@ _NO_EVENT = _NoEvent()
 
 
 class Connection(BoundedConnection):
-    """One client's connection, with the short way for the usual request."""
+    """The connection of one client, with the fast path for requests with one image."""
 
     _in_hand: Exchange | None = None
     _head_key = b""
@@ -74,7 +82,7 @@ class Connection(BoundedConnection):
             exchange.disconnected = True
             if exchange.call:
                 exchange.worker.cancel(exchange.call)
-            self._finish(exchange, CLIENT_LEFT)
+            self._finish(exchange, CLIENT_CLOSED_REQUEST)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -129,11 +137,11 @@ class Connection(BoundedConnection):
 
     def _turn_away(self, head: Head, service: Service) -> bool:
         """Refuse a whole request if the queue is full, before anything is begun: thousands may come in a second."""
-        if not head.is_bare or not service.accepting or service.leaving or requests_log.isEnabledFor(logging.INFO):
+        if not head.is_bare or not service.accepting or service.stopping or requests_log.isEnabledFor(logging.INFO):
             return False
         try:
             service.keys.authorise(head.authorization, "classify")
-            worker = service.models.find(head.model, head.version).worker
+            worker = service.models.find(head.model, head.version).pool
         except ProblemError:
             return False
         refusal = worker.refusal()
@@ -153,7 +161,7 @@ class Connection(BoundedConnection):
         if self.service is None or head is None or self._begin(head, self.service) is None:
             super()._begin_request()
         elif key:
-            self.service.know_head(key, head)
+            self.service.remember_head(key, head)
 
     def _usual_head(self, service: Service) -> Head | None:
         """What the headers say, if they are those of one image; None for anything unusual."""
@@ -183,8 +191,8 @@ class Connection(BoundedConnection):
             return None
         try:
             service.keys.authorise(head.authorization, "classify")
-            worker = service.models.find(head.model, head.version).worker
-            this = service.asked(head.request_id, head.traceparent)
+            worker = service.models.find(head.model, head.version).pool
+            this = service.request_context(head.request_id, head.traceparent)
             deadline = service.deadline(this, head.timeout)
         except ProblemError:
             return None
@@ -198,7 +206,7 @@ class Connection(BoundedConnection):
         assert self.service
         exchange.held_bytes += num_bytes
         try:
-            self.service.hold_bytes(num_bytes)
+            self.service.reserve_bytes(num_bytes)
         except ProblemError as error:
             self._answer_problem(exchange, error)
 
@@ -211,7 +219,7 @@ class Connection(BoundedConnection):
                 self._answer_problem(exchange, told)
                 return
             try:
-                body = service.answer(served, told, exchange.asked)
+                body = service.response_body(served, told, exchange.asked)
             except ProblemError as error:
                 self._answer_problem(exchange, error)
             else:
@@ -219,10 +227,10 @@ class Connection(BoundedConnection):
 
         try:
             served = service.models.find(head.model, head.version)  # a reload may have come between head and body
-            exchange.worker = served.worker
-            top_k = min(head.top_k, len(served.worker.manifest.task.class_names))
+            exchange.worker = served.pool
+            top_k = min(head.top_k, len(served.pool.manifest.task.class_names))
             content = exchange.parts[0] if len(exchange.parts) == 1 else b"".join(exchange.parts)
-            exchange.call = served.worker.submit([content], OutputKind.ANSWERS, top_k, exchange.deadline, answered)
+            exchange.call = served.pool.submit([content], OutputKind.ANSWERS, top_k, exchange.deadline, answered)
         except ProblemError as error:
             self._answer_problem(exchange, error)
 
@@ -234,7 +242,7 @@ class Connection(BoundedConnection):
     def _write(self, exchange: Exchange, status: int, media_type: str, body: bytes, more: str) -> None:
         """Send an answer, as one piece; ``more`` has the header lines that not every answer has."""
         assert self.service
-        if self.service.leaving:
+        if self.service.stopping:
             exchange.keep_alive = False
         if exchange.asked.trace:
             more += f"traceparent: {exchange.asked.trace.header}\r\n"
@@ -254,14 +262,14 @@ class Connection(BoundedConnection):
         self._in_hand = None
         exchange.response_complete = True
         exchange.parts = []
-        self.service.hold_bytes(-exchange.held_bytes)
+        self.service.reserve_bytes(-exchange.held_bytes)
         self.service.count(exchange.asked, ROUTE, status)
 
     def _refuse_body(self, waited: float) -> None:
         if exchange := self._in_hand:
             assert self.service
             detail = f"the body did not arrive within {self.service.settings.body_seconds:g} s"
-            problem = problem_of(408, f"{detail}; send less, or over a faster line.")
+            problem = make_problem(408, f"{detail}; send a smaller body or use a faster connection.")
             self._answer_problem(exchange, ProblemError(problem, {"Connection": "close"}))
         else:
             super()._refuse_body(waited)

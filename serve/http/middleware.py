@@ -1,6 +1,6 @@
-"""What every answer of the framework carries, what is counted of it, and what a defect looks like from outside.
+"""Middleware around all routes: adds response headers, counts requests and turns errors into problems.
 
-When a client leaves, its request is cancelled wherever it is, so nothing is computed for nobody.
+When a client disconnects, its request is cancelled, so that no work is done for it.
 """
 
 import asyncio
@@ -14,56 +14,57 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.service import CLIENT_LEFT, RequestContext, Service
-from serve.problems import MEDIA_TYPE, Problem, ProblemError, problem_of
+from serve.http.service import CLIENT_CLOSED_REQUEST, RequestContext, Service
+from serve.problems import MEDIA_TYPE, Problem, ProblemError, make_problem
 
 _log = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Middleware around every route: headers, counts, bytes in hand, and 500 without a stack trace."""
+    """Adds response headers, counts requests and body bytes, and answers 500 without a stack trace."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        this = self._service.asked(headers.get("x-request-id", ""), headers.get("traceparent", ""))
-        scope.setdefault("state", {})["asked"] = this
-        letter = RequestScope(this, self._service, receive, send)
+        context = self._service.request_context(headers.get("x-request-id", ""), headers.get("traceparent", ""))
+        scope.setdefault("state", {})["context"] = context
+        request = RequestScope(context, self._service, receive, send)
         try:
-            await self._app(scope, letter.receive, letter.send)
+            await self._app(scope, request.receive, request.send)
         except ClientDisconnect:
-            letter.status = CLIENT_LEFT
+            request.status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
-            if not letter.forget_cancellation():
+            if not request.suppress_cancellation():
                 raise
         except Exception:
-            _log.exception("request %s ended in a defect", this.request_id)
-            if letter.status:  # half an answer is out; the server closes the connection
+            _log.exception("request %s ended with an unexpected error", context.request_id)
+            if request.status:  # part of the response has been sent; the server closes the connection
                 raise
-            detail = f"the service has a defect; its log has the cause under request {this.request_id}."
-            await problem_response(problem_of(500, detail))(scope, receive, letter.send)
+            where = f"the log of the service has the cause under request id {context.request_id}"
+            detail = f"an internal error occurred; {where}."
+            await problem_response(make_problem(500, detail))(scope, receive, request.send)
         finally:
-            letter.close()
-            self._service.count(this, getattr(scope.get("route"), "path", "none"), letter.status)
+            request.close()
+            self._service.count(context, getattr(scope.get("route"), "path", "none"), request.status)
 
 
 class RequestScope:
-    """One request on its way through the framework.
+    """Wraps the ``receive`` and ``send`` channels of one ASGI request.
 
     Attributes:
-        status: Of the answer, once it has begun; CLIENT_LEFT if nobody reads it.
+        status: Status of the response once it has begun, else 0; CLIENT_CLOSED_REQUEST if the client disconnected.
     """
 
-    def __init__(self, this: RequestContext, service: Service, receive: Receive, send: Send) -> None:
+    def __init__(self, context: RequestContext, service: Service, receive: Receive, send: Send) -> None:
         self.status = 0
-        self._asked = this
+        self._context = context
         self._service = service
         self._receive = receive
         self._send = send
@@ -73,80 +74,80 @@ class RequestScope:
         self._answered = False
 
     async def receive(self) -> Message:
-        """What the client sends, counted; once that is all, its leaving is watched for."""
+        """Receive a message and count its bytes. After the whole body, start to watch for a disconnect."""
         message = await self._receive()
         num_bytes = len(message.get("body", b""))
         self._held_bytes += num_bytes
-        self._service.hold_bytes(num_bytes)
+        self._service.reserve_bytes(num_bytes)
         if message["type"] == "http.request" and not message.get("more_body") and not self._watcher:
-            self._watcher = asyncio.create_task(self._watch())
+            self._watcher = asyncio.create_task(self._cancel_on_disconnect())
         return message
 
     async def send(self, message: Message) -> None:
-        """What the client gets, with the headers that every answer has."""
+        """Send a message; add the headers that every response has."""
         self._answered = self._answered or not message.get("more_body", True)
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-ID"] = self._asked.request_id
+            headers["X-Request-ID"] = self._context.request_id
             if provider := self._service.provider():
                 headers.setdefault("X-Ltkd-Provider", provider)
-            if self._asked.trace:
-                headers["traceparent"] = self._asked.trace.header
-            if self._service.leaving:
+            if self._context.trace:
+                headers["traceparent"] = self._context.trace.header
+            if self._service.stopping:
                 headers["Connection"] = "close"
         await self._send(message)
 
-    def forget_cancellation(self) -> bool:
-        """Whether the request was cancelled because its client left, which is nobody else's business."""
-        if self.status != CLIENT_LEFT or self._task is None:
+    def suppress_cancellation(self) -> bool:
+        """Undo the cancellation of this task if the client's disconnect caused it; return whether it did."""
+        if self.status != CLIENT_CLOSED_REQUEST or self._task is None:
             return False
         self._task.uncancel()
         return True
 
     def close(self) -> None:
-        """Let go of what was held."""
+        """Stop watching, and release the counted bytes."""
         if self._watcher:
             self._watcher.cancel()
-            self._watcher = None  # its last frame has this letter
-        self._service.hold_bytes(-self._held_bytes)
+            self._watcher = None  # its last frame refers to this object
+        self._service.reserve_bytes(-self._held_bytes)
 
-    async def _watch(self) -> None:
-        await self._receive()  # after the body there is only one message: that the client left, or has its answer
+    async def _cancel_on_disconnect(self) -> None:
+        await self._receive()  # after the body only http.disconnect follows, also when the response is complete
         if not self._answered and self._task:
-            self.status = CLIENT_LEFT
+            self.status = CLIENT_CLOSED_REQUEST
             self._task.cancel()
 
 
 def problem_response(
     problem: Problem, headers: Mapping[str, str] | None = None, media_type: str = MEDIA_TYPE
 ) -> Response:
-    """The HTTP answer that carries a problem."""
+    """Build the HTTP response for a problem."""
     return Response(problem.model_dump_json(), problem.status, headers, media_type)
 
 
 def validation_problem(error: RequestValidationError) -> Problem:
-    """The problem of a parameter that is not what the API describes."""
+    """Build the problem for an invalid parameter."""
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])
-    return problem_of(400, f"{where} is {repr(first['input'])[:80]}: {first['msg']}.")
+    return make_problem(400, f"{where} is {repr(first['input'])[:80]}: {first['msg']}.")
 
 
 async def answer_problem(_: Request, error: ProblemError) -> Response:
-    """Answer a request that ends with a problem."""
+    """Handle a ProblemError."""
     return problem_response(error.problem, error.headers)
 
 
 async def answer_http(request: Request, error: HTTPException) -> Response:
-    """Answer what the framework refuses itself, such as 404 and 405."""
+    """Handle errors of the framework itself, such as 404 and 405."""
     path, headers = request.url.path[:80], error.headers
     detail = {
-        404: f"there is no {path} here; /openapi.json lists what there is.",
-        405: f"{path} does not take {request.method}, it takes {(headers or {}).get('Allow', 'another method')}.",
+        404: f"there is no path {path}; /openapi.json lists the available paths.",
+        405: f"{path} does not allow {request.method}; it allows {(headers or {}).get('Allow', 'another method')}.",
     }.get(error.status_code, str(error.detail))
-    return problem_response(problem_of(error.status_code, detail), headers)
+    return problem_response(make_problem(error.status_code, detail), headers)
 
 
 async def answer_validation(_: Request, error: RequestValidationError) -> Response:
-    """Answer a parameter that is not what the API describes."""
+    """Handle an invalid parameter."""
     return problem_response(validation_problem(error))

@@ -1,4 +1,7 @@
-"""What every request needs, whichever way it is answered: models, limits, counters, and whether to answer."""
+"""The state that all requests of the server process share: models, API keys, limits, metrics and readiness.
+
+Both the FastAPI routes (serve/api) and the fast path (serve/http/fast_path.py) answer requests with it.
+"""
 
 import asyncio
 import logging
@@ -17,12 +20,12 @@ from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
 from serve.pool.dispatcher import EnginePool
-from serve.pool.engine_process import RequestResult
-from serve.pool.repository import ModelRepository, ServedModel, StartWorker
-from serve.problems import Problem, ProblemError, problem_of
+from serve.pool.pending_requests import RequestResult
+from serve.pool.repository import ModelRepository, ServedModel, StartPool
+from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 
-CLIENT_LEFT = 499  # nginx's number, for metrics and log alone: nobody reads an answer
+CLIENT_CLOSED_REQUEST = 499  # nginx's code; only in metrics and the log, because no response is sent
 ROUTE = "/v1/classify"
 TIMEOUT_HEADER = "X-Request-Timeout"
 _REASONS: dict[int, Reason] = {
@@ -38,13 +41,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class RequestContext:
-    """A request as its headers tell it.
+    """Identity, trace and start time of one request.
 
     Attributes:
-        request_id: The caller's where it is plain, else a new one.
-        trace: Our place in the caller's trace.
-        began: When its headers had arrived, on the clock of ``time.monotonic``.
-        facts: What else the log shall say of it.
+        request_id: The client's id if it is valid, else a new one.
+        trace: The span of this request in the client's trace; None if it sent none.
+        began: Time when the headers had arrived, on the clock of ``time.monotonic``.
+        facts: Further fields for the log.
     """
 
     request_id: str
@@ -54,17 +57,17 @@ class RequestContext:
 
 
 class Head(NamedTuple):
-    """What the head of a usual request says; empty where it says nothing.
+    """The parsed head of a request on the fast path. Absent headers are empty strings.
 
     Attributes:
-        authorization: Header of this name.
-        request_id: Header ``X-Request-ID``.
-        traceparent: Header of this name.
-        timeout: Header TIMEOUT_HEADER.
-        model: Parameter of the URL.
-        version: Likewise.
-        top_k: Likewise.
-        keep_alive: Whether the connection stays open after it.
+        authorization: The header ``Authorization``.
+        request_id: The header ``X-Request-ID``.
+        traceparent: The header ``traceparent``.
+        timeout: The header TIMEOUT_HEADER.
+        model: The query parameter ``model``.
+        version: The query parameter ``version``.
+        top_k: The query parameter ``top_k``.
+        keep_alive: Whether the connection stays open after the response.
     """
 
     authorization: str
@@ -78,33 +81,33 @@ class Head(NamedTuple):
 
     @property
     def is_bare(self) -> bool:
-        """Whether an answer needs to take up nothing of it."""
+        """Whether the response does not depend on this head: no request id, no trace, and the connection stays open."""
         return self.keep_alive and not (self.request_id or self.traceparent)
 
 
-class Checked(Protocol):
-    """A client's connection."""
+class CheckedConnection(Protocol):
+    """A client's connection whose deadlines are checked regularly."""
 
     def check(self, now: float) -> None:
-        """Part with a client that takes too long."""
+        """Close the connection if a deadline has passed."""
 
 
 class Service:
-    """The models and all that answers share. It belongs to the event loop's thread.
+    """The models and the state that all requests share. Use it only on the thread of the event loop.
 
     Args:
         root: A bundle, or a directory of bundles or of versions.
-        settings: See there.
-        start_worker: Starts the engine processes of a bundle.
+        settings: The settings of this start.
+        start_pool: Starts the engine processes of a bundle.
 
     Attributes:
-        accepting: Whether requests are taken: from the end of the start to the end of the drain.
-        leaving: Whether the end was asked for: not ready any more, but still answering.
-        connections: Of all clients.
-        known_heads: Heads of usual requests, without the length of the body, and what they were judged to be.
+        accepting: Whether requests are accepted. True from the end of the start to the end of the drain.
+        stopping: Whether shutdown has begun. The service is then not ready but still answers.
+        connections: The open connections of all clients.
+        known_heads: Request heads without the length of the body, as bytes, and their parsed form, for the fast path.
     """
 
-    def __init__(self, root: Path, settings: Settings, start_worker: StartWorker[EnginePool] | None = None) -> None:
+    def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
         async def start(path: Path) -> EnginePool:
             return await EnginePool.start(path, settings)
 
@@ -112,31 +115,31 @@ class Service:
         self.telemetry = Telemetry()
         self.keys = Keys(settings.key_file)
         self.feedback = Feedback(settings.feedback_images)
-        self.models = ModelRepository(root, start_worker or start, self.telemetry, settings)
+        self.models = ModelRepository(root, start_pool or start, self.telemetry, settings)
         self.accepting = False
-        self.leaving = False
-        self.connections: set[Checked] = set()
+        self.stopping = False
+        self.connections: set[CheckedConnection] = set()
         self.known_heads: dict[bytes, Head] = {}
         self._held_bytes = 0
         self._id_prefix = os.urandom(8).hex()
-        self._num_asked = 0
+        self._num_request_ids = 0
         self._checking: asyncio.Task[None] | None = None
 
-    def asked(self, request_id: str, traceparent: str) -> RequestContext:
-        """A request with these headers, empty where it has none."""
+    def request_context(self, request_id: str, traceparent: str) -> RequestContext:
+        """Create the context of a request from its headers; absent headers are empty strings."""
         request_id = request_id_of(request_id) if request_id else self.new_request_id()
         return RequestContext(request_id, trace_of(traceparent) if traceparent else None, time.monotonic())
 
     def new_request_id(self) -> str:
-        """Random once and counted from there: randomness for each costs as much as an answer's JSON."""
-        self._num_asked += 1
-        return f"{self._id_prefix}{self._num_asked:016x}"
+        """Return a unique id: a random prefix and a counter. A random id per request would cost as much as its JSON."""
+        self._num_request_ids += 1
+        return f"{self._id_prefix}{self._num_request_ids:016x}"
 
     async def start(self) -> None:
-        """Start every model, once.
+        """Start all models. Further calls do nothing.
 
         Raises:
-            LtkdError: One of them cannot be served.
+            LtkdError: A model cannot be served.
         """
         if not self.accepting:
             await self.models.start()
@@ -144,7 +147,7 @@ class Service:
             self._checking = asyncio.create_task(self._check_connections())
 
     async def close(self) -> None:
-        """Answer what was accepted, and end every process."""
+        """Answer the accepted requests, then end all engine processes."""
         self.accepting = False
         if self._checking:
             self._checking.cancel()
@@ -153,86 +156,87 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether load balancers should send requests here."""
-        return self.accepting and not self.leaving and self.models.ready
+        return self.accepting and not self.stopping and self.models.ready
 
-    def know_head(self, key: bytes, head: Head) -> None:
-        """Remember a head; clients that stay send the same one again and again."""
+    def remember_head(self, key: bytes, head: Head) -> None:
+        """Store a parsed head. Clients with a persistent connection send the same head with each request."""
         if len(self.known_heads) >= _MAX_KNOWN_HEADS:
             self.known_heads.clear()
         self.known_heads[key] = head
 
     def require_ready(self) -> None:
-        """Raises a ProblemError, 503, unless ready."""
+        """Raise a ProblemError with status 503 unless the service is ready."""
         if not self.ready:
-            why = "stopping" if self.leaving else "starting" if not self.accepting else "replacing an engine process"
+            why = "stopping" if self.stopping else "starting" if not self.accepting else "replacing an engine process"
             raise ProblemError(
-                problem_of(503, f"the service is not ready, it is {why}; try again."), {"Retry-After": "1"}
+                make_problem(503, f"the service is not ready because it is {why}; try again."), {"Retry-After": "1"}
             )
 
     def require_accepting(self) -> None:
-        """Raises a ProblemError, 503, before the start has ended and after the drain."""
+        """Raise a ProblemError with status 503 before the start has ended and after the drain."""
         if not self.accepting:
-            raise ProblemError(problem_of(503, "the service is not ready; try again."), {"Retry-After": "1"})
+            raise ProblemError(make_problem(503, "the service is not ready; try again."), {"Retry-After": "1"})
 
     def provider(self) -> str:
-        """The provider of the model that answers by default; empty where there is none."""
+        """The execution provider of the first model; empty if no model is served."""
         served = self.models.all()
-        return served[0].worker.provider if served else ""
+        return served[0].pool.provider if served else ""
 
-    def hold_bytes(self, num_bytes: int) -> None:
-        """Count bytes of a body into memory; they are let go with ``hold_bytes(-num_bytes)``.
+    def reserve_bytes(self, num_bytes: int) -> None:
+        """Count bytes of request bodies in memory. ``reserve_bytes(-num_bytes)`` releases them.
 
         Raises:
-            ProblemError: 429, there would be too many.
+            ProblemError: 429, there are more than ``max_queue_bytes``.
         """
         self._held_bytes += num_bytes
         if num_bytes > 0 and self._held_bytes > self.settings.max_queue_bytes:
-            detail = (
-                f"{self.settings.max_queue_bytes:,} bytes of bodies are in hand, which is all that is held; try again."
-            )
-            raise ProblemError(problem_of(429, detail), {"Retry-After": "1", "Connection": "close"})
+            limit = f"{self.settings.max_queue_bytes:,} bytes"
+            detail = f"the request bodies in memory have reached the limit of {limit}; try again."
+            raise ProblemError(make_problem(429, detail), {"Retry-After": "1", "Connection": "close"})
 
-    def deadline(self, asked: RequestContext, wanted: str) -> float:
-        """When a request must be answered, on the clock of ``time.monotonic``.
+    def deadline(self, context: RequestContext, timeout: str) -> float:
+        """Compute the time by which a request must be answered, on the clock of ``time.monotonic``.
 
         Args:
-            asked: The request.
-            wanted: Its header TIMEOUT_HEADER, empty if it has none: seconds, at most the service's own limit count.
+            context: The request.
+            timeout: Its header TIMEOUT_HEADER in seconds; empty if it has none. It can only shorten the timeout.
 
         Raises:
-            ProblemError: 400, the header is no number of seconds.
+            ProblemError: 400, the header is not a number of seconds.
         """
-        longest, wanted = self.settings.timeout_seconds, wanted.strip()
-        if not wanted:
-            return asked.began + longest
-        if not _SECONDS.fullmatch(wanted) or not float(wanted):
-            raise ProblemError(problem_of(400, f"{TIMEOUT_HEADER} is {wanted[:40]!r}, expected seconds such as 0.5."))
-        return asked.began + min(longest, float(wanted))
+        longest, timeout = self.settings.timeout_seconds, timeout.strip()
+        if not timeout:
+            return context.began + longest
+        if not _SECONDS.fullmatch(timeout) or not float(timeout):
+            detail = f"{TIMEOUT_HEADER} is {timeout[:40]!r}, expected a positive number of seconds such as 0.5."
+            raise ProblemError(make_problem(400, detail))
+        return context.began + min(longest, float(timeout))
 
-    def answer(self, served: ServedModel[EnginePool], classified: RequestResult, asked: RequestContext) -> bytes:
-        """The body of an answer, which is noted.
+    def response_body(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> bytes:
+        """Build the JSON body of a response, and record the result.
 
         Raises:
-            ProblemError: No image could be used; the first problem speaks for all.
+            ProblemError: No image could be used. Its status and detail are those of the first problem.
         """
-        problems = [result for result in classified.results if isinstance(result, Problem)]
-        if len(problems) == len(classified.results):
-            raise _none_usable(problems, asked)
-        self.note(served, classified, asked)
-        results = [rejected_image_json(one) if isinstance(one, Problem) else one for one in classified.results]
-        return answers_json(served.worker.ref_json, results)
+        problems = [each for each in result.results if isinstance(each, Problem)]
+        if len(problems) == len(result.results):
+            raise _all_rejected(problems, context)
+        self.record(served, result, context)
+        results = [rejected_image_json(each) if isinstance(each, Problem) else each for each in result.results]
+        return answers_json(served.pool.ref_json, results)
 
-    def note(self, served: ServedModel[EnginePool], classified: RequestResult, asked: RequestContext) -> None:
-        """Note what there is to log of an answer, and to remember until its true label is told."""
+    def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> None:
+        """Record a result for the log and for later feedback."""
         if requests_log.isEnabledFor(logging.INFO):
-            asked.facts = _facts(served, classified)
-        self.feedback.remember(asked.request_id, served.ledger, classified.seen)
+            context.facts = _log_fields(served, result)
+        self.feedback.remember(context.request_id, served.feedback, result.facts)
 
-    def count(self, asked: RequestContext, route: str, status: int) -> None:
-        """Note an answered request."""
+    def count(self, context: RequestContext, route: str, status: int) -> None:
+        """Count a finished request in the metrics, and log it."""
         self.telemetry.count_request(route, status, _REASONS.get(status))
         if requests_log.isEnabledFor(logging.INFO):
-            log_request(route, status, time.monotonic() - asked.began, asked.request_id, asked.trace, asked.facts or {})
+            seconds = time.monotonic() - context.began
+            log_request(route, status, seconds, context.request_id, context.trace, context.facts or {})
 
     async def _check_connections(self) -> None:
         limits = self.settings
@@ -244,26 +248,26 @@ class Service:
                 connection.check(now)
 
 
-def _facts(served: ServedModel[EnginePool], classified: RequestResult) -> dict[str, LogValue]:
-    """What the log says of an answer."""
-    names = served.worker.manifest.task.groups.names
-    groups: list[str] = [names[seen.group] for seen in classified.seen if seen]
+def _log_fields(served: ServedModel[EnginePool], result: RequestResult) -> dict[str, LogValue]:
+    """The fields of an answered request in the log."""
+    names = served.pool.manifest.task.groups.names
+    groups: list[str] = [names[facts.group] for facts in result.facts if facts]
     return {"model": served.key.name, "version": served.key.version, "groups": groups}
 
 
-def _none_usable(problems: Sequence[Problem], asked: RequestContext) -> ProblemError:
-    """The first problem speaks for all."""
+def _all_rejected(problems: Sequence[Problem], context: RequestContext) -> ProblemError:
+    """The error for a request without a usable image, made from its first problem."""
     first = problems[0]
     if first.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("request %s: %s", asked.request_id, first.detail)
+        _log.error("request %s: %s", context.request_id, first.detail)
     if len(problems) > 1:
         detail = f"none of the {len(problems)} images could be used; the first: {first.detail}"
-        first = problem_of(first.status, detail)
+        first = make_problem(first.status, detail)
     return ProblemError(first)
 
 
 def server_timing(stage_seconds: Mapping[str, float]) -> str:
-    """The ``Server-Timing`` header of stages, in milliseconds."""
+    """Format the ``Server-Timing`` header, in milliseconds."""
     if len(stage_seconds) == 3:
         decode, queue, infer = stage_seconds.values()
         return f"decode;dur={1000 * decode:.2f}, queue;dur={1000 * queue:.2f}, infer;dur={1000 * infer:.2f}"

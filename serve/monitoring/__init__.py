@@ -1,1 +1,1 @@
-"""Metrics, drift, feedback and logs."""
+"""Metrics, drift detection, feedback and logs."""

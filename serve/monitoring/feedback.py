@@ -1,7 +1,7 @@
-"""Online accuracy: callers tell the true label of an answer, and each group's accuracy is held against certification.
+"""Online accuracy: clients send true labels of earlier answers; each group's accuracy is compared with certification.
 
-What is remembered of an answer is its request id, the predicted class, its group and its confidence: no image, no
-file name, no key. All of it is bounded and in memory; a restart forgets it.
+For each answer, the request id, the predicted class, its group and its confidence are stored: no image, no file name,
+no key. Everything is in memory, bounded in size, and lost on restart.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from ltkd.contract.task import Task
 from serve.engine.messages import PredictionFacts
 from serve.monitoring.binomial import proportion
 from serve.monitoring.prometheus import ModelMetrics
-from serve.problems import ProblemError, problem_of
+from serve.problems import ProblemError, make_problem
 
 
 class FeedbackBody(Record):
@@ -25,8 +25,8 @@ class FeedbackBody(Record):
 
     Attributes:
         request_id: The ``X-Request-ID`` of the answer.
-        image: Place of the image in that request.
-        label: True class, by name or by index.
+        image: Index of the image in that request, from 0.
+        label: The true class, by name or by index.
     """
 
     request_id: str = Field(min_length=1, max_length=128)
@@ -34,18 +34,18 @@ class FeedbackBody(Record):
     label: StrictInt | StrictStr
 
 
-class FeedbackTaken(Record):
-    """What the feedback was counted as.
+class FeedbackReceipt(Record):
+    """The feedback as it was counted.
 
     Attributes:
-        request_id: Of the answer.
-        image: Place of the image in that request.
-        model: Name of the model that had answered.
-        version: Its version.
-        predicted: The class that was answered.
+        request_id: The ``X-Request-ID`` of the answer.
+        image: Index of the image in that request, from 0.
+        model: Name of the model that computed the answer.
+        version: Version of that model.
+        predicted: The predicted class.
         label: The true class.
         group: The group of the true class.
-        correct: Whether they are the same.
+        correct: Whether the predicted class is the true one.
     """
 
     request_id: str
@@ -59,16 +59,16 @@ class FeedbackTaken(Record):
 
 
 class GroupAccuracy(Record):
-    """Accuracy in one group, of the answers whose true label was told.
+    """Accuracy in one group, of the answers with a known true label.
 
-    Intervals are exact, two-sided and of 95 % (Clopper and Pearson), as those of certification.
+    Confidence intervals are exact, two-sided and 95 % (Clopper and Pearson), as in certification.
 
     Attributes:
-        group: Its name.
-        of_images: Share of right answers among the images that truly are of this group (recall); None without any.
+        group: The name of the group.
+        of_images: Share of right answers among the images whose true class is in this group (recall); None without any.
         of_predictions: Share of right answers among those that predicted this group (precision); None without any.
-        certified: What certification expects of these same predictions, given their confidence; None where it knows
-            nothing of one of them.
+        certified: The accuracy that certification expects of the same predictions, given their confidence; None if it
+            is unknown for one of them.
     """
 
     group: str
@@ -78,8 +78,8 @@ class GroupAccuracy(Record):
 
 
 @dataclass(frozen=True)
-class _Told:
-    """One answer whose true label is known."""
+class _LabelledAnswer:
+    """One answer with a known true label."""
 
     true_group: int
     predicted_group: int
@@ -88,143 +88,149 @@ class _Told:
 
 
 class FeedbackWindow:
-    """The answers of one served model whose true label was told, the most recent ones.
+    """The most recent answers of one served model with a known true label.
 
     Args:
         task: Class names and groups of the model.
-        calibration: What was certified of each group.
-        meter: Counts them for Prometheus.
-        max_images: Answers it holds.
+        calibration: The certified calibration of each group.
+        metrics: The model's metrics, which count the feedback.
+        max_images: The size of the window, in answers.
     """
 
-    def __init__(self, task: Task, calibration: Calibration, meter: ModelMetrics, max_images: int) -> None:
+    def __init__(self, task: Task, calibration: Calibration, metrics: ModelMetrics, max_images: int) -> None:
         self.task = task
-        self.meter = meter
+        self.metrics = metrics
         self._calibration = calibration
-        self._told: deque[_Told] = deque(maxlen=max_images)
+        self._answers: deque[_LabelledAnswer] = deque(maxlen=max_images)
 
-    def tell(self, seen: PredictionFacts, label: int) -> bool:
-        """Take in the true label of an answer, and say whether the answer was right."""
-        right = seen.label == label
+    def add(self, prediction: PredictionFacts, label: int) -> bool:
+        """Add an answer with its true label.
+
+        Returns:
+            Whether the answer was right.
+        """
+        right = prediction.label == label
         true_group = self.task.groups.group_of_class[label]
-        expected = expected_accuracy(self._calibration[seen.group], seen.confidence)
-        self._told.append(_Told(true_group, seen.group, right, expected.value if expected else None))
-        self.meter.count_feedback(true_group, right)
+        expected = expected_accuracy(self._calibration[prediction.group], prediction.confidence)
+        self._answers.append(_LabelledAnswer(true_group, prediction.group, right, expected.value if expected else None))
+        self.metrics.count_feedback(true_group, right)
         return right
 
     def accuracy(self) -> tuple[GroupAccuracy, ...]:
-        """The accuracy of each group so far, in the order of the model's groups."""
-        return tuple(self._group(group, name) for group, name in enumerate(self.task.groups.names))
+        """The accuracy of each group in the window, in the order of the model's groups."""
+        return tuple(self._group_accuracy(group, name) for group, name in enumerate(self.task.groups.names))
 
-    def _group(self, group: int, name: str) -> GroupAccuracy:
-        of_images = [told.right for told in self._told if told.true_group == group]
-        predicted = [told for told in self._told if told.predicted_group == group]
-        expected = [told.expected for told in predicted if told.expected is not None]
+    def _group_accuracy(self, group: int, name: str) -> GroupAccuracy:
+        of_images = [answer.right for answer in self._answers if answer.true_group == group]
+        predicted = [answer for answer in self._answers if answer.predicted_group == group]
+        expected = [answer.expected for answer in predicted if answer.expected is not None]
         return GroupAccuracy(
             group=name,
             of_images=proportion(sum(of_images), len(of_images)),
-            of_predictions=proportion(sum(told.right for told in predicted), len(predicted)),
+            of_predictions=proportion(sum(answer.right for answer in predicted), len(predicted)),
             certified=sum(expected) / len(expected) if expected and len(expected) == len(predicted) else None,
         )
 
 
 @dataclass
-class _Answered:
-    """One answered request."""
+class _AnsweredRequest:
+    """One answered request, with the indices of the images that have a true label."""
 
-    ledger: FeedbackWindow
+    window: FeedbackWindow
     images: Sequence[PredictionFacts | None]
-    told: set[int] = field(default_factory=set)
+    labelled: set[int] = field(default_factory=set)
 
 
 class Feedback:
-    """Remembers the most recent answers by request id, and takes in what their true labels were.
+    """Stores the most recent answers by request id, and accepts their true labels.
 
     Args:
-        max_images: Answered images that are remembered; the oldest requests are forgotten first.
+        max_images: The number of answered images that are stored; the oldest requests are removed first.
     """
 
     def __init__(self, max_images: int) -> None:
         self._max_images = max_images
         self._num_images = 0
-        self._answered: OrderedDict[str, _Answered] = OrderedDict()
+        self._answered: OrderedDict[str, _AnsweredRequest] = OrderedDict()
 
-    def remember(self, request_id: str, ledger: FeedbackWindow, images: Sequence[PredictionFacts | None]) -> None:
-        """Remember an answered request; where an id comes twice, the later answer is meant.
+    def remember(self, request_id: str, window: FeedbackWindow, images: Sequence[PredictionFacts | None]) -> None:
+        """Store an answered request; it replaces an earlier one with the same id.
 
         Args:
-            request_id: What the answer carried as ``X-Request-ID``.
-            ledger: Of the model that answered.
-            images: Its images; None in the place of one that was refused.
+            request_id: The ``X-Request-ID`` of the answer.
+            window: The feedback window of the model that computed the answer.
+            images: One entry per image; None for an image that was rejected.
         """
-        before = self._answered.pop(request_id, None)
-        if before:
-            self._num_images -= len(before.images)
-        self._answered[request_id] = _Answered(ledger, images)
+        replaced = self._answered.pop(request_id, None)
+        if replaced:
+            self._num_images -= len(replaced.images)
+        self._answered[request_id] = _AnsweredRequest(window, images)
         self._num_images += len(images)
         while self._num_images > self._max_images:
-            _, forgotten = self._answered.popitem(last=False)
-            self._num_images -= len(forgotten.images)
+            _, oldest = self._answered.popitem(last=False)
+            self._num_images -= len(oldest.images)
 
-    def take(self, body: FeedbackBody) -> FeedbackTaken:
+    def add_label(self, body: FeedbackBody) -> FeedbackReceipt:
         """Count one true label.
 
         Raises:
-            ProblemError: 404 for an answer that is not remembered, 409 for one that was told already, 400 for a label
-                that is no class of the model.
+            ProblemError: 404 if the answer is not stored, 409 if it already has a label, 400 if the label is no
+                class of the model.
         """
-        answered = self._answered.get(body.request_id)
-        if answered is None:
-            raise ProblemError(problem_of(404, self._forgotten(body.request_id)))
-        seen = _image_of(answered.images, body)
-        if body.image in answered.told:
-            detail = f"image {body.image} of request {body.request_id} was told already; the first label counts."
-            raise ProblemError(problem_of(409, detail))
-        ledger = answered.ledger
-        label = label_of(ledger.task, body.label)
-        answered.told.add(body.image)
-        return FeedbackTaken(
+        request = self._answered.get(body.request_id)
+        if request is None:
+            raise ProblemError(make_problem(404, self._not_stored(body.request_id)))
+        prediction = _prediction_of(request.images, body)
+        if body.image in request.labelled:
+            detail = (
+                f"image {body.image} of request {body.request_id} already has a true label; the first label counts."
+            )
+            raise ProblemError(make_problem(409, detail))
+        window = request.window
+        label = label_of(window.task, body.label)
+        request.labelled.add(body.image)
+        return FeedbackReceipt(
             request_id=body.request_id,
             image=body.image,
-            model=ledger.meter.labels.model,
-            version=ledger.meter.labels.version,
-            predicted=ledger.task.class_names[seen.label],
-            label=ledger.task.class_names[label],
-            group=ledger.task.group_name(label),
-            correct=ledger.tell(seen, label),
+            model=window.metrics.labels.model,
+            version=window.metrics.labels.version,
+            predicted=window.task.class_names[prediction.label],
+            label=window.task.class_names[label],
+            group=window.task.group_name(label),
+            correct=window.add(prediction, label),
         )
 
-    def _forgotten(self, request_id: str) -> str:
+    def _not_stored(self, request_id: str) -> str:
         return (
-            f"no answer to request {request_id!r} is remembered; the last {self._max_images:,} answered images are, "
-            "since this process started. Send the X-Request-ID that the answer carried, and send it sooner."
+            f"no answer to request {request_id!r} is stored; the service keeps the last {self._max_images:,} answered "
+            "images since its start. Send the X-Request-ID of the answer, and send it sooner."
         )
 
 
 def label_of(task: Task, label: int | str) -> int:
-    """The index of a class that was named, or given as an index.
+    """The index of a class that is given by name or by index.
 
     Raises:
-        ProblemError: 400, there is no such class.
+        ProblemError: 400 if there is no such class.
     """
     if isinstance(label, str):
         if label in task.class_names:
             return task.class_names.index(label)
         near = difflib.get_close_matches(label, task.class_names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "GET /v1/model lists them."
-        raise ProblemError(problem_of(400, f"label is {label!r}, which is no class of the model; {hint}"))
+        hint = f"did you mean {near[0]!r}?" if near else "GET /v1/model lists the classes."
+        raise ProblemError(make_problem(400, f"label is {label!r}, which is not a class of the model; {hint}"))
     if not 0 <= label < len(task.class_names):
         detail = f"label is {label}, expected a class index from 0 to {len(task.class_names) - 1}, or a class name."
-        raise ProblemError(problem_of(400, detail))
+        raise ProblemError(make_problem(400, detail))
     return label
 
 
-def _image_of(images: Sequence[PredictionFacts | None], body: FeedbackBody) -> PredictionFacts:
+def _prediction_of(images: Sequence[PredictionFacts | None], body: FeedbackBody) -> PredictionFacts:
     if body.image >= len(images):
-        detail = f"image is {body.image}, but request {body.request_id} had {len(images)}; the first is 0."
-        raise ProblemError(problem_of(404, detail))
-    seen = images[body.image]
-    if seen is None:
-        detail = f"image {body.image} of request {body.request_id} was refused, so there is no answer to judge."
-        raise ProblemError(problem_of(404, detail))
-    return seen
+        detail = f"image is {body.image}, but request {body.request_id} had {len(images)} images; the first is 0."
+        raise ProblemError(make_problem(404, detail))
+    prediction = images[body.image]
+    if prediction is None:
+        detail = f"image {body.image} of request {body.request_id} was rejected, so it has no answer to label."
+        raise ProblemError(make_problem(404, detail))
+    return prediction

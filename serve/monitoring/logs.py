@@ -1,6 +1,6 @@
-"""What the service writes down: plain lines, or one JSON object a line; and what ties a line to a request.
+"""Logging: plain text or one JSON object per line, with request ids and traces.
 
-A line says what happened, to which request, on which route. It never holds a body, a header or a key.
+A line has the event, the request id and the route. It never contains a body, a header or a key.
 """
 
 import json
@@ -23,23 +23,23 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogValue = str | int | float | bool | None | list[str]
 
 requests_log = logging.getLogger("ltkd.requests")
-"""One line an answered request, at level info; ask ``isEnabledFor`` before anything is put together for it."""
+"""One line per answered request, at level info. Check ``isEnabledFor`` before building the values for it."""
 
 start_log = logging.getLogger("ltkd.start")
-"""What is always told, whatever the level: how the service was started."""
+"""The settings at the start of the service; logged at every log level."""
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Our place in a caller's trace (W3C Trace Context).
+    """This request's span in a client's trace (W3C Trace Context).
 
     Attributes:
-        trace_id: The caller's, 32 hexadecimal digits.
-        span_id: Ours, made for this request.
-        sampled: Whether the caller records the trace.
+        trace_id: The client's trace id, 32 hexadecimal digits.
+        span_id: The span id that was created for this request, 16 hexadecimal digits.
+        sampled: Whether the client records the trace.
     """
 
     trace_id: str
@@ -48,41 +48,41 @@ class Trace:
 
     @property
     def header(self) -> str:
-        """``traceparent`` as we pass it on."""
+        """The ``traceparent`` header with this span."""
         return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
 
 
 def trace_of(traceparent: str) -> Trace | None:
-    """Continue the trace of a ``traceparent`` header; None where it is absent or not valid, as the standard asks.
+    """Continue the trace of a ``traceparent`` header; None if it is absent or not valid, as the standard requires.
 
-    Later versions of the header may have more fields; the first four are read as in version 00.
+    Later versions of the header may have more fields; their first four are read as in version 00.
     """
     parts = _TRACEPARENT.fullmatch(traceparent.strip(" \t"))
     if not parts:
         return None
-    version, trace_id, parent_id, flags, more = parts.groups()
-    if version == "ff" or (version == "00" and more) or not int(trace_id, 16) or not int(parent_id, 16):
+    version, trace_id, parent_id, flags, extra = parts.groups()
+    if version == "ff" or (version == "00" and extra) or not int(trace_id, 16) or not int(parent_id, 16):
         return None
     return Trace(trace_id, os.urandom(8).hex(), bool(int(flags, 16) & 1))
 
 
 def request_id_of(incoming: str) -> str:
-    """The caller's request id where it is short and plain, else a new one."""
-    return incoming if _SANE_ID.fullmatch(incoming) else os.urandom(16).hex()
+    """The client's request id if it is short and safe to log, else a new one."""
+    return incoming if _SAFE_ID.fullmatch(incoming) else os.urandom(16).hex()
 
 
 def log_request(
     route: str, status: int, seconds: float, request_id: str, trace: Trace | None, more: Mapping[str, LogValue]
 ) -> None:
-    """Write down one answered request.
+    """Log one answered request.
 
     Args:
-        route: The route's template, not the path: a path is the caller's text.
-        status: Of the answer; 499 when the client left.
-        seconds: From the first byte to the last.
-        request_id: Of the answer.
-        trace: The caller's trace, if it sent one.
-        more: What else is known, such as ``model``, ``key`` (its name) and ``groups`` of the predicted classes.
+        route: The template of the route. The path is not logged, because it is text from the client.
+        status: Of the response; 499 if the client disconnected.
+        seconds: From the first byte of the request to the last byte of the response.
+        request_id: The ``X-Request-ID`` of the response.
+        trace: The client's trace, if it sent one.
+        more: Further values, such as ``model``, ``key`` (the name of the key) and ``groups`` of the predicted classes.
     """
     facts: dict[str, LogValue] = {
         "route": route, "status": status, "seconds": round(seconds, 6), "request_id": request_id
@@ -93,7 +93,7 @@ def log_request(
 
 
 class PlainFormatter(logging.Formatter):
-    """``time LEVEL message key=value ...``; what could break the line or the terminal is escaped."""
+    """``time LEVEL message key=value ...``; control characters are escaped, so an entry stays on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = f"{_time_of(record)} {record.levelname} {_visible(record.getMessage())}"
@@ -103,7 +103,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, a traceback included."""
+    """One JSON object per line, including a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, LogValue] = {
@@ -122,10 +122,10 @@ class JsonFormatter(logging.Formatter):
 FORMATTERS: dict[LogFormat, type[logging.Formatter]] = {"plain": PlainFormatter, "json": JsonFormatter}
 
 
-def set_up_logging(form: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
-    """Send everything that is logged in this process to stderr, in one form."""
+def set_up_logging(log_format: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
+    """Send all log messages of this process to stderr, in one format."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(FORMATTERS[form]())
+    handler.setFormatter(FORMATTERS[log_format]())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -133,17 +133,17 @@ def set_up_logging(form: LogFormat, level: LogLevel, stream: TextIO | None = Non
 
 
 def log_settings(settings: Settings, given: Mapping[str, object]) -> None:
-    """Write down how the service was started; see ``settings_lines``."""
+    """Log the settings of the service; see ``settings_lines``."""
     for line in settings_lines(settings, given):
         start_log.info("setting %s", line)
 
 
 def settings_lines(settings: Settings, given: Mapping[str, object]) -> list[str]:
-    """Every setting with its value and where it is from; secrets are hidden.
+    """Every setting with its value and its source; secrets are hidden.
 
     Args:
-        settings: As read.
-        given: What the command line gave, None meaning not given.
+        settings: The settings in use.
+        given: The options of the command line; None means that an option was not given.
     """
     environment = {name.upper() for name in os.environ}
     lines = []
@@ -173,7 +173,7 @@ def _cause_of(record: logging.LogRecord) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text on one line, control characters as escapes."""
+    """The text on one line, with control characters escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,7 +1,8 @@
-"""What the service counts, in a registry of its own, as Prometheus reads it.
+"""Metrics of the service, exported to Prometheus.
 
-The hot path adds to plain numbers and takes no lock, so everything here belongs to the event loop's thread. Prometheus'
-own counters cost a lookup and a lock each; instead its collector reads the numbers when somebody asks for them.
+Requests are counted in plain numbers without a lock, so everything here must be used from the event loop's thread. The
+counters of ``prometheus_client`` would cost a lookup and a lock for each update; instead, a collector reads the numbers
+at each scrape.
 """
 
 import time
@@ -16,15 +17,15 @@ from prometheus_client.registry import Collector
 
 from serve.engine.answers import DECISIONS
 from serve.engine.messages import PredictionFacts
-from serve.monitoring.drift import GroupSeen, Window
+from serve.monitoring.drift import GroupReport, Window
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 Stage = Literal["decode", "queue", "infer", "total"]
 Reason = Literal["full", "late", "left", "too_large", "slow", "unauthorised", "not_ready"]
-"""Why a request was turned away: no place, past its deadline, the client left, too many bytes, too slow a body, no
-valid key, starting, draining or without an engine process."""
+"""Why a request was rejected: the queue is full, its deadline passed, the client disconnected, the body is too large or
+arrived too slowly, there is no valid key, or the service is starting, draining or without an engine process."""
 Outcome = Literal["loaded", "replaced", "retired", "unchanged", "failed"]
-"""What a reload did with one model version."""
+"""The outcome of a reload for one model version."""
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _CONFIDENCE = tuple(tenth / 10 for tenth in range(1, 11))
@@ -34,7 +35,7 @@ _MODEL = ("model", "version", "precision")
 
 
 class ModelLabels(NamedTuple):
-    """The labels of a served model; its series carry the first three, ``ltkd_model_info`` all."""
+    """The labels of a served model; its series have the first three, ``ltkd_model_info`` has all."""
 
     model: str
     version: str
@@ -44,7 +45,7 @@ class ModelLabels(NamedTuple):
 
     @property
     def series(self) -> tuple[str, str, str]:
-        """What tells the series of one model from those of another."""
+        """The labels that identify the series of one model."""
         return self[:3]
 
 
@@ -59,21 +60,21 @@ class Histogram:
         self.total = 0.0
 
     def add(self, value: float) -> None:
-        """Count one value."""
+        """Add one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """The buckets as Prometheus has them."""
-        reached, buckets = 0, []
+        """The buckets in Prometheus' form: each upper bound with the number of values up to it."""
+        num_below, buckets = 0, []
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            reached += count
-            buckets.append((bound, float(reached)))
+            num_below += count
+            buckets.append((bound, float(num_below)))
         return buckets
 
 
 class GroupCounts:
-    """What is counted of the predictions of one group."""
+    """Counts of the predictions of one group."""
 
     __slots__ = ("confidence", "decisions", "feedback", "set_size")
 
@@ -81,27 +82,28 @@ class GroupCounts:
         self.confidence = Histogram(_CONFIDENCE)
         self.set_size = Histogram(_CLASSES)
         self.decisions: dict[str, int] = dict.fromkeys(DECISIONS, 0)
-        self.feedback = [0, 0]  # of the true group's images: wrong, right
+        self.feedback = [0, 0]  # wrong and right answers, for images whose true class is in the group
 
 
 class ModelCounts:
-    """What is counted of one model version, from its first request to the end of the process."""
+    """Counts of one model version, from its first request to the end of the process."""
 
     def __init__(self, groups: Sequence[str]) -> None:
-        self.groups = {group: GroupCounts() for group in groups}  # one that is never predicted shows as zero
+        self.groups = {group: GroupCounts() for group in groups}  # a group that is never predicted is exported as zero
         self.stages: dict[str, Histogram] = {stage: Histogram(_SECONDS) for stage in get_args(Stage)}
         self.batches = Histogram(_IMAGES)
         self.restarts = 0
 
 
 class ModelMetrics:
-    """Watches one served model: what it answers, how long that takes, and how often its process died.
+    """Metrics of one served model: its predictions, its stage times and the restarts of its engine processes.
 
     Attributes:
-        labels: Which model.
+        labels: The labels of the model.
         window: Its most recent predictions.
-        queue_depth: Images that wait for the model; asked at each scrape.
-        alive: Whether its engine process is there; likewise.
+        queue_depth: Returns the number of images accepted and not answered yet; called at each scrape.
+        alive: Returns whether an engine process is ready; called at each scrape.
+        counts: Counters and histograms; a replacement of the model with the same groups shares them.
     """
 
     def __init__(self, labels: ModelLabels, counts: ModelCounts, window: Window) -> None:
@@ -112,15 +114,15 @@ class ModelMetrics:
         self.counts = counts
         self._groups = list(counts.groups.values())
 
-    def watch(
+    def record_request(
         self, images: Sequence[PredictionFacts | None], stage_seconds: Mapping[str, float], batch_size: int
     ) -> None:
-        """Take in one answered request.
+        """Count one answered request.
 
         Args:
-            images: Its images; None in the place of one that was refused.
-            stage_seconds: Wall time of the stages it went through.
-            batch_size: Images of all requests that ran with its last one; 0 if nothing ran.
+            images: One entry per image; None for an image that was rejected.
+            stage_seconds: Wall time of each stage of the request.
+            batch_size: Images in the batch that its last image ran in; 0 if nothing ran.
         """
         counts = self.counts
         for stage, seconds in stage_seconds.items():
@@ -138,54 +140,54 @@ class ModelMetrics:
             self.window.add(image.group, image.confidence, image.decision == "abstain", now)
 
     def count_restart(self) -> None:
-        """Count that the engine's process had died and was replaced."""
+        """Count an engine process that died and was replaced."""
         self.counts.restarts += 1
 
     def count_feedback(self, true_group: int, right: bool) -> None:
-        """Count what somebody said of an answer."""
+        """Count an answer with a known true label."""
         self._groups[true_group].feedback[right] += 1
 
 
 class Telemetry:
-    """Everything the service counts; handed to whoever has something to count."""
+    """All metrics of the service; one object is shared by everything that counts."""
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[str, int]] = Counter()
         self._rejections: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self._counts: dict[tuple[str, ...], ModelCounts] = {}
-        self._meters: dict[tuple[str, ...], ModelMetrics] = {}
+        self._models: dict[tuple[str, ...], ModelMetrics] = {}
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._registry.register(_Reader(self._families))
+        self._registry.register(_TelemetryCollector(self._families))
 
-    def meter(self, labels: ModelLabels, groups: Sequence[str], window: Window) -> ModelMetrics:
-        """Begin to show a model; one that replaces another of the same name and version goes on with its counts."""
+    def add_model(self, labels: ModelLabels, groups: Sequence[str], window: Window) -> ModelMetrics:
+        """Start to export a model. A model that replaces one of the same name and version continues its counts."""
         counts = self._counts.setdefault((*labels.series, *groups), ModelCounts(groups))
-        self._meters[labels.series] = meter = ModelMetrics(labels, counts, window)
-        return meter
+        self._models[labels.series] = model = ModelMetrics(labels, counts, window)
+        return model
 
-    def retire(self, meter: ModelMetrics) -> None:
-        """Show a model no longer, unless another has taken its place."""
-        if self._meters.get(meter.labels.series) is meter:
-            del self._meters[meter.labels.series]
+    def remove_model(self, model: ModelMetrics) -> None:
+        """Stop exporting a model, unless another one has replaced it."""
+        if self._models.get(model.labels.series) is model:
+            del self._models[model.labels.series]
 
     def count_request(self, route: str, status: int, reason: Reason | None) -> None:
-        """Count an answered request, by the route's template and not by its path, and why it was turned away."""
+        """Count an answered request by the route's template, not by its path, and the reason if it was rejected."""
         self._requests[route, status] += 1
         if reason:
             self._rejections[reason] += 1
 
     def num_rejected(self, reason: Reason) -> int:
-        """How many requests were turned away for this reason so far."""
+        """How many requests were rejected for this reason since the start."""
         return self._rejections[reason]
 
     def count_reload(self, outcome: Outcome) -> None:
-        """Count what a reload did with one model version."""
+        """Count the outcome of a reload for one model version."""
         self._reloads[outcome] += 1
 
     def exposition(self) -> bytes:
-        """Everything counted so far, in Prometheus' text form."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _families(self) -> Iterator[Metric]:
@@ -193,16 +195,16 @@ class Telemetry:
         for (route, status), count in self._requests.items():
             requests.add_metric([route, str(status)], count)
         yield requests
-        yield _counter("ltkd_rejections", "Requests turned away, by reason", "reason", self._rejections)
-        yield _counter("ltkd_reloads", "Model versions that a reload looked at, by outcome", "outcome", self._reloads)
-        meters = list(self._meters.values())
-        yield from _of_models(meters)
-        yield from _of_groups(meters)
-        yield from _of_windows(meters)
+        yield _counter("ltkd_rejections", "Rejected requests by reason", "reason", self._rejections)
+        yield _counter("ltkd_reloads", "Model versions in reloads, by outcome", "outcome", self._reloads)
+        models = list(self._models.values())
+        yield from _model_families(models)
+        yield from _group_families(models)
+        yield from _window_families(models)
 
 
-class _Reader(Collector):
-    """Prometheus' view of numbers that lie elsewhere."""
+class _TelemetryCollector(Collector):
+    """Reads the metrics at each scrape."""
 
     def __init__(self, families: Callable[[], Iterator[Metric]]) -> None:
         self._families = families
@@ -218,43 +220,41 @@ def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Cou
     return family
 
 
-def _of_models(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
-    info = GaugeMetricFamily("ltkd_model_info", "The models that answer", labels=ModelLabels._fields)
-    depth = GaugeMetricFamily("ltkd_queue_images", "Images that wait for the model", labels=_MODEL)
-    alive = GaugeMetricFamily("ltkd_worker_alive", "1 while the engine's process is there", labels=_MODEL)
+def _model_families(models: Sequence[ModelMetrics]) -> Iterator[Metric]:
+    info = GaugeMetricFamily("ltkd_model_info", "The served models", labels=ModelLabels._fields)
+    depth = GaugeMetricFamily("ltkd_queue_images", "Images accepted and not answered yet", labels=_MODEL)
+    alive = GaugeMetricFamily("ltkd_worker_alive", "1 while an engine process is ready", labels=_MODEL)
     restarts = CounterMetricFamily(
         "ltkd_worker_restarts", "Engine processes that died and were replaced", labels=_MODEL
     )
-    batches = HistogramMetricFamily("ltkd_batch_images", "Images in the batch that a request ran in", labels=_MODEL)
-    stages = HistogramMetricFamily("ltkd_stage_seconds", "Time in a stage of a request", labels=[*_MODEL, "stage"])
-    for meter in meters:
-        labels, counts = meter.labels.series, meter.counts
-        info.add_metric(meter.labels, 1)
-        depth.add_metric(labels, meter.queue_depth())
-        alive.add_metric(labels, meter.alive())
+    batches = HistogramMetricFamily("ltkd_batch_images", "Images in the last batch of a request", labels=_MODEL)
+    stages = HistogramMetricFamily("ltkd_stage_seconds", "Duration of a stage of a request", labels=[*_MODEL, "stage"])
+    for model in models:
+        labels, counts = model.labels.series, model.counts
+        info.add_metric(model.labels, 1)
+        depth.add_metric(labels, model.queue_depth())
+        alive.add_metric(labels, model.alive())
         restarts.add_metric(labels, counts.restarts)
         batches.add_metric(labels, counts.batches.cumulative(), counts.batches.total)
-        for stage, tally in counts.stages.items():
-            stages.add_metric([*labels, stage], tally.cumulative(), tally.total)
+        for stage, histogram in counts.stages.items():
+            stages.add_metric([*labels, stage], histogram.cumulative(), histogram.total)
     yield from (info, depth, alive, restarts, batches, stages)
 
 
-def _of_groups(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
+def _group_families(models: Sequence[ModelMetrics]) -> Iterator[Metric]:
     by_group = [*_MODEL, "group"]
     predictions = CounterMetricFamily("ltkd_predictions", "Images by the group of the predicted class", labels=by_group)
     decisions = CounterMetricFamily(
-        "ltkd_decisions", "Images by what the group's threshold made of them", labels=[*by_group, "decision"]
+        "ltkd_decisions", "Images by the decision of the group's threshold", labels=[*by_group, "decision"]
     )
     confidence = HistogramMetricFamily("ltkd_confidence", "Probability of the predicted class", labels=by_group)
-    set_size = HistogramMetricFamily(
-        "ltkd_prediction_set_classes", "ClassStatistics in the prediction set", labels=by_group
-    )
+    set_size = HistogramMetricFamily("ltkd_prediction_set_classes", "Classes in the prediction set", labels=by_group)
     feedback = CounterMetricFamily(
-        "ltkd_feedback", "Answers whose true label was told, by its group", labels=[*by_group, "outcome"]
+        "ltkd_feedback", "Answers with a known true label, by the group of that label", labels=[*by_group, "outcome"]
     )
-    for meter in meters:
-        for group, counts in meter.counts.groups.items():
-            labels = [*meter.labels.series, group]
+    for model in models:
+        for group, counts in model.counts.groups.items():
+            labels = [*model.labels.series, group]
             predictions.add_metric(labels, sum(counts.confidence.counts))
             for decision, count in counts.decisions.items():
                 decisions.add_metric([*labels, decision], count)
@@ -265,35 +265,35 @@ def _of_groups(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
     yield from (predictions, decisions, confidence, set_size, feedback)
 
 
-_WINDOW_GAUGES: dict[str, tuple[str, Callable[[GroupSeen], float | None]]] = {
-    "ltkd_window_predictions": ("Predictions of the group in the rolling window", lambda seen: seen.predictions),
-    "ltkd_window_share": ("Share of the group in the rolling window", lambda seen: seen.share),
-    "ltkd_certified_share": ("Share of the group among the certification images", lambda seen: seen.certified_share),
-    "ltkd_group_vanishing": ("1 while the group is predicted far too rarely", lambda seen: seen.vanishing),
+_WINDOW_GAUGES: dict[str, tuple[str, Callable[[GroupReport], float | None]]] = {
+    "ltkd_window_predictions": ("Predictions of the group in the rolling window", lambda group: group.predictions),
+    "ltkd_window_share": ("Share of the group in the rolling window", lambda group: group.share),
+    "ltkd_certified_share": ("Share of the group among the certification images", lambda group: group.certified_share),
+    "ltkd_group_vanishing": ("1 while the group is predicted significantly too rarely", lambda group: group.vanishing),
     "ltkd_confidence_psi": (
-        "Drift of the group's confidence from certification",
-        lambda seen: seen.confidence_drift.psi if seen.confidence_drift else None,
+        "PSI of the group's confidence against certification",
+        lambda group: group.confidence_drift.psi if group.confidence_drift else None,
     ),
     "ltkd_confidence_psi_alarm": (
-        "Drift of the group's confidence from which on it is more than chance",
-        lambda seen: seen.confidence_drift.alarm_level if seen.confidence_drift else None,
+        "PSI above which the drift of the group's confidence raises an alarm",
+        lambda group: group.confidence_drift.alarm_level if group.confidence_drift else None,
     ),
 }
 
 
-def _of_windows(meters: Sequence[ModelMetrics]) -> Iterator[Metric]:
-    reports = [(meter.labels.series, meter.window.report()) for meter in meters]
+def _window_families(models: Sequence[ModelMetrics]) -> Iterator[Metric]:
+    reports = [(model.labels.series, model.window.report()) for model in models]
     for name, (text, value_of) in _WINDOW_GAUGES.items():
         family = GaugeMetricFamily(name, text, labels=[*_MODEL, "group"])
         for labels, report in reports:
-            for seen in report.groups:
-                value = value_of(seen)
+            for group in report.groups:
+                value = value_of(group)
                 if value is not None:
-                    family.add_metric([*labels, seen.group], value)
+                    family.add_metric([*labels, group.group], value)
         yield family
-    family = GaugeMetricFamily("ltkd_share_psi", "Drift of the groups' shares from certification", labels=_MODEL)
+    family = GaugeMetricFamily("ltkd_share_psi", "PSI of the groups' shares against certification", labels=_MODEL)
     alarm = GaugeMetricFamily(
-        "ltkd_share_psi_alarm", "Drift of the groups' shares from which on it is more than chance", labels=_MODEL
+        "ltkd_share_psi_alarm", "PSI above which the drift of the groups' shares raises an alarm", labels=_MODEL
     )
     for labels, report in reports:
         if report.share_drift:

@@ -1,15 +1,14 @@
-"""The front's side of a model's engine processes: what is asked of them, and what becomes of it when one dies.
+"""Sends requests to a model's engine processes, and makes sure that each gets exactly one result.
 
-A request is admitted, sent down a line, and answered when its outcomes come back, when its deadline passes, or when the
-process dies, whichever comes first; what nobody waits for any more is cancelled over there. While no process is there,
-requests wait for the next one; if that cannot be started either, they are answered. All of it belongs to the event
-loop's thread.
+A request is admitted, sent to the process with the fewest requests, and gets its result when the response arrives, when
+its deadline passes, or when the process dies, whichever is first. Work for requests that were cancelled is cancelled in
+the engine process too. While no process is running, requests wait for the next one; if that cannot be started either,
+they get a 503.
 """
 
 import asyncio
 import contextlib
 import heapq
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,41 +17,35 @@ from pathlib import Path
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
-from ltkd.errors import BundleError, LtkdError
 from serve.engine.answers import model_ref
-from serve.engine.messages import EngineConfig, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
+from serve.engine.messages import EngineReady, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
 from serve.pool.admission import Admission
-from serve.pool.engine_process import (
+from serve.pool.engine_process import ChildProcess, EngineProcess, launch
+from serve.pool.pending_requests import (
     AnswerCallback,
-    ChildProcess,
-    EngineProcess,
     PendingQueue,
     PendingRequest,
     RequestResult,
     ResultCallback,
-    launch,
     request_result,
 )
-from serve.problems import Content, Problem, ProblemError, problem_of
+from serve.pool.supervisor import Supervisor, engine_config
+from serve.problems import Content, Problem, ProblemError, make_problem
 from serve.settings import Settings
 
-_BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_SETTLED_SECONDS = 30.0  # a process that lived so long died of something new
-_WATCH_SECONDS = 0.25
-
-_log = logging.getLogger(__name__)
+_CHECK_SECONDS = 0.25
 
 
 class EnginePool:
-    """A model version in engine processes of its own, watched and replaced.
+    """One model version and its engine processes. All of it runs in the event loop's thread.
 
     Attributes:
         manifest: The manifest of its bundle.
         precision: Which of the bundle's models runs.
-        provider: The execution provider that really runs it, as ONNX Runtime names it.
-        alive: Whether at least one engine process answers.
-        on_change: Called when that changes.
-        on_answer: Called for every answer that somebody still waited for, whichever protocol asked.
+        provider: The execution provider that runs it, as ONNX Runtime names it.
+        alive: Whether at least one engine process is ready.
+        on_change: Called when ``alive`` changes.
+        on_answer: Called for every answered request that was not cancelled, of /v1 and of /v2.
     """
 
     manifest: Manifest
@@ -63,24 +56,28 @@ class EnginePool:
         self.alive = False
         self.on_change: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
-        self._start_process = start_process
         self._stall_seconds = settings.stall_seconds
         self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
-        self._lines: list[EngineProcess] = []
-        self._parked: PendingQueue | None = None
-        self._away = contextlib.ExitStack()
+        self._supervisor = Supervisor(
+            start_process,
+            on_response=self._on_response,
+            on_ready=self._on_ready,
+            on_lost=self._on_lost,
+            on_not_replaced=self._reject_pending,
+            while_replacing=self.admission_paused,
+        )
+        self._pending: PendingQueue | None = None  # while no process is running
+        self._paused_while_away = contextlib.ExitStack()
         self._deadlines: list[tuple[float, int, PendingRequest]] = []
         self._next_number = 0
         self._closing = False
         self._emptied = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._watching: asyncio.TimerHandle | None = None
-        self._watch_at = math.inf
-        self._started_in_seconds = 1.0
+        self._check: asyncio.TimerHandle | None = None
+        self._check_at = math.inf
 
     @classmethod
     async def start(cls, bundle: Path, settings: Settings) -> Self:
-        """A model version that answers: verified, its golden samples replayed, warm.
+        """Start the engine processes of a bundle: verified, its golden samples replayed, warmed up.
 
         Args:
             bundle: The bundle's directory.
@@ -89,20 +86,19 @@ class EnginePool:
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        return await cls.start_with(lambda: launch(orders(bundle, settings)), settings)
+        return await cls.start_with(lambda: launch(engine_config(bundle, settings)), settings)
 
     @classmethod
     async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
-        """The same with engine processes of another make."""
-        worker = cls(start_process, settings)
-        with worker.admission_paused():
-            starts = [worker._connect() for _ in range(settings.processes)]
-            started = await asyncio.gather(*starts, return_exceptions=True)
-        for one in started:
-            if isinstance(one, BaseException):
-                await worker.close(0)
-                raise one
-        return worker
+        """Start with engine processes that ``start_process`` makes."""
+        pool = cls(start_process, settings)
+        try:
+            with pool.admission_paused():
+                await pool._supervisor.start(settings.processes)
+        except BaseException:
+            await pool.close(0)
+            raise
+        return pool
 
     @cached_property
     def ref_json(self) -> bytes:
@@ -111,91 +107,94 @@ class EnginePool:
 
     @property
     def num_waiting(self) -> int:
-        """Images that were accepted and are not answered."""
+        """Images that were accepted and have no result yet."""
         return self._admission.num_images
 
     def refusal(self) -> ProblemError | None:
-        """Why no image is accepted now, whoever asks for it; None if one may be."""
+        """Why a request of one image would be rejected now; None if it would be accepted."""
         return self._admission.refusal(1, time.monotonic(), math.inf)
 
     def submit(
-        self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float, answered: ResultCallback
+        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float, on_result: ResultCallback
     ) -> PendingRequest | None:
-        """Ask for something, and be told what becomes of it.
+        """Send a request to an engine process.
 
         Args:
-            contents: Images as ``wanted`` says; a problem that is known already stays in its place.
-            wanted: What is to be made of them.
+            contents: Images in the form that ``output`` implies; a problem that is known already keeps its position.
+            output: What to compute for them.
             top_k: Classes to list in an answer.
             deadline: On the clock of ``time.monotonic``.
-            answered: Told once, unless the call is cancelled; perhaps before this function returns.
+            on_result: Called once, unless the request is cancelled; perhaps before this function returns.
 
         Returns:
-            What ``cancel`` takes; None if there was nothing to send.
+            The request, for ``cancel``; None if there was nothing to send.
 
         Raises:
-            ProblemError: 429, 503 or 504: it was not accepted.
+            ProblemError: 429, 503 or 504: the request was not accepted.
         """
         images = [content for content in contents if not isinstance(content, Problem)]
         problems = {}
         if len(images) < len(contents):
             problems = {place: content for place, content in enumerate(contents) if isinstance(content, Problem)}
             if not images:
-                answered(RequestResult(list(problems.values()), [None] * len(problems), {}, 0))
+                on_result(RequestResult(list(problems.values()), [None] * len(problems), {}, 0))
                 return None
-        line = self._best_line()
+        process = self._least_loaded()
         now = time.monotonic()
         if deadline <= now:
-            raise ProblemError(problem_of(504, "the deadline passed before the images had arrived; allow more time."))
+            raise ProblemError(make_problem(504, "the deadline passed before the images had arrived; allow more time."))
         self._admission.admit(len(images), now, deadline)
         self._next_number = number = self._next_number + 1
-        call = line.calls[number] = PendingRequest(number, line, problems, len(images), now, answered)
-        line.write(pack_request(EngineRequest(number, deadline, wanted, top_k, images)))
-        heapq.heappush(self._deadlines, (deadline, number, call))
-        if deadline < self._watch_at:
-            self._watch_again(min(deadline, now + _WATCH_SECONDS))
-        return call
+        request = PendingRequest(number, process, problems, len(images), now, on_result)
+        process.requests[number] = request
+        process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
+        heapq.heappush(self._deadlines, (deadline, number, request))
+        if deadline < self._check_at:
+            self._schedule_check(min(deadline, now + _CHECK_SECONDS))
+        return request
 
-    def cancel(self, call: PendingRequest) -> None:
-        """Drop what nobody waits for any more."""
-        call.answered = None
-        if call.number in call.line.calls:
-            call.line.write(pack_cancel(call.number))
+    def cancel(self, request: PendingRequest) -> None:
+        """Cancel a request: it gets no result, and images that have not run yet are dropped."""
+        request.on_result = None
+        if request.number in request.process.requests:
+            request.process.write(pack_cancel(request.number))
 
-    async def ask(self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float) -> RequestResult:
-        """The same as a coroutine; cancelled, the work is dropped.
+    async def infer(
+        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
+    ) -> RequestResult:
+        """Send a request and wait for its result. Cancelling the coroutine cancels the request.
 
         Raises:
-            ProblemError: 429 full, 503 the engine process died, 504 the deadline passed.
+            ProblemError: 429 too many requests, 503 the engine process died, 504 the deadline passed.
         """
         future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
 
-        def answered(told: RequestResult | ProblemError) -> None:
+        def on_result(result: RequestResult | ProblemError) -> None:
             if not future.done():
-                future.set_result(told)
+                future.set_result(result)
 
-        call = self.submit(contents, wanted, top_k, deadline, answered)
+        request = self.submit(contents, output, top_k, deadline, on_result)
         try:
-            told = await future
+            result = await future
         except asyncio.CancelledError:
-            if call:
-                self.cancel(call)
+            if request:
+                self.cancel(request)
             raise
-        if isinstance(told, ProblemError):
-            raise told
-        return told
+        if isinstance(result, ProblemError):
+            raise result
+        return result
 
     async def classify(self, contents: Sequence[Content], top_k: int, deadline: float) -> RequestResult:
         """Answer encoded images.
 
         Raises:
-            ProblemError: As ``ask``.
+            ProblemError: As ``infer``.
         """
-        return await self.ask(contents, OutputKind.ANSWERS, top_k, deadline)
+        return await self.infer(contents, OutputKind.ANSWERS, top_k, deadline)
 
     @contextlib.contextmanager
     def admission_paused(self) -> Iterator[None]:
-        """Refuse nobody for the time that the queue takes while a process starts, here or beside this one."""
+        """Reject no request for its waiting time while a process starts, in this pool or in another one."""
         self._admission.pause_admission()
         try:
             yield
@@ -203,159 +202,108 @@ class EnginePool:
             self._admission.resume(time.monotonic())
 
     async def close(self, drain_seconds: float) -> None:
-        """Answer what was accepted, for as long as that may take, then end the processes."""
+        """Wait up to ``drain_seconds`` for the results of accepted requests, then end the processes."""
         self._closing = True
+        self._supervisor.stop_replacing()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
                 while self.num_waiting:
                     self._emptied.clear()
                     await self._emptied.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._give_up_parked()
-        await asyncio.gather(*(line.end() for line in list(self._lines)))
-        if self._watching:
-            self._watching.cancel()
+        self._reject_pending()
+        await self._supervisor.close()
+        if self._check:
+            self._check.cancel()
 
-    def _best_line(self) -> EngineProcess | PendingQueue:
+    def _least_loaded(self) -> EngineProcess | PendingQueue:
         if self.alive and not self._closing:
-            return self._lines[0] if len(self._lines) == 1 else min(self._lines, key=lambda line: len(line.calls))
-        if self._parked and not self._closing:
-            return self._parked
+            processes = self._supervisor.processes
+            return processes[0] if len(processes) == 1 else min(processes, key=lambda process: len(process.requests))
+        if self._pending and not self._closing:
+            return self._pending
         detail = "the service is stopping" if self._closing else "the model's engine process is being replaced"
-        raise ProblemError(problem_of(503, f"{detail}; try again."), self._retry_after())
+        raise ProblemError(make_problem(503, f"{detail}; try again."), self._retry_after())
 
-    def _on_done(self, done: EngineResponse) -> None:
-        """Take in what became of a request."""
-        for line in self._lines:
-            if call := line.calls.pop(done.number, None):
-                self._forget(call, time.monotonic(), done.batch_size)
-                if answered := call.answered:
-                    call.answered = None
-                    classified = request_result(done, call.problems)
-                    if self.on_answer:
-                        self.on_answer(classified.seen, classified.stage_seconds, classified.batch_size)
-                    answered(classified)
-                return
+    def _on_response(self, request: PendingRequest, response: EngineResponse) -> None:
+        """Give a request its result."""
+        self._release(request, time.monotonic(), response.batch_size)
+        if on_result := request.on_result:
+            request.on_result = None
+            result = request_result(response, request.problems)
+            if self.on_answer:
+                self.on_answer(result.facts, result.stage_seconds, result.batch_size)
+            on_result(result)
 
-    def _on_lost(self, line: "EngineProcess") -> None:
-        """An engine process died, or was killed: answer what it had, and start another."""
-        self._lines.remove(line)
-        num_lost = len(line.calls)
-        if not self._lines and not self._closing:
-            self._parked = PendingQueue()
-            self._away.enter_context(self.admission_paused())
+    def _on_ready(self, process: EngineProcess, ready: EngineReady) -> None:
+        """Use a process that can take requests, and send it those that waited for one."""
+        self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
+        self._admission.expect(ready.seconds_of)
+        self._paused_while_away.close()
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.move_to(process)
         self._note_change()
-        self._fail(line, "the engine process that had the request died and is being replaced; try again.")
-        if self._closing:
-            return
-        _log.error("an engine process died with %d requests in hand; another one is being started", num_lost)
-        task = asyncio.get_running_loop().create_task(self._replace(line))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    def _fail(self, line: EngineProcess | PendingQueue, detail: str) -> None:
-        """Answer 503 to everything on a line."""
-        lost = list(line.calls.values())
-        line.calls.clear()
-        for call in lost:
-            self._forget(call)
-        problem = problem_of(503, detail)
-        for call in lost:
-            if answered := call.answered:
-                call.answered = None
-                answered(ProblemError(problem, self._retry_after()))
+    def _on_lost(self, process: EngineProcess) -> None:
+        """Answer 503 to the requests of a process that has ended; queue what comes until there is another one."""
+        if not self._supervisor.processes and not self._closing:
+            self._pending = PendingQueue()
+            self._paused_while_away.enter_context(self.admission_paused())
+        self._note_change()
+        self._fail(process, "the engine process that had the request died and is being replaced; try again.")
 
-    def _give_up_parked(self) -> None:
-        """Let nobody wait any longer for a process that does not come."""
-        parked, self._parked = self._parked, None
-        if parked:
-            self._fail(parked, "the engine process died and could not be replaced; try again.")
+    def _reject_pending(self) -> None:
+        """Answer 503 to requests that wait for a process that cannot be started."""
+        pending, self._pending = self._pending, None
+        if pending:
+            self._fail(pending, "the engine process died and could not be replaced; try again.")
 
-    def _forget(self, call: PendingRequest, answered_at: float | None = None, batch_size: int = 0) -> None:
-        self._admission.release(call.num_images, answered_at, batch_size)
+    def _fail(self, process: EngineProcess | PendingQueue, detail: str) -> None:
+        """Answer 503 to all requests of a process or of the queue."""
+        lost = list(process.requests.values())
+        process.requests.clear()
+        for request in lost:
+            self._release(request)
+        problem = make_problem(503, detail)
+        for request in lost:
+            if on_result := request.on_result:
+                request.on_result = None
+                on_result(ProblemError(problem, self._retry_after()))
+
+    def _release(self, request: PendingRequest, answered_at: float | None = None, batch_size: int = 0) -> None:
+        self._admission.release(request.num_images, answered_at, batch_size)
         if not self.num_waiting:
             self._emptied.set()
 
     def _retry_after(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, math.ceil(self._started_in_seconds)))}
-
-    async def _connect(self) -> None:
-        """Start an engine process and wait until it is ready."""
-        began = time.monotonic()
-        line: EngineProcess = EngineProcess(self._start_process(), self._on_done, self._on_lost)
-        hello = await line.open()
-        if hello.manifest != getattr(self, "manifest", hello.manifest):
-            await line.end()
-            raise BundleError("the bundle is another than the one that was served; reload to serve it.")
-        self._started_in_seconds = time.monotonic() - began
-        self.manifest, self.precision, self.provider = hello.manifest, hello.precision, hello.provider
-        self._admission.expect(hello.seconds_of)
-        line.ready = True
-        self._lines.append(line)
-        self._away.close()
-        parked, self._parked = self._parked, None
-        if parked:
-            parked.move_to(line)
-        self._note_change()
-
-    async def _replace(self, lost: "EngineProcess") -> None:
-        """Start engine processes until one is ready, with pauses that grow."""
-        attempt = 0 if time.monotonic() - lost.since > _SETTLED_SECONDS else 1
-        while True:
-            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
-            attempt += 1
-            try:
-                with self.admission_paused():
-                    await self._connect()
-                return
-            except (LtkdError, OSError) as reason:
-                _log.error("no engine process could be started: %s", reason)
-                self._give_up_parked()
+        return {"Retry-After": str(max(1, math.ceil(self._supervisor.started_in_seconds)))}
 
     def _note_change(self) -> None:
-        alive = bool(self._lines)
+        alive = bool(self._supervisor.processes)
         if alive != self.alive:
             self.alive = alive
             if self.on_change:
                 self.on_change()
 
-    def _watch(self) -> None:
-        """Answer what is late, and kill processes that have work and say nothing."""
+    def _check_progress(self) -> None:
+        """Answer 504 to requests whose deadline has passed, and kill stalled processes."""
         now = time.monotonic()
-        late = ProblemError(problem_of(504, "there was no answer within the deadline; send fewer, or allow more time."))
-        while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].answered):
-            _, _, call = heapq.heappop(self._deadlines)
-            if answered := call.answered:
-                self.cancel(call)
-                answered(late)
-        for line in list(self._lines):
-            if line.calls:
-                silent_seconds = now - max(line.heard, next(iter(line.calls.values())).sent)
-                if silent_seconds > self._stall_seconds:
-                    _log.error("an engine process has work and said nothing for %.1f s; it is killed", silent_seconds)
-                    line.kill()
-        self._watch_at = math.inf
+        late = ProblemError(
+            make_problem(504, "there was no answer within the deadline; send fewer, or allow more time.")
+        )
+        while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].on_result):
+            _, _, request = heapq.heappop(self._deadlines)
+            if on_result := request.on_result:
+                self.cancel(request)
+                on_result(late)
+        self._supervisor.kill_stalled(self._stall_seconds)
+        self._check_at = math.inf
         if self.num_waiting:
             next_deadline = self._deadlines[0][0] if self._deadlines else math.inf
-            self._watch_again(min(next_deadline, now + _WATCH_SECONDS))
+            self._schedule_check(min(next_deadline, now + _CHECK_SECONDS))
 
-    def _watch_again(self, at: float) -> None:
-        if self._watching:
-            self._watching.cancel()
-        self._watch_at = at
-        self._watching = asyncio.get_running_loop().call_later(at - time.monotonic(), self._watch)
-
-
-def orders(bundle: Path, settings: Settings) -> EngineConfig:
-    """What the engine processes of a bundle are told."""
-    return EngineConfig(
-        bundle=bundle.resolve(),
-        device=settings.device,
-        precision=settings.precision,
-        max_batch=settings.max_batch,
-        max_wait_ms=settings.max_wait_ms,
-        max_pixels=settings.max_pixels,
-        processes=settings.processes,
-    )
+    def _schedule_check(self, at: float) -> None:
+        if self._check:
+            self._check.cancel()
+        self._check_at = at
+        self._check = asyncio.get_running_loop().call_later(at - time.monotonic(), self._check_progress)

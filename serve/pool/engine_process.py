@@ -1,4 +1,4 @@
-"""The front's end of the line to one engine process: what comes back, and what is noticed when it ends."""
+"""One engine process as the server process sees it: starting it, exchanging messages with it, ending it."""
 
 import asyncio
 import contextlib
@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import ltkd.errors
 from ltkd.errors import DeviceError, LtkdError, UsageError
@@ -22,39 +22,15 @@ from serve.engine.messages import (
     Failed,
     Kind,
     MessageReader,
-    PredictionFacts,
     unpack_response,
     unpack_text,
 )
-from serve.problems import Problem, ProblemError, problem_of
+from serve.pool.pending_requests import PendingRequest
 
 _START_SECONDS = 300.0
-_END_SECONDS = 2.0  # for a process that has nothing left to do
-_LINE_BYTES = 2**20  # so that neither side waits for the other to read while it has work
+_END_SECONDS = 2.0  # for a process that has no work left
+_SOCKET_BUFFER_BYTES = 2**20  # so that neither side blocks on the other's reading while it has work
 _log = logging.getLogger(__name__)
-
-
-class RequestResult(NamedTuple):
-    """What came back for one request.
-
-    Attributes:
-        results: One an image, in the order of the request: the answer in JSON (or logits, float32 [C]), or why there
-            is none.
-        seen: The facts of each answered image; None in the place of a refused one.
-        stage_seconds: ``decode``, ``queue`` and ``infer``, of the slowest image.
-        batch_size: Images in the last batch that one of them ran in; 0 if nothing ran.
-    """
-
-    results: list[bytes | Problem]
-    seen: list[PredictionFacts | None]
-    stage_seconds: dict[str, float]
-    batch_size: int
-
-
-ResultCallback = Callable[[RequestResult | ProblemError], None]
-"""Told what became of one request."""
-AnswerCallback = Callable[[Sequence[PredictionFacts | None], Mapping[str, float], int], None]
-"""Told of every answer: its ``seen``, ``stage_seconds`` and ``batch_size``."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +38,28 @@ class ChildProcess:
     """An engine process that was started.
 
     Attributes:
-        line: Our end of the line.
-        kill: Ends it at once; harmless when it has ended.
-        pid: Its number.
+        connection: The server process's end of the socket pair.
+        kill: Kills the process; harmless when it has ended.
+        pid: Its process id.
     """
 
-    line: socket.socket
+    connection: socket.socket
     kill: Callable[[], None]
     pid: int
 
 
-def launch(orders: EngineConfig) -> ChildProcess:
+def launch(config: EngineConfig) -> ChildProcess:
     """Start an engine process.
 
     Raises:
-        UsageError: This system cannot hand a socket to another process.
+        UsageError: This operating system cannot pass a socket to a child process.
     """
     if sys.platform == "win32":
         raise UsageError("the service needs Linux or macOS; on Windows, run it in WSL or a container.")
-    ours, theirs = connected_lines()
+    ours, theirs = connected_sockets()
     with theirs:
         process = subprocess.Popen(  # noqa: S603 - this very interpreter, and arguments of our own
-            [sys.executable, "-P", "-m", "serve.engine", str(theirs.fileno()), orders.model_dump_json()],
+            [sys.executable, "-P", "-m", "serve.engine", str(theirs.fileno()), config.model_dump_json()],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -92,71 +68,71 @@ def launch(orders: EngineConfig) -> ChildProcess:
     return ChildProcess(ours, process.kill, process.pid)
 
 
-def connected_lines() -> tuple[socket.socket, socket.socket]:
-    """Two ends of a line."""
+def connected_sockets() -> tuple[socket.socket, socket.socket]:
+    """A socket pair with buffers large enough for a request of many images."""
     ends = socket.socketpair()
     for end in ends:
         for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            end.setsockopt(socket.SOL_SOCKET, size, _LINE_BYTES)
+            end.setsockopt(socket.SOL_SOCKET, size, _SOCKET_BUFFER_BYTES)
     return ends
 
 
 class EngineProcess(asyncio.Protocol):
-    """The connection with one engine process.
+    """The connection to one engine process.
 
     Args:
-        launched: The process.
-        on_done: Told what became of a request.
-        on_lost: Told that a process that was ready is gone.
+        child: The process.
+        on_response: Called with a request and the response to it.
+        on_lost: Called when a process that was ready has ended.
 
     Attributes:
-        calls: What the process has in hand, by number, the oldest first.
-        ready: Whether it was made ready; only then its end is told.
-        since: When it became ready, on the clock of ``time.monotonic``.
-        heard: When it last said something.
+        requests: The requests that were sent and have no response yet, by number, the oldest first.
+        ready: Whether the process can take requests. ``on_lost`` is called only for a process that was ready.
+        ready_since: When it became ready, on the clock of ``time.monotonic``.
+        last_message_at: When its last message arrived.
     """
 
     transport: asyncio.Transport
 
     def __init__(
         self,
-        launched: ChildProcess,
-        on_done: Callable[[EngineResponse], None],
+        child: ChildProcess,
+        on_response: Callable[[PendingRequest, EngineResponse], None],
         on_lost: Callable[["EngineProcess"], None],
     ) -> None:
-        self.calls: dict[int, PendingRequest] = {}
+        self.requests: dict[int, PendingRequest] = {}
         self.ready = False
-        self.since = self.heard = time.monotonic()
-        self._launched = launched
-        self._on_done = on_done
+        self.ready_since = self.last_message_at = time.monotonic()
+        self._child = child
+        self._on_response = on_response
         self._on_lost = on_lost
-        self._hello: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self._is_ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
-        self._inbox = MessageReader()
+        self._reader = MessageReader()
         self._outbox: list[bytes] = []
 
     async def open(self) -> EngineReady:
-        """Connect, and wait until the process is ready.
+        """Connect, and wait until the process reports that it is ready.
 
         Raises:
-            LtkdError: It did not become so.
+            LtkdError: The process could not get ready.
         """
         loop = asyncio.get_running_loop()
         try:
-            await loop.create_unix_connection(lambda: self, sock=self._launched.line)
+            await loop.create_unix_connection(lambda: self, sock=self._child.connection)
             async with asyncio.timeout(_START_SECONDS):
-                hello = await self._hello
+                ready = await self._is_ready
         except TimeoutError:
             await self.end()
             raise DeviceError(f"the engine process was not ready within {_START_SECONDS:g} s.") from None
         except BaseException:
             await self.end()
             raise
-        self.since = time.monotonic()
-        return hello
+        self.ready_since = time.monotonic()
+        return ready
 
     def write(self, message: bytes) -> None:
-        """Send something to the process, together with what else this turn of the event loop brings."""
+        """Send a message. All messages of one iteration of the event loop go out in one write."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
@@ -166,114 +142,56 @@ class EngineProcess(asyncio.Protocol):
         self.transport.write(messages[0] if len(messages) == 1 else b"".join(messages))
 
     def kill(self) -> None:
-        """End the process at once, whatever it is doing."""
-        self._launched.kill()
+        """Kill the process at once."""
+        self._child.kill()
         self.transport.abort()
 
     async def end(self) -> None:
         """Let the process end by itself; kill it if it does not."""
         self.ready = False
         if not hasattr(self, "transport"):
-            self._launched.line.close()
+            self._child.connection.close()
         else:
             with contextlib.suppress(OSError, RuntimeError):  # it may have ended already
                 self.transport.write_eof()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), _END_SECONDS)
             self.transport.abort()
-        self._launched.kill()
+        self._child.kill()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The line is open."""
+        """Keep the transport of the connection."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
 
     def data_received(self, data: bytes) -> None:
-        """The process says something."""
-        self.heard = time.monotonic()
-        for kind, message in self._inbox.feed(data):
-            if kind == Kind.DONE:
-                self._on_done(unpack_response(message))
+        """Handle every message that has arrived completely."""
+        self.last_message_at = time.monotonic()
+        for kind, message in self._reader.feed(data):
+            if kind == Kind.RESPONSE:
+                response = unpack_response(message)
+                if request := self.requests.pop(response.number, None):
+                    self._on_response(request, response)
             elif kind == Kind.LOG:
                 _log.error("in the engine process: %s", unpack_text(message).rstrip())
-            elif kind == Kind.HELLO:
-                self._hello.set_result(EngineReady.model_validate_json(unpack_text(message)))
+            elif kind == Kind.READY:
+                self._is_ready.set_result(EngineReady.model_validate_json(unpack_text(message)))
             elif kind == Kind.FAILED:
-                self._hello.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
+                self._is_ready.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The process is gone."""
+        """Note that the process has ended."""
         self._ended.set()
-        if not self._hello.done():
-            self._hello.set_exception(DeviceError("the engine process ended before it was ready; see what it printed."))
+        if not self._is_ready.done():
+            self._is_ready.set_exception(
+                DeviceError("the engine process ended before it was ready; its own output above says why.")
+            )
         was_ready, self.ready = self.ready, False
-        self._launched.kill()
+        self._child.kill()
         if was_ready:
             self._on_lost(self)
 
 
 def _error(failed: Failed) -> LtkdError:
-    """The error that an engine process ended with, as it was there."""
+    """The error that ended an engine process, rebuilt from its message."""
     kind = getattr(ltkd.errors, failed.error, LtkdError)
     return kind(failed.message) if isinstance(kind, type) and issubclass(kind, LtkdError) else LtkdError(failed.message)
-
-
-@dataclass(slots=True, eq=False)
-class PendingRequest:
-    """A request in the hands of an engine process.
-
-    Attributes:
-        number: Its number on the line.
-        line: Where it was sent, or where it waits for a process that it can be sent to.
-        problems: Of the images that were not sent, by their place.
-        num_images: Images that were sent.
-        sent: When, on the clock of ``time.monotonic``.
-        answered: Told what became of it; None once it has been, or when nobody waits any more.
-    """
-
-    number: int
-    line: "EngineProcess | PendingQueue"
-    problems: dict[int, Problem]
-    num_images: int
-    sent: float
-    answered: ResultCallback | None
-
-
-class PendingQueue:
-    """Requests that wait while no engine process is there: to who writes on it a line, whose other end comes later.
-
-    Attributes:
-        calls: What was written, by number.
-    """
-
-    def __init__(self) -> None:
-        self.calls: dict[int, PendingRequest] = {}
-        self._written: list[bytes] = []
-
-    def write(self, message: bytes) -> None:
-        """Keep something that a process is to be told."""
-        self._written.append(message)
-
-    def move_to(self, line: EngineProcess) -> None:
-        """Send everything to a process."""
-        for call in self.calls.values():
-            call.line = line
-        line.calls.update(self.calls)
-        line.write(b"".join(self._written))
-
-
-def request_result(done: EngineResponse, problems: Mapping[int, Problem]) -> RequestResult:
-    """What came back, with the problems of images that were not sent in their places."""
-    _, decode_seconds, queue_seconds, infer_seconds, batch_size, outcomes = done
-    results: list[bytes | Problem] = []
-    facts: list[PredictionFacts | None] = []
-    for status, payload, seen in outcomes:
-        results.append(problem_of(status, payload.decode()) if status else payload)
-        facts.append(seen)
-    for place in sorted(problems):
-        results.insert(place, problems[place])
-        facts.insert(place, None)
-    stage_seconds = {"decode": decode_seconds}
-    if batch_size:
-        stage_seconds["queue"] = queue_seconds
-        stage_seconds["infer"] = infer_seconds
-    return RequestResult(results, facts, stage_seconds, batch_size)

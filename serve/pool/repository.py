@@ -1,12 +1,12 @@
-"""The models that are served: which bundles there are, which version answers, and how one takes another's place.
+"""The models that are served: finding their bundles, choosing the version that answers, reloading them.
 
     DIR/manifest.json           one bundle: its name is the manifest's, its version 1
     DIR/NAME/manifest.json      several bundles: each has its directory's name and version 1
-    DIR/NAME/2/manifest.json    several versions: the highest answers where none is asked for
+    DIR/NAME/2/manifest.json    several versions: the highest answers requests that name none
 
-A reload looks at the directory again. What is new is verified and made warm in a process of its own while the old one
-answers; only then do requests go to the new one, and the old one ends when it has answered what it had accepted. What
-fails changes nothing: the old one stays. What has not changed is not touched.
+A reload reads the directory again. A new bundle is verified and warmed up in an engine process of its own while the old
+one answers. Then requests go to the new one, and the old one ends when it has answered the requests it had accepted. A
+bundle that fails changes nothing: the old one stays. A bundle that has not changed is left alone.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from ltkd.errors import BundleError, LtkdError, UsageError
 from serve.monitoring.drift import Window
 from serve.monitoring.feedback import FeedbackWindow
 from serve.monitoring.prometheus import ModelLabels, ModelMetrics, Outcome, Telemetry
-from serve.pool.engine_process import AnswerCallback
-from serve.problems import ProblemError, problem_of
+from serve.pool.pending_requests import AnswerCallback
+from serve.problems import ProblemError, make_problem
 from serve.settings import Settings
 
 ONLY_VERSION = "1"
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineClient(Protocol):
-    """What is asked of an engine process here; the routes ask more of it."""
+    """What this module needs of an engine pool; the routes need more."""
 
     manifest: Manifest
     precision: Precision
@@ -45,13 +45,13 @@ class EngineClient(Protocol):
 
     @property
     def num_waiting(self) -> int:
-        """Images that were accepted and are not answered."""
+        """Images that were accepted and have no result yet."""
 
     def admission_paused(self) -> AbstractContextManager[None]:
-        """Refuse nobody for the time that the queue takes: a process is being started beside this one."""
+        """Reject no request for its waiting time: another model is being started on the same cores."""
 
     async def close(self, drain_seconds: float) -> None:
-        """Answer what was accepted, then end."""
+        """Answer the accepted requests, then end."""
 
 
 AnyEngineClient = TypeVar("AnyEngineClient", bound=EngineClient)
@@ -70,49 +70,49 @@ class ServedModel(Generic[AnyEngineClient]):
 
     Attributes:
         key: Its name and version.
-        fingerprint: SHA-256 of its manifest, which vouches for every file of the bundle.
-        worker: Its engine process.
-        meter: Counts what it answers.
-        ledger: Takes in what its answers should have been.
+        fingerprint: SHA-256 of its manifest, which holds the hash of every other file of the bundle.
+        pool: Its engine processes.
+        metrics: Its Prometheus metrics.
+        feedback: The true labels that clients have sent for its answers.
     """
 
     key: ModelKey
     fingerprint: str
-    worker: AnyEngineClient
-    meter: ModelMetrics
-    ledger: FeedbackWindow
-    _holders: int = 0
-    _let_go: asyncio.Event = field(default_factory=asyncio.Event)
+    pool: AnyEngineClient
+    metrics: ModelMetrics
+    feedback: FeedbackWindow
+    _num_holders: int = 0
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model answering while a request is between finding it and asking it, whatever a reload does."""
-        self._holders += 1
+    def in_use(self) -> Iterator[None]:
+        """Keep a reload from ending this model between the moment a request finds it and the moment it is submitted."""
+        self._num_holders += 1
         try:
             yield
         finally:
-            self._holders -= 1
-            if not self._holders:
-                self._let_go.set()
+            self._num_holders -= 1
+            if not self._num_holders:
+                self._released.set()
 
     async def end(self, drain_seconds: float) -> None:
-        """Wait until nobody holds the model, then end its process; in all at most ``drain_seconds``."""
+        """Wait until no request holds the model, then end its processes; at most ``drain_seconds`` in all."""
         until = time.monotonic() + drain_seconds
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
-                while self._holders:
-                    self._let_go.clear()
-                    await self._let_go.wait()
-        await self.worker.close(max(0.0, until - time.monotonic()))
+                while self._num_holders:
+                    self._released.clear()
+                    await self._released.wait()
+        await self.pool.close(max(0.0, until - time.monotonic()))
 
 
 class ModelReloaded(Record):
-    """What a reload did with one model version.
+    """The outcome of a reload for one model version.
 
     Attributes:
         name: Of the model.
         version: Of the model.
-        outcome: ``loaded``, ``replaced``, ``retired``, ``unchanged``, or ``failed``: then all stays as it was.
+        outcome: ``loaded``, ``replaced``, ``retired``, ``unchanged``, or ``failed``, which leaves everything as it was.
         reason: Why it failed; empty otherwise.
     """
 
@@ -123,30 +123,30 @@ class ModelReloaded(Record):
 
 
 class Reloaded(Record):
-    """What a reload did."""
+    """The outcome of a reload."""
 
     models: tuple[ModelReloaded, ...]
 
 
-StartWorker = Callable[[Path], Awaitable[AnyEngineClient]]
-"""Starts the engine process of a bundle: verified, golden samples replayed, warm; raises LtkdError if it cannot."""
+StartPool = Callable[[Path], Awaitable[AnyEngineClient]]
+"""Starts the engine processes of a bundle: verified, golden samples replayed, warmed up. Raises LtkdError."""
 
 
 class ModelRepository(Generic[AnyEngineClient]):
-    """The model versions that answer, and their reload. It belongs to the event loop's thread.
+    """The model versions that answer, and their reloading. All of it runs in the event loop's thread.
 
     Args:
         root: A bundle, or a directory of bundles or of versions.
-        start_worker: Starts the engine process of a bundle.
-        telemetry: Shows every model.
-        settings: Names the default model, and says how much is remembered and how long a model that goes may take.
+        start_pool: Starts the engine processes of a bundle.
+        telemetry: Publishes the metrics of every model.
+        settings: Default model, window sizes and drain time.
     """
 
     def __init__(
-        self, root: Path, start_worker: StartWorker[AnyEngineClient], telemetry: Telemetry, settings: Settings
+        self, root: Path, start_pool: StartPool[AnyEngineClient], telemetry: Telemetry, settings: Settings
     ) -> None:
         self._root = root
-        self._start_worker = start_worker
+        self._start_pool = start_pool
         self._telemetry = telemetry
         self._settings = settings
         self._served: dict[ModelKey, ServedModel[AnyEngineClient]] = {}
@@ -156,10 +156,10 @@ class ModelRepository(Generic[AnyEngineClient]):
         self._ends: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Serve everything there is.
+        """Start every bundle below the root.
 
         Raises:
-            LtkdError: There is no bundle, or one of them cannot be served.
+            LtkdError: There is no bundle, or a bundle cannot be served.
         """
         try:
             for key, path in self._offered().items():
@@ -169,10 +169,10 @@ class ModelRepository(Generic[AnyEngineClient]):
             raise
 
     def find(self, name: str | None = None, version: str | None = None) -> ServedModel[AnyEngineClient]:
-        """The model version that answers; without a version the highest, without a name the default.
+        """The model version that answers: the highest if no version is given, the default model if no name is given.
 
         Raises:
-            ProblemError: 404 if there is none; 400 if a name is needed, because there are several and no default.
+            ProblemError: 404 if there is no such model; 400 if a name is needed: several models and no default.
         """
         current = self._current.get(name)
         if current is None or version is not None:
@@ -181,23 +181,23 @@ class ModelRepository(Generic[AnyEngineClient]):
             return current
         have = ", ".join(f"{served.key.name} version {served.key.version}" for served in self.all())
         if name is None and None not in self._current and self._served:
-            raise ProblemError(problem_of(400, f"there are several models: {have}; name one with ?model=NAME."))
+            raise ProblemError(make_problem(400, f"there are several models: {have}; name one with ?model=NAME."))
         wanted = f"model {name or 'by default'}" + (f" version {version}" if version else "")
-        raise ProblemError(problem_of(404, f"there is no {wanted}; there is: {have or 'none'}."))
+        raise ProblemError(make_problem(404, f"there is no {wanted}; there is: {have or 'none'}."))
 
     def all(self) -> list[ServedModel[AnyEngineClient]]:
-        """Every model version that answers, in the order of names and versions."""
+        """Every model version that answers, ordered by name and version."""
         return [self._served[key] for key in sorted(self._served, key=_by_name_and_number)]
 
     @property
     def ready(self) -> bool:
         """Whether every model version can answer now."""
-        return bool(self._served) and all(served.worker.alive for served in self._served.values())
+        return bool(self._served) and all(served.pool.alive for served in self._served.values())
 
     async def reload(self) -> Reloaded:
-        """Look at the directory again; a second reload waits for the first and then looks itself.
+        """Read the directory again. A second reload waits for the first to end.
 
-        It goes on when its caller is cancelled: a client that leaves must not leave half of a reload.
+        A reload continues when its caller is cancelled: a client that disconnects must not leave half of a reload.
         """
         task = asyncio.get_running_loop().create_task(self._reload())
         self._reloads.add(task)
@@ -205,13 +205,13 @@ class ModelRepository(Generic[AnyEngineClient]):
         return await asyncio.shield(task)
 
     async def close(self) -> None:
-        """End every engine process once it has answered what it had accepted; a reload on its way is given up."""
+        """End every engine pool once it has answered the requests it accepted; cancel a reload under way."""
         for task in self._reloads:
             task.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
         for key in list(self._served):
             self._end(self._served.pop(key))
-        self._settle()
+        self._choose_current()
         while self._ends:
             await asyncio.gather(*self._ends)
 
@@ -224,10 +224,10 @@ class ModelRepository(Generic[AnyEngineClient]):
             done = [await self._reload_one(key, path) for key, path in offered.items()]
             gone = sorted(self._served.keys() - offered.keys(), key=_by_name_and_number)
             if any(model.outcome == "failed" for model in done):
-                gone = []  # what goes may be what should have been replaced
+                gone = []  # a missing bundle may be one that failed to be replaced
             for key in gone:
                 before = self._served.pop(key)
-                self._settle()
+                self._choose_current()
                 self._end(before)
                 done.append(self._outcome(key, "retired"))
             return Reloaded(models=tuple(done))
@@ -235,7 +235,7 @@ class ModelRepository(Generic[AnyEngineClient]):
     async def _reload_one(self, key: ModelKey, path: Path) -> ModelReloaded:
         before = self._served.get(key)
         try:
-            await asyncio.to_thread(open_bundle, path)  # a damaged file is told now, not when it is needed
+            await asyncio.to_thread(open_bundle, path)  # report a damaged file now, not when it is needed
             if before and before.fingerprint == fingerprint_of(path):
                 return self._outcome(key, "unchanged")
             await self._begin(key, path)
@@ -246,33 +246,33 @@ class ModelRepository(Generic[AnyEngineClient]):
         return self._outcome(key, "replaced" if before else "loaded")
 
     async def _begin(self, key: ModelKey, path: Path) -> None:
-        """Start the engine process of a bundle, and let it answer."""
+        """Start the engine processes of a bundle, and let them answer."""
         fingerprint = fingerprint_of(path)
         with contextlib.ExitStack() as admission_paused:
             for served in self._served.values():
-                admission_paused.enter_context(served.worker.admission_paused())
-            worker = await self._start_worker(path)
-        task, certified = worker.manifest.task, worker.manifest.precisions[worker.precision]
+                admission_paused.enter_context(served.pool.admission_paused())
+            pool = await self._start_pool(path)
+        task, certified = pool.manifest.task, pool.manifest.precisions[pool.precision]
         window = Window(certified.calibration, self._settings.window_images)
-        labels = ModelLabels(*key, worker.precision, worker.provider, certified.sha256)
-        meter = self._telemetry.meter(labels, task.groups.names, window)
-        meter.queue_depth, meter.alive = lambda: worker.num_waiting, lambda: worker.alive
-        worker.on_answer = meter.watch
-        worker.on_change = lambda: meter.count_restart() if worker.alive else None
-        ledger = FeedbackWindow(task, certified.calibration, meter, self._settings.feedback_images)
-        self._served[key] = ServedModel(key, fingerprint, worker, meter, ledger)
-        self._settle()
+        labels = ModelLabels(*key, pool.precision, pool.provider, certified.sha256)
+        metrics = self._telemetry.add_model(labels, task.groups.names, window)
+        metrics.queue_depth, metrics.alive = lambda: pool.num_waiting, lambda: pool.alive
+        pool.on_answer = metrics.record_request
+        pool.on_change = lambda: metrics.count_restart() if pool.alive else None
+        feedback = FeedbackWindow(task, certified.calibration, metrics, self._settings.feedback_images)
+        self._served[key] = ServedModel(key, fingerprint, pool, metrics, feedback)
+        self._choose_current()
 
     def _end(self, served: ServedModel[AnyEngineClient]) -> None:
-        """Let a model version answer what it has accepted, in the background, and go."""
-        self._telemetry.retire(served.meter)
-        served.worker.on_change = None
+        """End a model version in the background, once it has answered the requests it accepted."""
+        self._telemetry.remove_model(served.metrics)
+        served.pool.on_change = None
         task = asyncio.get_running_loop().create_task(served.end(self._settings.drain_seconds))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 
-    def _settle(self) -> None:
-        """Work out which version answers for each name, and for none."""
+    def _choose_current(self) -> None:
+        """Decide which version answers requests that name a model, and which those that name none."""
         highest: dict[str | None, ServedModel[AnyEngineClient]] = {served.key.name: served for served in self.all()}
         default = self._settings.default_model or (next(iter(highest)) if len(highest) == 1 else None)
         if default in highest:
@@ -289,8 +289,8 @@ class ModelRepository(Generic[AnyEngineClient]):
     def _outcome(self, key: ModelKey, outcome: Outcome, reason: str = "") -> ModelReloaded:
         self._telemetry.count_reload(outcome)
         if outcome == "failed":
-            stays = "it stays as it was" if key in self._served else "it is not served"
-            _log.error("reload of %s version %s failed, %s: %s", *key, stays, reason)
+            consequence = "the earlier version stays" if key in self._served else "it is not served"
+            _log.error("reload of %s version %s failed, %s: %s", *key, consequence, reason)
         else:
             _log.info("reload of %s version %s: %s", *key, outcome)
         return ModelReloaded(name=key.name, version=key.version, outcome=outcome, reason=reason)
@@ -301,14 +301,14 @@ def _by_name_and_number(key: ModelKey) -> tuple[str, int]:
 
 
 def find_bundles(root: Path) -> dict[ModelKey, Path]:
-    """The bundles below a directory; what begins with a dot is half-written or withdrawn, and left out.
+    """The bundles below a directory. Names that begin with a dot are unfinished or withdrawn, and ignored.
 
     Raises:
-        BundleError: There are none.
+        BundleError: There is none.
     """
     if (root / MANIFEST_FILE).exists() or not root.is_dir():
         if not root.is_dir():
-            open_bundle(root)  # says what is wrong
+            open_bundle(root)  # its error says what is wrong
         return {ModelKey(read_record(root / MANIFEST_FILE, Manifest, BundleError).name, ONLY_VERSION): root}
     found: dict[ModelKey, Path] = {}
     for path in sorted(root.iterdir()):
@@ -323,19 +323,19 @@ def find_bundles(root: Path) -> dict[ModelKey, Path]:
                     found[ModelKey(path.name, str(int(inner.name)))] = inner
     if not found:
         raise BundleError(
-            f"{root} holds no bundle, none in NAME/ and none in NAME/VERSION/ below it; "
+            f"{root} is not a bundle and has no bundle in NAME/ or NAME/VERSION/ below it; "
             f"make one with: ltkd export RUN --out {root / 'NAME'}"
         )
     return found
 
 
 def fingerprint_of(path: Path) -> str:
-    """The SHA-256 of a bundle's manifest, which vouches for its every file.
+    """The SHA-256 of a bundle's manifest, which holds the hash of every other file.
 
     Raises:
-        BundleError: It is gone.
+        BundleError: The bundle is no longer there.
     """
     try:
         return sha256_of(path / MANIFEST_FILE)
     except OSError as reason:
-        raise BundleError(f"{path} is no bundle any more ({reason.strerror}).") from None
+        raise BundleError(f"{path} is no longer a bundle ({reason.strerror}).") from None

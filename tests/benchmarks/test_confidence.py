@@ -1,4 +1,4 @@
-"""The benchmark of confidence runs from end to end in few worlds, and writes what it promises."""
+"""The confidence benchmark runs end to end with a few worlds and writes all its values."""
 
 import json
 import os
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_confidence_counts_every_promise_and_says_nothing_about_this_machine(tmp_path: Path) -> None:
+def test_the_confidence_benchmark_reports_every_guarantee_and_nothing_about_this_machine(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks" / "confidence.json"
     command = [sys.executable, "-W", "error", "-m", "benchmarks.confidence", "--worlds", "3", "--out", str(out)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
     text = out.read_text()
     for private in (platform.node() or "no name", str(ROOT), str(tmp_path)):

@@ -1,4 +1,4 @@
-"""The benchmark of the gate draws what it says it draws, counts every outcome, and writes what it promises."""
+"""The gate benchmark simulates the losses of its settings, computes exact probabilities and writes all its rates."""
 
 import json
 import platform
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are run from the repository and installed nowhere
+sys.path.insert(0, str(ROOT))  # the benchmarks are run from the repository and not installed
 
-from benchmarks.gates import Setting, exact_chance, row_passes_exactly, simulated  # noqa: E402
+from benchmarks.gates import Setting, exact_probability, row_passes_exactly, simulate  # noqa: E402
 
 
-def test_the_exact_chance_counts_every_outcome() -> None:
+def test_the_exact_probability_includes_every_outcome() -> None:
     n, p_b, p_c = 7, 0.2, 0.1
     passes = lambda b, c: b <= 1 + c // 2  # noqa: E731
     by_hand = sum(
@@ -26,23 +26,23 @@ def test_the_exact_chance_counts_every_outcome() -> None:
         for b, c in product(range(n + 1), repeat=2)
         if b + c <= n and passes(b, c)
     )  # fmt: skip
-    assert exact_chance(passes, n, p_b, p_c) == pytest.approx(by_hand, rel=1e-9)  # float64 sums of 36 terms
-    assert exact_chance(lambda b, c: True, n, p_b, p_c) == pytest.approx(1, rel=1e-9)
-    assert exact_chance(lambda b, c: False, n, p_b, p_c) == 0
+    assert exact_probability(passes, n, p_b, p_c) == pytest.approx(by_hand, rel=1e-9)  # float64 sums of 36 terms
+    assert exact_probability(lambda b, c: True, n, p_b, p_c) == pytest.approx(1, rel=1e-9)
+    assert exact_probability(lambda b, c: False, n, p_b, p_c) == 0
 
 
-def test_a_simulated_candidate_loses_what_the_setting_says_and_where() -> None:
+def test_a_simulated_candidate_has_the_loss_of_its_setting_in_every_group() -> None:
     setting = Setting("int8", 20_000, 0.04, "the margin in the tail")
-    before, after, labels = simulated(setting, np.random.default_rng(0))
+    before, after, labels = simulate(setting, np.random.default_rng(0))
     was_right, is_right = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels
-    for group, (broken, mended) in enumerate([(0.02, 0.02), (0.02, 0.02), (0.04, 0.02)]):
+    for group, (broken, improved) in enumerate([(0.02, 0.02), (0.02, 0.02), (0.04, 0.02)]):
         of_group = labels == group
         # shares of 20,000 have a standard error of at most 0.0014: four of them
         assert (was_right & ~is_right)[of_group].mean() == pytest.approx(broken, abs=0.0056)
-        assert (~was_right & is_right)[of_group].mean() == pytest.approx(mended, abs=0.0056)
+        assert (~was_right & is_right)[of_group].mean() == pytest.approx(improved, abs=0.0056)
 
 
-def test_no_setting_lets_the_damaged_row_pass_more_than_promised_where_tango_alone_would() -> None:
+def test_the_gate_keeps_the_nominal_rate_where_tangos_limit_alone_exceeds_it() -> None:
     found = row_passes_exactly(Setting("int8", 150, 0.0, "the overall margin everywhere"))
     assert found is not None
     assert found["gate"] <= 0.05 < found["tango"]
@@ -50,18 +50,18 @@ def test_no_setting_lets_the_damaged_row_pass_more_than_promised_where_tango_alo
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_gate_writes_every_rate_and_nothing_about_this_machine(tmp_path: Path) -> None:
+def test_the_gate_benchmark_writes_every_rate_and_nothing_about_this_machine(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks" / "gates.json"
     command = [sys.executable, "-W", "error", "-m", "benchmarks.gates", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "false pass in all:" in done.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "false pass in all:" in process.stdout
     text = out.read_text()
     for private in (platform.node() or "no name", str(ROOT), str(tmp_path)):
         assert private not in text
     found = json.loads(text)
     assert {"command", "commit", "date", "hardware", "versions", "seconds", "nominal"} <= found.keys()
-    assert len(found["rows"]) == 12  # four places of few images, three kinds of candidates
+    assert len(found["rows"]) == 12  # four conditions with few images, three kinds of candidates
     for row in found["rows"]:
         assert sum(row["verdicts"].values()) == found["certifications"] == 20
         assert row["rate"]["low"] <= row["rate"]["value"] <= row["rate"]["high"]
@@ -69,7 +69,7 @@ def test_the_benchmark_of_the_gate_writes_every_rate_and_nothing_about_this_mach
     assert {(row["margin"], row["discordant"]): row["gate"] for row in found["images_needed"]}[0.02, 0.03] == 268
 
 
-def test_the_published_figures_keep_the_promise() -> None:
+def test_the_published_rates_are_within_the_nominal_rate() -> None:
     found = json.loads((ROOT / "docs" / "benchmarks" / "gates.json").read_text())
     assert found["command"] == "python -m benchmarks.gates"
     assert found["certifications"] == 500

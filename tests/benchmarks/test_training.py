@@ -1,4 +1,4 @@
-"""The benchmark of the training runs from end to end at sizes that measure nothing, and writes what it promises."""
+"""The training benchmark runs end to end at small sizes and writes all its values."""
 
 import json
 import os
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_training_writes_every_value_and_nothing_about_this_machine(tmp_path: Path) -> None:
+def test_the_training_benchmark_writes_every_value_and_nothing_about_this_machine(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks" / "training.json"
     command = [sys.executable, "-W", "error", "-m", "benchmarks.training", "--quick", "--out", str(out)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "at most 1.03" in done.stdout
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "at most 1.03" in process.stdout
 
     text = out.read_text()
     for private in (platform.node() or "no name", str(ROOT), str(tmp_path)):
@@ -39,6 +39,6 @@ def test_the_benchmark_of_the_training_writes_every_value_and_nothing_about_this
         assert ours["ratio"]["to"] == "plain loop"
         assert ours["ratio"]["values"] == [ours["values"][0] / plain["values"][0]]
         assert rows[part, "ltkd, peak memory with its workers"]["median"] > 0
-    assert rows[narrow, "plain loop, of that its workers"]["median"] > 0  # it has two of them
+    assert rows[narrow, "plain loop, of that its workers"]["median"] > 0  # it has two workers
     assert rows[loss, "a step with ltkd"]["ratio"]["limit"] == "at most 1.03"
     assert len(rows[loss, "a step with ltkd"]["values"]) == 2

@@ -1,4 +1,4 @@
-"""Any two models against each other: files made here and elsewhere, runs and bundles."""
+"""Comparison of any two models: files of this project and of other tools, runs and bundles."""
 
 import json
 from collections.abc import Callable
@@ -22,13 +22,13 @@ def data() -> Dataset:
     return Dataset(TASK, images[:0], labels[:0], images, labels, mirror=False)
 
 
-def file_of(folder: Path, content: bytes, name: str = "model.onnx") -> Path:
+def write_file(folder: Path, content: bytes, name: str = "model.onnx") -> Path:
     (folder / name).write_bytes(content)
     return folder / name
 
 
-def tail_damaged() -> bytes:
-    """The classifier's tail rows turned, which the average hardly notices: the tail is 600 of 10,000 images."""
+def with_damaged_tail() -> bytes:
+    """Lower the biases of the tail classes. The average changes little, because only 600 of 10,000 images are tail."""
 
     def damage(bias_C: np.ndarray) -> np.ndarray:
         bias_C[TAIL_CLASSES] -= 100
@@ -37,8 +37,8 @@ def tail_damaged() -> bytes:
     return damaged(toy().candidate, "network.classifier.bias", damage)
 
 
-def foreign(batch: int | str, names: tuple[str, str] = ("x", "scores"), side: int = 8) -> bytes:
-    """A linear model as other tools write it: normalised float32 [N, 3, S, S], names of its own, no metadata."""
+def foreign_model(batch: int | str, names: tuple[str, str] = ("x", "scores"), side: int = 8) -> bytes:
+    """A linear model as other tools write it: normalised float32 [N, 3, S, S], other names, no metadata."""
     weights = np.random.default_rng(3).normal(0, 1, (3 * side * side, 6)).astype(np.float32)
     graph = helper.make_graph(
         [
@@ -54,12 +54,12 @@ def foreign(batch: int | str, names: tuple[str, str] = ("x", "scores"), side: in
     return bytes(model.SerializeToString())
 
 
-def side(folder: Path, content: bytes, name: str = "model.onnx") -> ComparedModel:
-    return open_model(file_of(folder, content, name), TASK)
+def opened(folder: Path, content: bytes, name: str = "model.onnx") -> ComparedModel:
+    return open_model(write_file(folder, content, name), TASK)
 
 
-def test_a_model_held_against_itself_passes_in_every_group(tmp_path: Path) -> None:
-    model = side(tmp_path, toy().candidate)
+def test_a_model_compared_with_itself_passes_in_every_group(tmp_path: Path) -> None:
+    model = opened(tmp_path, toy().candidate)
     report = compare_models(model, model, data(), {})
     (candidate,) = report.candidates
     assert report.verdict == "PASS"
@@ -68,9 +68,9 @@ def test_a_model_held_against_itself_passes_in_every_group(tmp_path: Path) -> No
     assert report.data.splits[0].num_images + report.data.num_duplicates == len(toy().labels)
 
 
-def test_a_damaged_tail_fails_though_the_average_passes_and_the_layer_is_named(tmp_path: Path) -> None:
+def test_a_damaged_tail_fails_although_the_average_passes_and_the_layer_is_named(tmp_path: Path) -> None:
     report = compare_models(
-        side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"all": 0.2}
+        opened(tmp_path, toy().candidate), opened(tmp_path, with_damaged_tail(), "bad.onnx"), data(), {"all": 0.2}
     )
     (candidate,) = report.candidates
     verdicts = {row.group: row.verdict for row in candidate.groups}
@@ -80,23 +80,26 @@ def test_a_damaged_tail_fails_though_the_average_passes_and_the_layer_is_named(t
     assert any("the difference arises in" in finding and "Gemm" in finding for finding in task.findings)
 
 
-def test_a_margin_of_ones_own_decides(tmp_path: Path) -> None:
+def test_given_margins_replace_the_defaults(tmp_path: Path) -> None:
     report = compare_models(
-        side(tmp_path, toy().candidate), side(tmp_path, tail_damaged(), "bad.onnx"), data(), {"tail": 0.999, "all": 0.2}
+        opened(tmp_path, toy().candidate),
+        opened(tmp_path, with_damaged_tail(), "bad.onnx"),
+        data(),
+        {"tail": 0.999, "all": 0.2},
     )
     assert report.verdict == "PASS"
     with pytest.raises(UsageError, match="tial"):
-        compare_models(side(tmp_path, toy().candidate), side(tmp_path, toy().candidate), data(), {"tial": 0.1})
+        compare_models(opened(tmp_path, toy().candidate), opened(tmp_path, toy().candidate), data(), {"tial": 0.1})
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 7])
-def test_a_file_from_elsewhere_gets_normalised_pixels_in_batches_it_takes(tmp_path: Path, batch: int | str) -> None:
+def test_a_file_of_another_tool_gets_normalised_pixels_in_its_batch_size(tmp_path: Path, batch: int | str) -> None:
     images = toy().images[:17]
-    seen_NC = side(tmp_path, foreign(batch)).logits(images)
+    logits_NC = opened(tmp_path, foreign_model(batch)).logits(images)
     normalised = ((images.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2).reshape(17, -1)
-    weights = numpy_helper.to_array(onnx.load_model_from_string(foreign(batch)).graph.initializer[0])
+    weights = numpy_helper.to_array(onnx.load_model_from_string(foreign_model(batch)).graph.initializer[0])
     # sums of 192 float32 products of size 1 in another order
-    np.testing.assert_allclose(seen_NC, normalised @ weights, atol=1e-3)
+    np.testing.assert_allclose(logits_NC, normalised @ weights, atol=1e-3)
 
 
 def without_classes(model: ModelProto) -> None:
@@ -108,41 +111,44 @@ def other_order(model: ModelProto) -> None:
     names.value = json.dumps(list(reversed(TASK.class_names)))
 
 
-def test_classes_in_another_order_are_refused_and_none_at_all_are_taken_on_trust(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"class 0 is fox there and ant here"):
-        side(tmp_path, edited(toy().candidate, other_order))
-    assert side(tmp_path, edited(toy().candidate, without_classes)).precision == "fp32"
+def test_other_class_names_are_an_error_and_missing_class_names_are_accepted(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"class 0 is fox in the model and ant in the images"):
+        opened(tmp_path, edited(toy().candidate, other_order))
+    assert opened(tmp_path, edited(toy().candidate, without_classes)).precision == "fp32"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (lambda: foreign("N", side=9), "expected one input: uint8 .N, 8, 8, 3. or normalised float32.*--input-px"),
-        (lambda: b"text", "no ONNX model"),
+        (
+            lambda: foreign_model("N", side=9),
+            "expected one input: uint8 .N, 8, 8, 3. or normalised float32.*--input-px",
+        ),
+        (lambda: b"text", "not an ONNX model"),
     ],
 )
-def test_a_file_that_cannot_be_asked_is_refused_in_one_line(
-    tmp_path: Path, content: Callable[[], bytes], said: str
+def test_a_file_that_cannot_be_run_is_an_error_of_one_line(
+    tmp_path: Path, content: Callable[[], bytes], message: str
 ) -> None:
-    with pytest.raises((UsageError, BundleError), match=said) as error:
-        side(tmp_path, content())
+    with pytest.raises((UsageError, BundleError), match=message) as error:
+        opened(tmp_path, content())
     assert "\n" not in str(error.value)
 
 
-def test_a_file_with_another_number_of_classes_is_refused_when_asked(tmp_path: Path) -> None:
+def test_a_file_with_another_number_of_classes_is_an_error_when_it_is_run(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"class_names": TASK.class_names[:5]})
-    model = open_model(file_of(tmp_path, foreign("N")), task)
-    with pytest.raises(BundleError, match=r"gives \[4, 6\] for 4 images, expected logits \[4, 5\]"):
+    model = open_model(write_file(tmp_path, foreign_model("N")), task)
+    with pytest.raises(BundleError, match=r"has shape \[4, 6\] for 4 images, expected logits \[4, 5\]"):
         model.logits(toy().images[:4])
 
 
-def test_nothing_at_a_path_is_refused(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a run, a bundle nor an ONNX file"):
         open_model(tmp_path / "nothing", TASK)
 
 
-def test_the_precision_is_seen_in_the_file() -> None:
-    model = onnx.load_model_from_string(foreign("N"))
+def test_the_precision_is_read_from_the_file() -> None:
+    model = onnx.load_model_from_string(foreign_model("N"))
     assert precision_of(model) == "fp32"
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((2, 2), np.float16), "weights"))
     assert precision_of(model) == "fp16"

@@ -15,31 +15,31 @@ from export.conversion.fp16 import to_fp16
 from export.conversion.session import CPU, CUDA, cuda_works, open_session, run
 from export.schema import ParityReport
 from export.verify import Verification, verify_bundle
-from ltkd.contract.bundle import Golden, Manifest, Precision, record_of
+from ltkd.contract.bundle import Golden, Manifest, Precision, file_record
 from ltkd.contract.records import read_record, write_record
 from ltkd.errors import BundleError, DeviceError
 
 
 @functools.cache
 def contents() -> dict[Precision, bytes]:
-    """The toy in float32 and float16."""
+    """The toy model in float32 and float16."""
     return {"fp32": toy().candidate, "fp16": to_fp16(toy().candidate)}
 
 
 def report() -> ParityReport:
-    """Of the toy's task: fp32 and fp16 passed, int8 did not."""
-    made = report_of(12, "int8")
+    """A report for the toy's task in which fp32 and fp16 passed and int8 did not."""
+    template = report_of(12, "int8")
     candidates = []
-    for candidate in made.candidates:
+    for candidate in template.candidates:
         assert candidate.certificate is not None
         certificate = candidate.certificate.model_copy(update={"calibration": calibration_of(TASK)})
         verdict = "FAIL" if candidate.precision == "int8" else "PASS"
         candidates.append(candidate.model_copy(update={"certificate": certificate, "verdict": verdict}))
-    return made.model_copy(update={"verdict": "PASS", "candidates": tuple(candidates)})
+    return template.model_copy(update={"verdict": "PASS", "candidates": tuple(candidates)})
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = toy().images[::500]
     logits = {precision: run(open_session(content), images) for precision, content in contents().items()}
     golden = Golden(images, toy().labels[::500], logits)
@@ -47,21 +47,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoiled."""
-    return Path(shutil.copytree(made, tmp_path / "toy"))
+def bundle(original: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "toy"))
 
 
 def forge(
     bundle: Path, name: str, content: bytes | None = None, change: Callable[[ParityReport], ParityReport] | None = None
 ) -> None:
-    """Replace the model or the report and make every hash agree, as somebody with a text editor could."""
+    """Replace a model or the report and update every hash, as a deliberate manipulation would."""
     manifest = read_record(bundle / "manifest.json", Manifest, BundleError)
     parity = read_record(bundle / "parity.json", ParityReport, BundleError)
     models = dict(manifest.precisions)
     if content is not None:
         (bundle / name).write_bytes(content)
-        facts = record_of(bundle / name).model_dump()
+        facts = file_record(bundle / name).model_dump()
         models = {p: m.model_copy(update=facts) if m.path == name else m for p, m in models.items()}
         candidates = tuple(
             candidate.model_copy(update={"sha256": facts["sha256"]}) if candidate.file == name else candidate
@@ -69,38 +69,40 @@ def forge(
         )
         parity = parity.model_copy(update={"candidates": candidates})
     write_record(bundle / "parity.json", change(parity) if change else parity)
-    update = {"precisions": models, "parity": record_of(bundle / "parity.json")}
+    update = {"precisions": models, "parity": file_record(bundle / "parity.json")}
     write_record(bundle / "manifest.json", manifest.model_copy(update=update))
 
 
-def findings(seen: Verification) -> dict[str, str]:
-    return {check.precision: check.finding for check in seen.checks}
+def findings(verification: Verification) -> dict[str, str]:
+    return {check.precision: check.finding for check in verification.checks}
 
 
-def test_a_sound_bundle_says_what_was_checked_of_every_precision(made: Path) -> None:
-    seen = verify_bundle(made)
-    assert [check.precision for check in seen.checks] == ["fp32", "fp16"]
-    assert seen.manifest.task == TASK
-    assert seen.report == read_record(made / "parity.json", ParityReport, BundleError)
-    assert seen.unlisted_files == ()
-    assert "golden images are up to 0 off" in findings(seen)["fp32"]
+def test_the_checks_of_a_valid_bundle_are_listed_for_every_precision(original: Path) -> None:
+    verification = verify_bundle(original)
+    assert [check.precision for check in verification.checks] == ["fp32", "fp16"]
+    assert verification.manifest.task == TASK
+    assert verification.report == read_record(original / "parity.json", ParityReport, BundleError)
+    assert verification.unlisted_files == ()
+    assert "golden images differ by up to 0 from" in findings(verification)["fp32"]
 
 
-@pytest.mark.skipif(cuda_works(), reason="asks what is done without CUDA")
-def test_what_was_certified_on_cuda_runs_on_the_cpu_where_there_is_none_and_says_so(made: Path) -> None:
-    (fp16,) = [check for check in verify_bundle(made).checks if check.precision == "fp16"]
+@pytest.mark.skipif(cuda_works(), reason="tests the behaviour without CUDA")
+def test_a_model_certified_on_cuda_runs_on_the_cpu_if_cuda_is_missing_and_the_finding_states_it(original: Path) -> None:
+    (fp16,) = [check for check in verify_bundle(original).checks if check.precision == "fp16"]
     assert PROVIDERS["fp16"] == CUDA
     assert fp16.provider == CPU
-    assert fp16.finding.endswith(f"It was certified on {CUDA}, which does not work here.")
+    assert fp16.finding.endswith(f"It was certified on {CUDA}, which does not work on this machine.")
 
 
 @pytest.mark.skipif(not cuda_works(), reason="needs CUDA")
-def test_what_was_certified_on_cuda_runs_there(made: Path) -> None:
-    (fp16,) = [check for check in verify_bundle(made).checks if check.precision == "fp16"]
+def test_a_model_certified_on_cuda_runs_on_cuda(original: Path) -> None:
+    (fp16,) = [check for check in verify_bundle(original).checks if check.precision == "fp16"]
     assert fp16.provider == CUDA
 
 
-def test_what_runs_on_no_device_here_is_said_to_be_not_run(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_runs_on_no_device_here_is_reported_as_not_run(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def only_fp32(content: bytes, provider: str = CPU) -> object:
         if provider == CUDA:
             raise DeviceError("asked for CUDA, which does not run here.")
@@ -109,15 +111,15 @@ def test_what_runs_on_no_device_here_is_said_to_be_not_run(made: Path, monkeypat
         return open_session(content)
 
     monkeypatch.setattr(verify, "open_session", only_fp32)
-    (fp16,) = [check for check in verify_bundle(made).checks if check.precision == "fp16"]
+    (fp16,) = [check for check in verify_bundle(original).checks if check.precision == "fp16"]
     assert fp16.provider is None
     assert fp16.finding.startswith(
-        "not run here; its hash, its report and the ONNX checker have no objection. asked for CUDA"
+        "not run on this machine; its hash, its report and the ONNX checker found no error. asked for CUDA"
     )
 
 
 @pytest.mark.parametrize(("name", "precision"), [("model.onnx", "fp32"), ("model.fp16.onnx", "fp16")])
-def test_every_precision_is_held_against_its_hash(bundle: Path, name: str, precision: str) -> None:
+def test_the_hash_of_every_precision_is_checked(bundle: Path, name: str, precision: str) -> None:
     content = bytearray((bundle / name).read_bytes())
     content[-1] ^= 1
     (bundle / name).write_bytes(content)
@@ -125,7 +127,7 @@ def test_every_precision_is_held_against_its_hash(bundle: Path, name: str, preci
         verify_bundle(bundle)
 
 
-def test_damaged_tail_rows_with_forged_hashes_are_noticed_by_the_golden_samples(bundle: Path) -> None:
+def test_damaged_tail_rows_with_forged_hashes_are_detected_by_the_golden_images(bundle: Path) -> None:
     model = onnx.load_model_from_string(toy().candidate)
     (classifier,) = [tensor for tensor in model.graph.initializer if sorted(tensor.dims) == [6, 12]]
 
@@ -135,18 +137,18 @@ def test_damaged_tail_rows_with_forged_hashes_are_noticed_by_the_golden_samples(
         return weight
 
     forge(bundle, "model.onnx", damaged(toy().candidate, classifier.name, without_tail))
-    with pytest.raises(BundleError, match=r"model.onnx does not pass G5 host on CPU.*golden images are up to"):
+    with pytest.raises(BundleError, match=r"model.onnx does not pass G5 host on CPU.*golden images differ by up to"):
         verify_bundle(bundle)
 
 
-def test_a_broken_second_precision_is_noticed_in_one_line(bundle: Path) -> None:
+def test_a_damaged_second_precision_is_an_error_of_one_line(bundle: Path) -> None:
     forge(bundle, "model.fp16.onnx", b"no model")
-    with pytest.raises(BundleError, match=r"model\.fp16\.onnx: the file is no ONNX model") as error:
+    with pytest.raises(BundleError, match=r"model\.fp16\.onnx: the file is not an ONNX model") as error:
         verify_bundle(bundle)
     assert "\n" not in str(error.value)
 
 
-def of_fp16(**update: object) -> Callable[[ParityReport], ParityReport]:
+def change_fp16(**update: object) -> Callable[[ParityReport], ParityReport]:
     def change(parity: ParityReport) -> ParityReport:
         candidates = tuple(
             candidate.model_copy(update=update) if candidate.precision == "fp16" else candidate
@@ -158,26 +160,26 @@ def of_fp16(**update: object) -> Callable[[ParityReport], ParityReport]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda parity: parity.model_copy(update={"verdict": "FAIL"}), "says FAIL of the bundle"),
-        (of_fp16(verdict="FAIL"), "FAIL of a model"),
-        (of_fp16(sha256="0" * 64), "PASS of a model 000000000000... of fp16, expected PASS of model.fp16.onnx"),
-        (of_fp16(precision="int8"), "nothing of fp16"),
-        (of_fp16(certificate=None), "of fp16"),
+        (lambda parity: parity.model_copy(update={"verdict": "FAIL"}), "has FAIL for the bundle"),
+        (change_fp16(verdict="FAIL"), r"FAIL \(sha256"),
+        (change_fp16(sha256="0" * 64), r"PASS \(sha256 000000000000...\) for fp16, expected PASS for model.fp16.onnx"),
+        (change_fp16(precision="int8"), "no entry for fp16"),
+        (change_fp16(certificate=None), "for fp16"),
     ],
 )
-def test_a_report_that_did_not_pass_this_very_file_is_noticed(
-    bundle: Path, change: Callable[[ParityReport], ParityReport], said: str
+def test_a_report_without_a_pass_for_exactly_this_file_is_an_error(
+    bundle: Path, change: Callable[[ParityReport], ParityReport], message: str
 ) -> None:
     forge(bundle, "", change=change)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         verify_bundle(bundle)
 
 
-def test_a_model_that_nobody_certified_may_not_lie_in_a_bundle_and_other_files_are_named(bundle: Path) -> None:
+def test_an_uncertified_model_in_a_bundle_is_an_error_and_other_files_are_listed(bundle: Path) -> None:
     (bundle / "notes.txt").write_text("mine")
     assert verify_bundle(bundle).unlisted_files == ("notes.txt",)
     (bundle / "model.int8.onnx").write_bytes(contents()["fp32"])
-    with pytest.raises(BundleError, match=r"model\.int8\.onnx lies in the bundle and nobody certified it"):
+    with pytest.raises(BundleError, match=r"model\.int8\.onnx is in the bundle but was not certified"):
         verify_bundle(bundle)

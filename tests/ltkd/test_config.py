@@ -18,10 +18,10 @@ CONFIG = RunConfig(
 )
 
 
-def test_a_configuration_comes_back_from_json_with_the_types_it_had() -> None:
-    again = RunConfig.model_validate_json(CONFIG.model_dump_json())
-    assert again == CONFIG
-    assert list(map(type, again.method.parameters.values())) == [float, int, bool, str]
+def test_a_configuration_keeps_its_values_and_types_in_a_round_trip_through_json() -> None:
+    loaded = RunConfig.model_validate_json(CONFIG.model_dump_json())
+    assert loaded == CONFIG
+    assert list(map(type, loaded.method.parameters.values())) == [float, int, bool, str]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_configuration_comes_back_from_json_with_the_types_it_had() -> None:
         ("recipe", "schedule", "cosine"),
     ],
 )
-def test_a_configuration_edited_to_nonsense_is_refused(part: str, field: str, value: object) -> None:
+def test_an_invalid_configuration_is_rejected(part: str, field: str, value: object) -> None:
     content = json.loads(CONFIG.model_dump_json())
     content[part][field] = value
     with pytest.raises(ValidationError, match=field):

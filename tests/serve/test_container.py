@@ -1,4 +1,4 @@
-"""The promises of the Dockerfile, as far as they can be held without an engine that builds it."""
+"""Checks of the Dockerfile that do not need a container engine to build the image."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def instructions(name: str) -> list[str]:
-    """What follows an instruction's name, for each of its lines."""
+    """The arguments of every instruction with this name."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     return [line.partition(" ")[2] for line in lines if line.partition(" ")[0] == name]
 
@@ -26,14 +26,14 @@ def environment() -> dict[str, str]:
     return dict(entry.split("=", 1) for line in instructions("ENV") for entry in shlex.split(line))
 
 
-def test_it_runs_as_a_user_that_is_not_root() -> None:
+def test_it_does_not_run_as_root() -> None:
     (user,) = instructions("USER")
     assert int(user.partition(":")[0]) > 0
     text = (ROOT / "Dockerfile").read_text()
     assert text.index("\nUSER") > text.rindex("\nFROM"), "a user of the build stage does not count"
 
 
-def test_the_extra_it_installs_has_no_torch() -> None:
+def test_the_extra_it_installs_does_not_depend_on_torch() -> None:
     (install,) = instructions("RUN")
     assert install.endswith('install --no-cache-dir -c constraints.txt ".[serve]"')
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,23 +42,23 @@ def test_the_extra_it_installs_has_no_torch() -> None:
     assert "ltkd[" not in installed
 
 
-def test_everything_it_copies_exists_and_reaches_the_build() -> None:
-    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+def test_everything_it_copies_exists_and_is_not_ignored() -> None:
+    included = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     sources = [source for line in instructions("COPY") if "--from" not in line for source in shlex.split(line)[:-1]]
     assert len(sources) >= 7
     for source in sources:
         assert (ROOT / source).exists(), source
-        assert source in sent, f".dockerignore keeps {source} out"
+        assert source in included, f".dockerignore excludes {source}"
 
 
-def test_the_command_is_exec_form_so_that_it_gets_sigterm() -> None:
+def test_the_command_is_in_exec_form_so_that_it_receives_sigterm() -> None:
     (command,) = instructions("CMD")
     assert json.loads(command) == ["ltkd", "serve", "/bundle"]
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
     assert Settings().delay_seconds + Settings().drain_seconds < 10, "docker stop waits 10 s"
 
 
-def test_its_variables_are_settings_that_listen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_variables_are_settings_and_listen_on_all_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         if name.startswith("LTKD_"):
             monkeypatch.setenv(name, value)
@@ -67,7 +67,7 @@ def test_its_variables_are_settings_that_listen_outside(monkeypatch: pytest.Monk
     assert instructions("EXPOSE") == [str(settings.port)]
 
 
-def test_the_health_check_asks_for_readiness() -> None:
+def test_the_health_check_uses_readiness() -> None:
     (check,) = instructions("HEALTHCHECK")
     program = json.loads(check.partition(" CMD ")[2])
     assert program[0] == "python"

@@ -1,4 +1,4 @@
-"""The whole service in a process of its own, and classification without it."""
+"""Tests of the whole service in its own process, and of classification without the service."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ from serve.main import serve
 from serve.settings import Settings
 
 MIB = 2**20
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,13 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(bundle_path: Path) -> Iterator[Served]:
     with served(bundle_path) as service:
-        httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(), "JPEG"))  # codecs are loaded by use
+        httpx.post(
+            f"{service.url}/v1/classify", content=encoded(toy_pixels(), "JPEG")
+        )  # codecs are loaded on first use
         yield service
 
 
-def test_it_starts_answers_and_ends_cleanly_on_sigterm(bundle_path: Path) -> None:
+def test_it_starts_answers_and_stops_cleanly_on_sigterm(bundle_path: Path) -> None:
     with served(bundle_path) as service:
         ready = httpx.get(f"{service.url}/readyz")
         answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels(3)))
@@ -49,12 +51,14 @@ def test_it_starts_answers_and_ends_cleanly_on_sigterm(bundle_path: Path) -> Non
     assert service.process.returncode == 0
 
 
-def test_the_greeting_is_one_line_with_what_is_served_and_what_to_try(service: Served) -> None:
+def test_the_start_message_is_one_line_with_the_model_and_an_example_command(service: Served) -> None:
     assert service.greeting.startswith("serving toy (6 classes, fp32, ")
     assert f"{service.url}/v1/classify" in service.greeting
 
 
-def test_the_service_and_the_files_command_answer_alike(service: Served, bundle_path: Path, tmp_path: Path) -> None:
+def test_the_service_and_classify_files_give_the_same_answer(
+    service: Served, bundle_path: Path, tmp_path: Path
+) -> None:
     content = encoded(toy_pixels(3))
     (tmp_path / "a.png").write_bytes(content)
     (local,) = classify_files(bundle_path, [tmp_path / "a.png"], 5)
@@ -63,27 +67,31 @@ def test_the_service_and_the_files_command_answer_alike(service: Served, bundle_
     assert local.model_dump(mode="json") == remote
 
 
-def test_sigterm_answers_everything_that_was_accepted_and_ends_with_0(bundle_path: Path) -> None:
+def test_after_sigterm_accepted_requests_are_answered_and_the_exit_code_is_0(bundle_path: Path) -> None:
     content = encoded(toy_pixels(3))
     request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with served(bundle_path) as service:
         url = httpx.URL(service.url)
         address = (url.host, url.port or 0)
-        lines = [socket.create_connection(address, timeout=30) for _ in range(20)]
+        connections = [socket.create_connection(address, timeout=30) for _ in range(20)]
         os.kill(service.pids()[1], signal.SIGSTOP)  # nothing is answered before the signal
-        for line in lines:
-            line.sendall(request % len(content) + content)
+        for connection in connections:
+            connection.sendall(request % len(content) + content)
         while not re.search(r"^ltkd_queue_images\{.*\} 20\.0$", httpx.get(f"{service.url}/metrics").text, re.MULTILINE):
             pass
         service.process.send_signal(signal.SIGTERM)
         while is_listening(address):
             pass
         os.kill(service.pids()[1], signal.SIGCONT)
-        answers = [b"".join(iter(lambda line=line: line.recv(65536), b"")) for line in lines]  # type: ignore[misc]
+        answers = [read_all(connection) for connection in connections]
         assert all(answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer for answer in answers)
         assert service.process.wait(30) == 0
-        for line in lines:
-            line.close()
+        for connection in connections:
+            connection.close()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def is_listening(address: tuple[str, int]) -> bool:
@@ -94,7 +102,7 @@ def is_listening(address: tuple[str, int]) -> bool:
     return True
 
 
-def test_while_it_leaves_it_is_not_ready_but_answers(bundle_path: Path) -> None:
+def test_during_the_delay_after_sigterm_it_is_not_ready_but_answers(bundle_path: Path) -> None:
     with served(bundle_path, delay_seconds=2) as service, httpx.Client(base_url=service.url) as client:
         assert client.get("/readyz").status_code == 200
         service.process.send_signal(signal.SIGTERM)
@@ -107,7 +115,7 @@ def test_while_it_leaves_it_is_not_ready_but_answers(bundle_path: Path) -> None:
 
 
 @on_linux
-def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> None:
+def test_an_engine_process_ends_when_the_server_process_is_killed(bundle_path: Path) -> None:
     with served(bundle_path) as service:
         (_, engine) = service.pids()
         service.process.kill()
@@ -117,7 +125,7 @@ def test_an_engine_process_ends_when_the_front_is_killed(bundle_path: Path) -> N
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """What is started meanwhile stays on one core."""
+    """Processes that are started in this block stay on one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
@@ -127,43 +135,45 @@ def on_one_core() -> Iterator[None]:
 
 
 @on_linux
-def test_on_one_core_the_front_lets_its_engines_finish_while_it_refuses_requests(bundle_path: Path) -> None:
+def test_on_one_core_the_server_process_yields_to_its_engines_while_it_rejects_requests(bundle_path: Path) -> None:
     with on_one_core(), served(bundle_path, max_images=1, max_queue_images=1) as service, ThreadPoolExecutor() as pool:
-        front, engine = service.pids()
+        server, engine = service.pids()
 
-        def ask() -> int:
+        def post() -> int:
             return httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60).status_code
 
         def becomes(policy: int) -> bool:
-            patience = time.monotonic() + 20
-            while os.sched_getscheduler(front) != policy and time.monotonic() < patience:
-                ask()
-            return os.sched_getscheduler(front) == policy
+            give_up_at = time.monotonic() + 20
+            while os.sched_getscheduler(server) != policy and time.monotonic() < give_up_at:
+                post()
+            return os.sched_getscheduler(server) == policy
 
-        assert os.sched_getscheduler(front) == os.SCHED_OTHER
+        assert os.sched_getscheduler(server) == os.SCHED_OTHER
         os.kill(engine, signal.SIGSTOP)
         try:
-            asked = [pool.submit(ask), pool.submit(ask)]  # one has the only place, until the engine goes on
-            assert next(as_completed(asked)).result() == 429
+            responses = [pool.submit(post), pool.submit(post)]  # one fills the queue until the engine continues
+            assert next(as_completed(responses)).result() == 429
             assert becomes(os.SCHED_BATCH)
         finally:
             os.kill(engine, signal.SIGCONT)
-        assert {each.result() for each in asked} == {200, 429}
+        assert {response.result() for response in responses} == {200, 429}
         assert becomes(os.SCHED_OTHER)
 
 
 @on_linux
-def test_an_engine_process_that_is_started_meanwhile_does_not_wait_for_others(bundle_path: Path) -> None:
+def test_an_engine_process_that_is_started_by_a_yielding_server_has_the_normal_scheduling_class(
+    bundle_path: Path,
+) -> None:
     with served(bundle_path) as service:
-        front, engine = service.pids()
-        os.sched_setscheduler(front, os.SCHED_BATCH, os.sched_param(0))
+        server, engine = service.pids()
+        os.sched_setscheduler(server, os.SCHED_BATCH, os.sched_param(0))
         os.kill(engine, signal.SIGKILL)
-        replaced = engine  # until the front has seen it, a request may still reach the dead one: 503
-        while replaced == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
-            replaced = [*service.pids(), engine][1]
+        replacement = engine  # until the server process notices, a request may still reach the dead one: 503
+        while replacement == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
+            replacement = [*service.pids(), engine][1]
         answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
         assert answer.status_code == 200
-        threads = [int(thread.name) for thread in Path(f"/proc/{replaced}/task").iterdir()]
+        threads = [int(thread.name) for thread in Path(f"/proc/{replacement}/task").iterdir()]
         assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
 
 
@@ -181,7 +191,7 @@ def test_a_png_of_kilobytes_and_400_million_pixels_is_422_with_flat_memory(servi
     before = service.peak_bytes()
     response = httpx.post(f"{service.url}/v1/classify", content=bomb)
     assert response.status_code == 422
-    # decoded, the pixels take 400 MB (Pillow holds a byte for each); refused from the header, next to nothing
+    # decoded, the pixels need 400 MB (one byte each in Pillow); rejected from the header, almost nothing
     assert service.peak_bytes() - before < 16 * MIB
 
 
@@ -195,25 +205,25 @@ def test_a_body_of_100_mb_is_413_with_flat_memory(service: Served, declared: boo
     headers = {"Content-Type": media_type} | ({"Content-Length": str(1000 + 100_000_000)} if declared else {})
     response = httpx.post(f"{service.url}/v1/classify", content=chunks, headers=headers, timeout=60)
     assert response.status_code == 413
-    # undeclared, 20 MiB are held before the limit is reached, and the list of chunks is joined by nobody
+    # without a Content-Length, 20 MiB are held before the limit is reached; the list of chunks is never joined
     assert service.peak_bytes() - before < (4 if declared else 40) * MIB
 
 
-def test_a_port_that_is_taken_is_one_line(bundle_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_port_in_use_is_a_one_line_error(bundle_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1 port {port}"):
             serve(bundle_path, Settings(port=port))
 
 
-def test_a_file_that_is_no_image_is_refused_in_its_own_place(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_rejected_in_its_place(bundle_path: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(toy_pixels(3)))
     (tmp_path / "b.png").write_bytes(b"text")
     results = classify_files(bundle_path, [tmp_path / "b.png", tmp_path / "a.png"] * 40, 1)
     assert [isinstance(result, RejectedImage) for result in results] == [True, False] * 40
 
 
-def test_a_file_that_does_not_exist_is_one_line(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_file_that_does_not_exist_is_an_error(bundle_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.png cannot be read"):
         classify_files(bundle_path, [tmp_path / "nowhere.png"])
 
@@ -224,5 +234,5 @@ def test_no_module_of_the_service_imports_torch_matplotlib_onnx_or_export() -> N
     modules = ", ".join(".".join(path.parts) for path in paths if not path.name.startswith("__"))
     heavy = "{'torch', 'torchvision', 'matplotlib', 'onnx', 'export', 'scipy'}"
     program = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
-    seen = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert seen.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

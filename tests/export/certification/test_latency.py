@@ -9,8 +9,8 @@ from export.conversion.session import open_session
 
 
 @dataclass
-class Told:
-    """Notes the size of every batch in a list that all share."""
+class RecordingSession:
+    """A session that records the name of the model and the batch size of every call in a shared list."""
 
     name: str
     calls: list[tuple[str, int]] = field(default_factory=list)
@@ -20,7 +20,7 @@ class Told:
         self.calls.append((self.name, len(images)))
 
 
-def test_every_model_is_timed_at_both_sizes_of_batch() -> None:
+def test_every_model_is_timed_at_both_batch_sizes() -> None:
     sessions = {"fp32": open_session(toy().candidate), "again": open_session(toy().candidate)}
     found = measure(sessions, toy().images, seconds=0.05)  # type: ignore[arg-type]
     assert found.keys() == sessions.keys()
@@ -32,19 +32,19 @@ def test_every_model_is_timed_at_both_sizes_of_batch() -> None:
 
 def test_models_take_turns_and_the_time_is_bounded() -> None:
     calls: list[tuple[str, int]] = []
-    measure({"a": Told("a", calls), "b": Told("b", calls)}, toy().images, seconds=0)  # type: ignore[dict-item]
-    rounds = LEAST_REPEATS + 1  # one warms up
+    measure({"a": RecordingSession("a", calls), "b": RecordingSession("b", calls)}, toy().images, seconds=0)  # type: ignore[dict-item]
+    rounds = LEAST_REPEATS + 1  # one warm-up round
     assert calls == [("a", 1), ("b", 1)] * rounds + [("a", 32), ("b", 32)] * rounds
     calls.clear()
-    measure({"a": Told("a", calls)}, toy().images, seconds=1e9)  # type: ignore[dict-item]
+    measure({"a": RecordingSession("a", calls)}, toy().images, seconds=1e9)  # type: ignore[dict-item]
     assert len(calls) == 2 * (MOST_REPEATS + 1)
 
 
-def test_a_few_images_fill_a_batch_by_being_repeated() -> None:
+def test_if_there_are_too_few_images_for_a_batch_they_are_repeated() -> None:
     calls: list[tuple[str, int]] = []
-    measure({"a": Told("a", calls)}, toy().images[:3], seconds=0)  # type: ignore[dict-item]
+    measure({"a": RecordingSession("a", calls)}, toy().images[:3], seconds=0)  # type: ignore[dict-item]
     assert {size for _, size in calls} == {1, 32}
 
 
-def test_nothing_to_time_gives_nothing() -> None:
+def test_without_models_the_result_is_empty() -> None:
     assert measure({}, toy().images) == {}

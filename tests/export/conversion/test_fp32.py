@@ -17,7 +17,7 @@ from export.conversion.fp32 import to_onnx
 from export.conversion.session import open_session, run
 
 
-def test_the_onnx_file_computes_what_torch_computes() -> None:
+def test_the_onnx_file_gives_the_logits_of_torch() -> None:
     logits = run(open_session(toy().candidate), toy().images[::50])
     expected = torch_logits(toy().network, TASK, toy().images[::50], torch.float64)
     # float32 against float64: some 1e-6 of a span of about 30
@@ -25,13 +25,13 @@ def test_the_onnx_file_computes_what_torch_computes() -> None:
     assert logits.dtype == np.float32
 
 
-def test_any_number_of_images_can_be_run() -> None:
+def test_the_batch_may_have_any_size() -> None:
     session = open_session(toy().candidate)
     for num_images in (1, 2, 5, 300):
         assert run(session, toy().images[:num_images]).shape == (num_images, 6)
 
 
-def test_opset_and_ir_are_those_that_old_runtimes_read() -> None:
+def test_opset_and_ir_version_are_old_enough_for_old_runtimes() -> None:
     model = onnx.load_model_from_string(toy().candidate)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
     assert model.ir_version == 10
@@ -42,20 +42,20 @@ def test_pixels_are_scaled_by_one_multiplication_and_one_addition() -> None:
     assert [node.op_type for node in model.graph.node][:4] == ["Transpose", "Cast", "Mul", "Add"]
 
 
-def test_the_file_says_what_it_is() -> None:
-    said = open_session(toy().candidate).get_modelmeta().custom_metadata_map
-    assert json.loads(said["class_names"]) == list(TASK.class_names)
-    assert json.loads(said["train_counts"]) == list(TASK.train_counts)
-    assert json.loads(said["groups"]) == TASK.groups.model_dump(mode="json")
-    assert json.loads(said["preprocessing"])["inside"]["mean"] == list(TASK.mean)
+def test_the_metadata_describe_the_task() -> None:
+    metadata = open_session(toy().candidate).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(TASK.class_names)
+    assert json.loads(metadata["train_counts"]) == list(TASK.train_counts)
+    assert json.loads(metadata["groups"]) == TASK.groups.model_dump(mode="json")
+    assert json.loads(metadata["preprocessing"])["inside"]["mean"] == list(TASK.mean)
 
 
-def test_no_path_and_no_module_of_this_machine_is_in_the_file() -> None:
+def test_the_file_contains_no_path_or_module_name_of_this_machine() -> None:
     traces = ("site-packages", "export_toys", "TinyNet", ".py", str(Path.cwd()), str(Path.home()) + "/", sys.prefix)
     assert [trace for trace in traces if trace.encode() in toy().candidate] == []
 
 
-def test_two_exports_are_equal_to_the_byte() -> None:
+def test_exporting_twice_gives_the_same_bytes() -> None:
     assert to_onnx(toy().network, TASK) == toy().candidate
 
 
@@ -65,31 +65,31 @@ def test_another_process_exports_the_same_bytes() -> None:
         "import hashlib, torch; from export_toys import *; torch.manual_seed(3);"
         "print(hashlib.sha256(to_onnx(TinyNet(), TASK)).hexdigest())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    completed = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     torch.manual_seed(3)
-    assert done.stdout.split() == [hashlib.sha256(to_onnx(TinyNet(), TASK)).hexdigest()]
-    assert done.stderr == ""
+    assert completed.stdout.split() == [hashlib.sha256(to_onnx(TinyNet(), TASK)).hexdigest()]
+    assert completed.stderr == ""
 
 
-def test_a_network_in_training_is_exported_for_inference_and_left_in_training() -> None:
+def test_a_network_in_training_mode_is_exported_for_inference_and_not_modified() -> None:
     network = copy.deepcopy(toy().network).train()
     network.classifier.eval()  # type: ignore[union-attr]
     before = copy.deepcopy(network.state_dict())
     assert to_onnx(network, TASK) == toy().candidate
     assert network.training
     assert not network.classifier.training  # type: ignore[union-attr]
-    assert all(torch.equal(before[name], after) for name, after in network.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_the_exporter_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_exporter_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     to_onnx(toy().network, TASK)
     assert capfd.readouterr() == ("", "")
 
 
 class Pooled(torch.nn.Module):
-    """Ends as the classifiers of torchvision and timm do: adaptive pooling, then flatten."""
+    """A network that ends like the classifiers of torchvision and timm, with adaptive pooling and flatten."""
 
     def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Pooled(torch.nn.Module):
         lambda image: torch.nn.functional.adaptive_avg_pool2d(image, output_size=1),
     ],
 )
-def test_adaptive_pooling_to_a_pixel_is_a_plain_mean(pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_adaptive_pooling_to_one_pixel_is_exported_as_a_mean(pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.manual_seed(0)
     network = Pooled(pool).eval()
     content = to_onnx(network, TASK)

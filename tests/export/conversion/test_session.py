@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 from export_toys import toy
-from quantise_toys import part, small_onnx
+from quantise_toys import labelled_images, small_onnx
 
 from export.conversion.fp16 import to_fp16
 from export.conversion.int8 import Int8Config, collect_ranges
-from export.conversion.session import CUDA, cuda_works, isa, open_session, read_model
+from export.conversion.session import CUDA, cuda_works, instruction_set, open_session, read_model
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
 
@@ -14,25 +14,27 @@ WITHOUT_CUDA = pytest.mark.skipif(cuda_works(), reason="CUDA works here")
 WITH_CUDA = pytest.mark.skipif(not cuda_works(), reason="CUDA does not work here")
 
 
-def test_a_session_has_as_many_threads_as_there_are_cores_to_use() -> None:
+def test_a_session_has_one_thread_per_available_core() -> None:
     assert open_session(toy().candidate).get_session_options().intra_op_num_threads == num_cores()
 
 
 def test_every_precision_uses_standard_operators_and_passes_the_checker() -> None:
-    int8 = collect_ranges(small_onnx(), part(30, seed=2).images[:]).written(Int8Config("minmax", per_channel=True))
+    int8 = collect_ranges(small_onnx(), labelled_images(30, seed=2).images[:]).to_onnx_bytes(
+        Int8Config("minmax", per_channel=True)
+    )
     for content in (small_onnx(), to_fp16(small_onnx()), int8):
         assert {opset.domain for opset in read_model(content).opset_import} == {""}
 
 
 @WITHOUT_CUDA
-def test_cuda_is_refused_where_it_does_not_run_and_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
+def test_if_cuda_does_not_work_the_error_lists_its_requirements(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DeviceError, match=r"asked for CUDAExecutionProvider, .* It needs an NVIDIA GPU"):
         open_session(toy().candidate, CUDA)
     assert capfd.readouterr() == ("", "")
 
 
 @WITHOUT_CUDA
-def test_a_broken_file_is_no_fault_of_the_device() -> None:
+def test_an_invalid_file_is_not_reported_as_an_error_of_the_device() -> None:
     with pytest.raises(BundleError, match="cannot open the model"):
         open_session(b"no model", CUDA)
 
@@ -45,8 +47,8 @@ def test_on_cuda_every_node_runs_there_with_and_without_tf32() -> None:
         assert session.get_provider_options()[CUDA]["use_tf32"] == str(int(tf32))
 
 
-def test_an_unknown_provider_is_refused() -> None:
-    with pytest.raises(DeviceError, match="has no provider 'TPUExecutionProvider'"):
+def test_an_unknown_provider_is_rejected() -> None:
+    with pytest.raises(DeviceError, match="the provider 'TPUExecutionProvider' is not supported"):
         open_session(toy().candidate, "TPUExecutionProvider")
 
 
@@ -65,8 +67,8 @@ def test_an_unknown_provider_is_refused() -> None:
 def test_the_instruction_set_is_read_from_the_kernel(tmp_path: Path, line: str, expected: str) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: some avx512_vnni processor\n{line}\nbugs\t\t:\n")
-    assert isa(cpuinfo) == expected
+    assert instruction_set(cpuinfo) == expected
 
 
-def test_a_system_that_does_not_say_has_an_unknown_instruction_set(tmp_path: Path) -> None:
-    assert isa(tmp_path / "missing") == "unknown"
+def test_without_cpuinfo_the_instruction_set_is_unknown(tmp_path: Path) -> None:
+    assert instruction_set(tmp_path / "missing") == "unknown"

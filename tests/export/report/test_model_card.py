@@ -21,7 +21,7 @@ def section(text: str, heading: str) -> str:
     return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
-def test_the_front_matter_is_what_hugging_face_reads() -> None:
+def test_hugging_face_can_read_the_front_matter() -> None:
     data = ModelCard(card()).data
     assert (data.library_name, data.pipeline_tag, data.metrics) == ("onnx", "image-classification", ["accuracy"])
     assert data.model_name == "cifar100-student"
@@ -33,13 +33,13 @@ def test_the_front_matter_is_what_hugging_face_reads() -> None:
     assert data.eval_results[0].dataset_name == "the 10,000 test images of cifar100"
 
 
-def test_it_says_everything_that_a_stranger_has_to_know() -> None:
+def test_the_card_has_all_sections_and_their_figures() -> None:
     text = card()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         "Intended use",
         "Data",
         "Accuracy by group",
-        "What confidence means",
+        "Calibrated confidence",
         "How it was certified",
         "Limits",
         "Files",
@@ -47,24 +47,24 @@ def test_it_says_everything_that_a_stranger_has_to_know() -> None:
     ]
     row = report_of(100, "int8").candidates[1].groups[2]
     assert row.candidate_accuracy is not None and row.reference_accuracy is not None
-    shown = [row.reference_accuracy, row.candidate_accuracy, row.loss_upper_limit, 0.01]
-    figures = " | ".join(f"{100 * value:.2f}" for value in shown)
+    fractions = [row.reference_accuracy, row.candidate_accuracy, row.loss_upper_limit, 0.01]
+    figures = " | ".join(f"{100 * value:.2f}" for value in fractions)
     assert f"| fp16 | tail | {row.num_images:,} | {figures} |" in section(text, "Accuracy by group")
     assert "| tail | 4 | 40 | 5 to 17 |" in section(text, "Data")
-    assert "no guarantee of 90" in section(text, "What confidence means")
-    assert "1,000 of the certification images are random views" in section(text, "How it was certified")
+    assert "no guarantee of 90" in section(text, "Calibrated confidence")
+    assert "1,000 of the certification images are random augmented views" in section(text, "How it was certified")
     assert "not independent images" in section(text, "Limits")
     assert "`model.fp16.onnx` | 570,000 bytes" in section(text, "Files")
 
 
-def test_what_did_not_pass_is_named_and_nothing_is_claimed_of_it() -> None:
+def test_a_precision_that_did_not_pass_is_named_without_results() -> None:
     text = card()
-    assert "Tried and not certified, so not in this bundle: int8." in text
+    assert "Not certified and therefore not in this bundle: int8." in text
     assert "model.int8.onnx" not in text and "| int8 |" not in text
     assert "model.int8.onnx" in card(report=report_of(100))
 
 
-def test_a_new_measurement_of_speed_gives_the_same_card() -> None:
+def test_the_card_does_not_depend_on_measured_latency() -> None:
     report = report_of(100)
     candidates = tuple(candidate.model_copy(update={"latency": ()}) for candidate in report.candidates)
     assert card(report=report.model_copy(update={"candidates": candidates})) == card(report=report)
@@ -73,7 +73,7 @@ def test_a_new_measurement_of_speed_gives_the_same_card() -> None:
 @pytest.mark.parametrize(
     "name", ["<script>alert(1)</script>", "a | b", "![x](http://x)", "two\nlines", "**bold** `code`"]
 )
-def test_names_are_text_whatever_they_hold(name: str) -> None:
+def test_names_cannot_inject_markup(name: str) -> None:
     task = TASK.model_copy(update={"class_names": (name, *TASK.class_names[1:])})
     report = passing(report_of(12), None).model_copy(update={"name": name, "reference": name})
     front, _, body = card(task, report).removeprefix("---\n").partition("\n---\n")
@@ -85,7 +85,7 @@ def test_names_are_text_whatever_they_hold(name: str) -> None:
     assert json.dumps(name) in front
 
 
-def test_a_thousand_classes_stay_a_page() -> None:
+def test_a_card_of_a_thousand_classes_stays_short() -> None:
     text = model_card(task_of(1000), SOURCE, report_of(100))
     assert "and 240 more." in text
     assert len(text) < 20_000

@@ -13,14 +13,14 @@ from ltkd.contract.class_groups import (
 )
 from ltkd.errors import DataError
 
-COUNTS = st.lists(st.integers(0, 30), min_size=3, max_size=60)  # few values, so that there are ties
+COUNTS = st.lists(st.integers(0, 30), min_size=3, max_size=60)  # few different values, so that ties occur
 
 
 def sizes(groups: ClassGroups) -> list[int]:
     return [len(groups.members(name)) for name in groups.names]
 
 
-def test_a_hundred_classes_are_cut_as_in_the_paper() -> None:
+def test_a_hundred_classes_are_divided_as_in_the_paper() -> None:
     groups = groups_by_share(range(100, 0, -1))
     assert groups.names == ("head", "medium", "tail")
     assert groups.members("head") == list(range(33))
@@ -32,16 +32,16 @@ def test_a_hundred_classes_are_cut_as_in_the_paper() -> None:
     ("num_classes", "expected"),
     [(200, [66, 68, 66]), (47, [16, 15, 16]), (10, [3, 4, 3]), (5, [2, 1, 2]), (4, [1, 2, 1]), (3, [1, 1, 1])],
 )
-def test_any_number_of_classes_is_cut_near_the_shares(num_classes: int, expected: list[int]) -> None:
+def test_group_sizes_are_close_to_the_shares_for_any_number_of_classes(num_classes: int, expected: list[int]) -> None:
     assert sizes(groups_by_share([1] * num_classes)) == expected
 
 
-def test_extreme_shares_leave_every_group_a_class() -> None:
+def test_no_group_is_empty_with_extreme_shares() -> None:
     assert sizes(groups_by_share([1] * 4, shares=(0.98, 0.01, 0.01))) == [2, 1, 1]
     assert sizes(groups_by_share([1] * 4, shares=(0.01, 0.01, 0.98))) == [1, 1, 2]
 
 
-def test_fewer_classes_than_groups_are_refused() -> None:
+def test_fewer_classes_than_groups_are_an_error() -> None:
     with pytest.raises(DataError, match="2 classes cannot fill 3 groups"):
         groups_by_share([5, 4])
 
@@ -57,7 +57,7 @@ def test_a_ranked_partition_has_every_class_once_and_keeps_ties_in_class_order(c
 
 
 @given(COUNTS, st.integers(2, 8))
-def test_quantiles_differ_by_one_class_at_most(counts: list[int], k: int) -> None:
+def test_the_sizes_of_quantile_groups_differ_by_at_most_one_class(counts: list[int], k: int) -> None:
     if k > len(counts):
         with pytest.raises(DataError, match="fewer groups"):
             groups_by_quantile(counts, k)
@@ -67,39 +67,39 @@ def test_quantiles_differ_by_one_class_at_most(counts: list[int], k: int) -> Non
         assert max(sizes(groups)) - min(sizes(groups)) <= 1
 
 
-def test_groups_by_count_include_their_limits_in_the_medium() -> None:
+def test_the_limits_of_groups_by_count_belong_to_the_medium_group() -> None:
     groups = groups_by_count([19, 101, 100, 20])
     assert {name: groups.members(name) for name in groups.names} == {"many": [1], "medium": [2, 3], "few": [0]}
 
 
-def test_groups_by_count_leave_out_those_without_a_class() -> None:
+def test_groups_by_count_omit_groups_without_a_class() -> None:
     groups = groups_by_count([5, 500])
     assert (groups.names, groups.group_of_class) == (("many", "few"), (1, 0))
 
 
-def test_groups_by_count_with_all_classes_in_one_are_refused() -> None:
+def test_groups_by_count_with_all_classes_in_one_group_are_an_error() -> None:
     with pytest.raises(DataError, match=r"all 2 classes fall into the group 'medium'.*use --groups share"):
         groups_by_count([50, 60])
 
 
-def test_a_mapping_becomes_groups_in_its_own_order() -> None:
+def test_groups_from_a_mapping_keep_the_order_of_the_mapping() -> None:
     groups = groups_by_mapping(["ant", "bee", "cat"], {"rare": ["cat"], "common": ["bee", "ant"]})
     assert (groups.names, groups.group_of_class) == (("rare", "common"), (1, 1, 0))
 
 
 @pytest.mark.parametrize(
-    ("mapping", "said"),
+    ("mapping", "message"),
     [
-        ({"a": ["ant"], "b": ["bee"]}, "in no group: cat"),
-        ({"a": ["ant", "bee"], "b": ["cat", "dog"]}, "unknown: dog"),
+        ({"a": ["ant"], "b": ["bee"]}, "without a group: cat"),
+        ({"a": ["ant", "bee"], "b": ["cat", "dog"]}, "that the data set does not have: dog"),
         ({"a": ["ant", "bee"], "b": ["cat", "ant"]}, "in more than one group: ant"),
         ({"a": ["ant", "bee", "cat"]}, "at least two groups"),
-        ({"a": ["ant", "bee", "cat"], "b": []}, "at least two groups with a class each"),
+        ({"a": ["ant", "bee", "cat"], "b": []}, "at least two groups, none of them empty"),
         ({"all": ["ant", "bee"], "rare": ["cat"]}, "named 'all'"),
     ],
 )
-def test_a_mapping_that_is_no_partition_is_refused(mapping: dict[str, list[str]], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_mapping_that_is_not_a_partition_is_an_error(mapping: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         groups_by_mapping(["ant", "bee", "cat"], mapping)
 
 
@@ -107,12 +107,14 @@ def test_a_mapping_that_is_no_partition_is_refused(mapping: dict[str, list[str]]
     ("names", "group_of_class"),
     [(("a", "a"), (0, 1)), (("a", "b"), (0, 0)), (("a", "b"), (0, 1, 2)), (("a", "b"), (-1, 0, 1))],
 )
-def test_groups_that_are_no_partition_cannot_be_made(names: tuple[str, ...], group_of_class: tuple[int, ...]) -> None:
+def test_groups_that_are_not_a_partition_cannot_be_created(
+    names: tuple[str, ...], group_of_class: tuple[int, ...]
+) -> None:
     with pytest.raises(ValidationError):
         ClassGroups(names=names, group_of_class=group_of_class)
 
 
-def test_the_mass_of_the_groups_is_the_sum_over_their_classes() -> None:
+def test_the_probability_mass_of_a_group_is_the_sum_over_its_classes() -> None:
     groups = ClassGroups(names=("a", "b"), group_of_class=(1, 0, 1, 1))
     probability = np.random.default_rng(0).dirichlet(np.ones(4), size=50)
     mass = groups.mass(probability)

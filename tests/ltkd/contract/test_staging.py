@@ -12,18 +12,18 @@ from ltkd.contract import staging
 from ltkd.contract.staging import restore, staged
 
 FILES = ("a", "b", "c", "d")
-# a child runs nothing but these few lines of Python, so the threads that other tests have started do not matter to it
+# a child process runs only a few lines of Python, so threads that other tests have started cannot affect it
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 FORKS = multiprocessing.get_context("fork")
 
 
-def anything(_: Path) -> None:
-    """Every place may be replaced."""
+def allow_any(_: Path) -> None:
+    """Allow every path to be replaced."""
 
 
 def write(out: Path, content: str) -> None:
-    """A directory whose files all say the same, so that a mixture would be seen."""
-    with staged(out, anything) as stage:
+    """Write a directory whose files have the same content, so that a mixture of two directories is detected."""
+    with staged(out, allow_any) as stage:
         for name in FILES:
             (stage / name).write_text(content)
 
@@ -40,7 +40,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture(params=["exchange", "two renames"])
 def exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the kernel's exchange of two directories, and as on systems that have none."""
+    """Run a test with the kernel's exchange of two directories and without it; returns whether it is available."""
     if request.param == "two renames":
         monkeypatch.setattr(staging, "_exchanged", lambda one, other: False)
         return False
@@ -48,7 +48,7 @@ def exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def killed(out: Path, owner: object, function: str, number: int, after: bool) -> bool:
-    """Write in a process that kills itself before or after the given call of a function; whether it got there."""
+    """Write in a process that kills itself before or after the given call of a function; returns whether it did."""
 
     def child() -> None:
         calls = [0]
@@ -58,10 +58,10 @@ def killed(out: Path, owner: object, function: str, number: int, after: bool) ->
             calls[0] += 1
             if calls[0] == number and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            answer = original(*arguments, **options)
+            result = original(*arguments, **options)
             if calls[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return answer
+            return result
 
         setattr(owner, function, counted)
         write(out, "new")
@@ -91,7 +91,7 @@ STEPS: list[tuple[object, str]] = [
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("owner", "function"), STEPS, ids=[name for _, name in STEPS])
 @pytest.mark.parametrize("first", [False, True], ids=["replacing", "first"])
-def test_a_kill_at_any_call_leaves_the_old_or_the_new_directory_whole(
+def test_a_kill_at_any_call_leaves_the_complete_old_or_new_directory(
     tmp_path: Path, exchanging: bool, owner: object, function: str, after: bool, first: bool
 ) -> None:
     out, kills = tmp_path / "toy", 0
@@ -103,7 +103,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_directory_whole(
         if not killed(out, owner, function, number, after):
             break
         kills += 1
-        restore(out)  # what every reader does
+        restore(out)  # every reader calls this
         if first:
             assert not out.exists() or content_of(out) == "new"
         else:
@@ -111,31 +111,31 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_directory_whole(
         write(out, "next")
         assert content_of(out) == "next"
         assert names_in(tmp_path) == ["toy"]
-    expected_to_be_met = not (first and function in ("_exchanged", "unlink")) and not (
+    call_expected = not (first and function in ("_exchanged", "unlink")) and not (
         exchanging and function in ("rename", "rmtree") and not first
     )
-    assert kills or not expected_to_be_met
+    assert kills or not call_expected
 
 
-def test_without_the_exchange_a_kill_between_the_renames_is_mended_by_the_next_reader(
+def test_without_the_exchange_the_next_reader_restores_a_directory_after_a_kill_between_the_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "_exchanged", lambda one, other: False)
     out = tmp_path / "toy"
     write(out, "old")
     assert killed(out, Path, "rename", 1, after=True)
-    assert not out.exists()  # the fault is there
+    assert not out.exists()  # the directory is missing
     restore(out)
     assert content_of(out) == "old"
 
 
-def test_the_exchange_leaves_no_moment_without_a_directory(tmp_path: Path) -> None:
+def test_the_directory_always_exists_during_an_exchange(tmp_path: Path) -> None:
     out = tmp_path / "toy"
     write(out, "old")
     assert killed(out, staging, "_exchanged", 1, after=True)
-    assert content_of(out) == "new"  # and the old one lies beside it
-    (left,) = [path for path in tmp_path.iterdir() if path.suffix == ".part"]
-    assert content_of(left) == "old"
+    assert content_of(out) == "new"  # the old directory is beside it
+    (leftover,) = [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+    assert content_of(leftover) == "old"
 
 
 @pytest.fixture
@@ -146,13 +146,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(f"a file system of its own can only be mounted by root: {mounted.stderr.strip()}")
+        pytest.skip(f"only root can mount a separate file system: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("free_pages", range(8))
-def test_a_full_disk_leaves_the_old_directory_and_nothing_else(small_disk: Path, free_pages: int) -> None:
+def test_a_full_disk_keeps_the_old_directory_and_leaves_no_other_files(small_disk: Path, free_pages: int) -> None:
     out = small_disk / "toy"
     write(out, "old")
     (small_disk / "ballast").touch()
@@ -167,9 +167,9 @@ def test_a_full_disk_leaves_the_old_directory_and_nothing_else(small_disk: Path,
     assert content_of(out) == "new"
 
 
-def in_processes(*work: Callable[[], None]) -> list[int | None]:
-    """The exit codes of several things done at once."""
-    processes = [FORKS.Process(target=each) for each in work]
+def run_in_processes(*functions: Callable[[], None]) -> list[int | None]:
+    """Run functions in parallel processes and return their exit codes."""
+    processes = [FORKS.Process(target=function) for function in functions]
     for process in processes:
         process.start()
     for process in processes:
@@ -177,7 +177,7 @@ def in_processes(*work: Callable[[], None]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def test_many_writers_at_one_place_each_end_whole_and_readers_always_see_one_of_them(
+def test_readers_always_see_a_complete_directory_while_many_processes_write_it(
     tmp_path: Path, exchanging: bool
 ) -> None:
     out = tmp_path / "toy"
@@ -192,43 +192,43 @@ def test_many_writers_at_one_place_each_end_whole_and_readers_always_see_one_of_
             restore(out)
             try:
                 folder = os.open(out, os.O_RDONLY)
-            except FileNotFoundError:  # only between the two renames, and over when restore comes back
+            except FileNotFoundError:  # only between the two renames, before restore is called again
                 assert not exchanging
                 continue
             try:
-                seen = {Path(f"/proc/self/fd/{folder}/{name}").read_text() for name in FILES}
-            except FileNotFoundError:  # an old directory is removed under its reader
+                contents = {Path(f"/proc/self/fd/{folder}/{name}").read_text() for name in FILES}
+            except FileNotFoundError:  # an old directory is removed while it is being read
                 continue
             finally:
                 os.close(folder)
-            assert len(seen) == 1
+            assert len(contents) == 1
 
-    codes = in_processes(lambda: writer("1"), lambda: writer("2"), lambda: writer("3"), reader)
+    codes = run_in_processes(lambda: writer("1"), lambda: writer("2"), lambda: writer("3"), reader)
     assert codes == [0, 0, 0, 0]
     assert content_of(out) in ("1", "2", "3")
     assert names_in(tmp_path) == ["toy"]
 
 
-def test_the_one_that_ends_later_stays(tmp_path: Path) -> None:
+def test_the_directory_of_the_last_writer_to_finish_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "toy"
-    with staged(out, anything) as later:
+    with staged(out, allow_any) as later:
         for name in FILES:
             (later / name).write_text("later")
         write(out, "sooner")
         assert content_of(out) == "sooner"
-        assert later.is_dir()  # the other one did not take it for a leftover
+        assert later.is_dir()  # the other writer did not remove it as a leftover
     assert content_of(out) == "later"
     assert names_in(tmp_path) == ["toy"]
 
 
-def test_what_came_to_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_content_that_appears_at_the_path_while_writing_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "toy"
 
-    def empty(place: Path) -> None:
-        if place.exists():
-            raise ValueError("somebody's work")
+    def check_absent(path: Path) -> None:
+        if path.exists():
+            raise ValueError("the path exists")
 
-    with pytest.raises(ValueError, match="somebody's work"), staged(out, empty) as stage:
+    with pytest.raises(ValueError, match="the path exists"), staged(out, check_absent) as stage:
         (stage / "a").write_text("new")
         out.mkdir()
         (out / "thesis").write_text("years")
@@ -236,38 +236,40 @@ def test_what_came_to_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> Non
     assert names_in(tmp_path) == ["toy"]
 
 
-def test_a_neighbour_with_a_longer_name_is_left_alone(tmp_path: Path) -> None:
-    with staged(tmp_path / "toy.v2", anything) as stage:
+def test_the_temporary_directory_of_a_neighbour_with_a_longer_name_is_not_removed(tmp_path: Path) -> None:
+    with staged(tmp_path / "toy.v2", allow_any) as stage:
         write(tmp_path / "toy", "1")
         assert stage.is_dir()
         (stage / "a").write_text("2")
     assert names_in(tmp_path) == ["toy", "toy.v2"]
 
 
-def test_everything_is_on_the_disk_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_flushed_to_the_disk_before_the_directory_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "toy"
     write(out, "old")
-    order: list[str] = []
+    events: list[str] = []
     publish, fsync = staging._publish, os.fsync
 
-    def noted_fsync(descriptor: int) -> None:
-        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    def noted_publish(stage: Path, place: Path) -> None:
-        order.append("published")
-        publish(stage, place)
+    def recorded_publish(stage: Path, path: Path) -> None:
+        events.append("published")
+        publish(stage, path)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(staging, "_publish", noted_publish)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(staging, "_publish", recorded_publish)
     write(out, "new")
-    at = order.index("published")
-    assert sorted(order[: at - 1]) == list(FILES)
-    assert order[at - 1].endswith(".part")
-    assert order[at + 1 :] == [tmp_path.name]
+    published = events.index("published")
+    assert sorted(events[: published - 1]) == list(FILES)
+    assert events[published - 1].endswith(".part")
+    assert events[published + 1 :] == [tmp_path.name]
 
 
-def test_a_link_keeps_pointing_at_its_directory(tmp_path: Path) -> None:
+def test_a_symbolic_link_still_points_to_its_directory(tmp_path: Path) -> None:
     write(tmp_path / "toy", "old")
     (tmp_path / "current").symlink_to("toy")
     write(tmp_path / "current", "new")

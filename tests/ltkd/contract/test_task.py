@@ -14,11 +14,11 @@ TASK = Task(
 )
 
 
-def test_a_class_knows_its_group() -> None:
+def test_the_group_name_of_a_class_is_found() -> None:
     assert [TASK.group_name(label) for label in range(3)] == ["common", "common", "rare"]
 
 
-def test_a_task_comes_back_from_json_as_it_was() -> None:
+def test_a_task_is_unchanged_after_a_round_trip_through_json() -> None:
     assert Task.model_validate_json(TASK.model_dump_json()) == TASK
 
 
@@ -32,6 +32,6 @@ def test_a_task_comes_back_from_json_as_it_was() -> None:
         ("mean", (0.5, 0.5)),
     ],
 )
-def test_a_task_whose_parts_do_not_fit_cannot_be_made(field: str, value: object) -> None:
+def test_a_task_with_inconsistent_fields_cannot_be_created(field: str, value: object) -> None:
     with pytest.raises(ValidationError):
         Task.model_validate({**dict(TASK), field: value})

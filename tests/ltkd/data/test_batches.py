@@ -16,8 +16,8 @@ from torch import Tensor
 from training_toys import toy_data
 
 from ltkd.data import batches as batches_module
-from ltkd.data.augmentation import augment, mixed
-from ltkd.data.batches import Batches, Shard, batches_of, default_workers
+from ltkd.data.augmentation import augment, mix_seeds
+from ltkd.data.batches import Batches, Shard, default_workers, make_batches
 from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.data.image_files import FileImages
 from ltkd.errors import DataError, UsageError
@@ -33,11 +33,11 @@ def in_memory(
     shard: Shard = ALONE,
     views: int | None = None,
 ) -> Batches:
-    return batches_of(data or toy_data(), batch_size=batch_size, seed=seed, device=CPU, shard=shard, views=views)
+    return make_batches(data or toy_data(), batch_size=batch_size, seed=seed, device=CPU, shard=shard, views=views)
 
 
 def by_row(batches: Batches, epoch: int) -> dict[int, bytes]:
-    """Each image of an epoch as the training sees it."""
+    """Each augmented image of an epoch, by its row."""
     return {
         int(row): image.numpy().tobytes()
         for pixels, rows in batches.epoch(epoch)
@@ -51,19 +51,19 @@ def same(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]])
     )
 
 
-def plainly_augmented(pixels: Tensor, mirror: bool, random: torch.Generator) -> Tensor:
-    """The augmentation as it was first written, draws and pixels in one place: the reference for every bit."""
+def reference_augment(pixels: Tensor, mirror: bool, random: torch.Generator) -> Tensor:
+    """A simple version of the augmentation, with draws and pixels together; results must be equal to the bit."""
     batch, size_px = pixels.shape[:2]
     border = size_px // 8
     top, left = torch.randint(0, 2 * border + 1, (2, batch), generator=random)
     mirrored = torch.rand((batch, 1), generator=random) < 0.5 if mirror else torch.zeros((batch, 1), dtype=torch.bool)
     padded = torch.nn.functional.pad(pixels, (0, 0, border, border, border, border))
-    crop = [padded[n, top[n] : top[n] + size_px, left[n] : left[n] + size_px] for n in range(batch)]
-    return torch.stack([image.flip(1) if mirrored[n] else image for n, image in enumerate(crop)])
+    crops = [padded[n, top[n] : top[n] + size_px, left[n] : left[n] + size_px] for n in range(batch)]
+    return torch.stack([image.flip(1) if mirrored[n] else image for n, image in enumerate(crops)])
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_the_batches_of_one_process_are_those_of_the_plain_loop_to_the_bit(mirror: bool) -> None:
+def test_one_process_gets_the_batches_of_the_reference_loop_to_the_bit(mirror: bool) -> None:
     data = toy_data()
     data = Dataset(data.task, data.train_images, data.train_labels, data.test_images, data.test_labels, mirror)
     images = torch.from_numpy(data.train_images)
@@ -71,12 +71,12 @@ def test_the_batches_of_one_process_are_those_of_the_plain_loop_to_the_bit(mirro
     for epoch in (0, 5):
         random = torch.Generator().manual_seed(3 * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=random)
-        plain = [(plainly_augmented(images[rows], mirror, random), rows) for rows in torch.split(order, 8)]
-        assert same(list(batches.epoch(epoch)), plain)
-        assert len(plain) == batches.steps_per_epoch
+        expected = [(reference_augment(images[rows], mirror, random), rows) for rows in torch.split(order, 8)]
+        assert same(list(batches.epoch(epoch)), expected)
+        assert len(expected) == batches.steps_per_epoch
 
 
-def test_every_image_comes_once_an_epoch_in_another_order_and_cut_another_way() -> None:
+def test_every_epoch_has_each_image_once_in_a_new_order_and_with_new_crops() -> None:
     batches = in_memory()
     first, second = by_row(batches, 0), by_row(batches, 1)
     assert sorted(first) == sorted(second) == list(range(37))
@@ -86,7 +86,7 @@ def test_every_image_comes_once_an_epoch_in_another_order_and_cut_another_way() 
 
 
 @pytest.mark.parametrize("views", [None, 2])
-def test_an_epoch_that_goes_on_in_the_middle_gives_the_batches_that_were_left(views: int | None) -> None:
+def test_a_resumed_epoch_gives_the_remaining_batches(views: int | None) -> None:
     batches = in_memory(views=views)
     whole = list(batches.epoch(2))
     for first_step in range(len(whole) + 1):
@@ -95,62 +95,62 @@ def test_an_epoch_that_goes_on_in_the_middle_gives_the_batches_that_were_left(vi
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 @pytest.mark.parametrize("views", [None, 2])
-def test_ranks_together_see_the_images_of_one_process(world: int, views: int | None) -> None:
-    ranks = [in_memory(shard=Shard(rank, world), views=views) for rank in range(world)]
-    alone = list(in_memory(views=views).epoch(1))
-    if world > 5:  # the last batch has 5 images: too few for 8 ranks, left out everywhere
-        alone.pop()
-    assert {batches.steps_per_epoch for batches in ranks} == {len(alone)}
-    parts = [list(batches.epoch(1)) for batches in ranks]
-    assert {len(part) for part in parts} == {len(alone)}
-    for step, (pixels, rows) in enumerate(alone):
+def test_ranks_together_train_on_the_images_of_one_process(world_size: int, views: int | None) -> None:
+    batches_of_ranks = [in_memory(shard=Shard(rank, world_size), views=views) for rank in range(world_size)]
+    whole = list(in_memory(views=views).epoch(1))
+    if world_size > 5:  # the last batch has 5 images: too few for 8 ranks, so every rank leaves it out
+        whole.pop()
+    assert {batches.steps_per_epoch for batches in batches_of_ranks} == {len(whole)}
+    parts = [list(batches.epoch(1)) for batches in batches_of_ranks]
+    assert {len(part) for part in parts} == {len(whole)}
+    for step, (pixels, rows) in enumerate(whole):
         for rank, part in enumerate(parts):
-            assert torch.equal(part[step][0], pixels[rank::world])
-            assert torch.equal(part[step][1], rows[rank::world])
-            assert len(rows[rank::world])
+            assert torch.equal(part[step][0], pixels[rank::world_size])
+            assert torch.equal(part[step][1], rows[rank::world_size])
+            assert len(rows[rank::world_size])
 
 
-def test_views_come_round_again_whatever_the_order() -> None:
+def test_fixed_views_repeat_while_the_order_changes() -> None:
     batches = in_memory(views=3)
     epochs = [by_row(batches, epoch) for epoch in range(6)]
     assert epochs[0] == epochs[3]
     assert epochs[2] == epochs[5]
-    assert list(epochs[0]) != list(epochs[3])  # the order is another one
+    assert list(epochs[0]) != list(epochs[3])  # the order differs
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert by_row(in_memory(views=3, seed=4), 0) != epochs[0]
 
 
-def test_the_first_epochs_of_views_are_those_without_them() -> None:
+def test_the_first_epochs_are_the_same_with_and_without_fixed_views() -> None:
     with_views, without = in_memory(views=3), in_memory()
     assert all(same(list(with_views.epoch(epoch)), list(without.epoch(epoch))) for epoch in range(3))
     assert not same(list(with_views.epoch(3)), list(without.epoch(3)))
 
 
-def test_batches_are_drawn_without_touching_the_random_state_of_the_caller() -> None:
+def test_drawing_batches_does_not_change_the_random_state_of_the_caller() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     list(in_memory().epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_image_that_can_be_cut_in_one_way_only_comes_as_it_is() -> None:
+def test_images_too_small_for_a_border_are_not_changed() -> None:
     data = toy_data()
-    tiny = np.ascontiguousarray(data.train_images[:][:, :7, :7])  # a border of 7 // 8 pixels
+    tiny = np.ascontiguousarray(data.train_images[:][:, :7, :7])  # the border has 7 // 8 = 0 pixels
     batches = in_memory(Dataset(data.task, tiny, data.train_labels, data.test_images, data.test_labels, mirror=False))
     assert by_row(batches, 0) == {row: image.tobytes() for row, image in enumerate(tiny)}
 
 
-def test_more_ranks_than_images_in_a_batch_are_refused() -> None:
+def test_more_ranks_than_images_in_a_batch_and_less_than_one_view_are_rejected() -> None:
     with pytest.raises(UsageError, match="9 processes cannot share batches of 8 images; start fewer"):
         in_memory(shard=Shard(0, 9))
     with pytest.raises(UsageError, match="8 processes cannot share batches of 6 images"):
         in_memory(toy_data(train_counts=(3, 2, 1)), shard=Shard(0, 8), batch_size=64)
-    with pytest.raises(UsageError, match="at least one view, got 0"):
+    with pytest.raises(UsageError, match="number of views must be at least 1, got 0"):
         in_memory(views=0)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_augmentation_crops_from_a_black_border_and_mirrors_half_where_allowed(mirror: bool) -> None:
+def test_augmentation_crops_from_a_black_border_and_mirrors_half_if_allowed(mirror: bool) -> None:
     pixels = torch.randint(1, 255, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     out = augment(pixels.expand(400, 16, 16, 3).contiguous(), mirror, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(pixels, (0, 0, 2, 2, 2, 2))
@@ -163,11 +163,11 @@ def test_augmentation_crops_from_a_black_border_and_mirrors_half_where_allowed(m
     assert abs(len(mirrored) - 200) < 50 if mirror else not mirrored
 
 
-PX = 128  # larger than what is held in memory
+PX = 128  # too large to be held in memory
 
 
 def save_photograph(path: Path, size_px: tuple[int, int], number: int, orientation: int = 1) -> None:
-    """Something with shapes, shades and a little noise, which compresses like a photograph."""
+    """Save an image with shapes, shades and a little noise, which compresses like a photograph."""
     random = np.random.default_rng(number)
     coarse = Image.fromarray(random.integers(0, 255, (9, 9, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(size_px, Image.Resampling.BICUBIC)).astype(int)
@@ -194,16 +194,16 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def on_disk(data: Dataset, *, workers: int = 0, batch_size: int = 4, shard: Shard = ALONE, seed: int = 3) -> Batches:
-    return batches_of(data, batch_size=batch_size, seed=seed, device=CPU, shard=shard, workers=workers)
+    return make_batches(data, batch_size=batch_size, seed=seed, device=CPU, shard=shard, workers=workers)
 
 
-def test_large_images_are_not_held_in_memory_and_come_once_an_epoch(streamed: Dataset) -> None:
+def test_large_images_stay_on_disk_and_every_epoch_has_each_once(streamed: Dataset) -> None:
     assert isinstance(streamed.train_images, FileImages)
     batches = on_disk(streamed)
-    seen = list(batches.epoch(0))
-    assert len(seen) == batches.steps_per_epoch == 4
-    assert {(pixels.dtype, *pixels.shape[1:]) for pixels, _ in seen} == {(torch.uint8, PX, PX, 3)}
-    assert [len(rows) for _, rows in seen] == [4, 4, 4, 4]
+    loaded = list(batches.epoch(0))
+    assert len(loaded) == batches.steps_per_epoch == 4
+    assert {(pixels.dtype, *pixels.shape[1:]) for pixels, _ in loaded} == {(torch.uint8, PX, PX, 3)}
+    assert [len(rows) for _, rows in loaded] == [4, 4, 4, 4]
     first, second = by_row(batches, 0), by_row(batches, 1)
     assert sorted(first) == sorted(second) == list(range(16))
     assert list(first) != list(second)
@@ -211,33 +211,31 @@ def test_large_images_are_not_held_in_memory_and_come_once_an_epoch(streamed: Da
     assert by_row(on_disk(streamed, seed=4), 0) != first
 
 
-def test_large_images_are_the_same_whatever_the_workers_the_rank_and_the_first_step(streamed: Dataset) -> None:
-    alone = list(on_disk(streamed).epoch(1))
-    apart = on_disk(streamed, workers=2)
-    assert same(list(apart.epoch(1)), alone)
-    assert same(list(apart.epoch(1, first_step=3)), alone[3:])
+def test_crops_of_large_images_do_not_depend_on_workers_ranks_or_the_first_step(streamed: Dataset) -> None:
+    expected = list(on_disk(streamed).epoch(1))
+    with_workers = on_disk(streamed, workers=2)
+    assert same(list(with_workers.epoch(1)), expected)
+    assert same(list(with_workers.epoch(1, first_step=3)), expected[3:])
     assert by_row(on_disk(streamed, batch_size=7), 1) == by_row(on_disk(streamed), 1)
     for rank in range(3):
         part = list(on_disk(streamed, shard=Shard(rank, 3)).epoch(1))
-        assert same(part, [(pixels[rank::3], rows[rank::3]) for pixels, rows in alone])
+        assert same(part, [(pixels[rank::3], rows[rank::3]) for pixels, rows in expected])
 
 
-def test_a_large_image_is_cut_as_torchvision_would(streamed: Dataset) -> None:
+def test_a_large_image_is_cropped_as_by_torchvision(streamed: Dataset) -> None:
     from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, RandomResizedCrop
 
     assert streamed.train_files
-    peer = Compose([RandomResizedCrop(PX, scale=(0.25, 1.0), antialias=True), RandomHorizontalFlip()])
+    reference = Compose([RandomResizedCrop(PX, scale=(0.25, 1.0), antialias=True), RandomHorizontalFlip()])
     for pixels, rows in on_disk(streamed).epoch(2):
         for image, row in zip(pixels, rows.tolist(), strict=True):
-            torch.manual_seed(mixed(3, 2, row))
-            with Image.open(streamed.train_files[row]) as opened:  # too small for the decoder to scale down
-                np.testing.assert_array_equal(image.numpy(), np.asarray(peer(opened.convert("RGB"))))
+            torch.manual_seed(mix_seeds(3, 2, row))
+            with Image.open(streamed.train_files[row]) as opened:  # too small to be decoded at a lower resolution
+                np.testing.assert_array_equal(image.numpy(), np.asarray(reference(opened.convert("RGB"))))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_large_images_are_drawn_without_touching_the_random_state_of_the_caller(
-    streamed: Dataset, workers: int
-) -> None:
+def test_loading_large_images_does_not_change_the_random_state_of_the_caller(streamed: Dataset, workers: int) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     batches = on_disk(streamed, workers=workers).epoch(0)
@@ -247,7 +245,7 @@ def test_large_images_are_drawn_without_touching_the_random_state_of_the_caller(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: Dataset) -> None:
+def test_workers_survive_an_epoch_and_exit_when_one_is_abandoned(streamed: Dataset) -> None:
     others = {process.pid for process in multiprocessing.active_children()}
 
     def workers() -> set[int | None]:
@@ -257,10 +255,10 @@ def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: 
     list(batches.epoch(0))
     first = workers()
     assert len(first) == 1
-    left = batches.epoch(1)
-    next(left)
+    abandoned = batches.epoch(1)
+    next(abandoned)
     assert workers() == first
-    del left
+    del abandoned
     assert not workers()
     list(batches.epoch(1))
     assert len(workers()) == 1
@@ -271,18 +269,18 @@ def test_workers_outlast_an_epoch_and_end_with_one_that_is_left_early(streamed: 
 SIGNALLED = """
 import multiprocessing, signal, sys, time
 import torch
-from ltkd.batches import batches_of
-from ltkd.data import data_config, load_data
+from ltkd.data.batches import batches_of
+from ltkd.data.datasets import data_config, load_dataset
 
 if __name__ == "__main__":
-    noted = []
+    received = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: noted.append(number))
-    data = load_data(data_config(sys.argv[1], None, "share", 128))
+        signal.signal(number, lambda number, frame: received.append(number))
+    data = load_dataset(data_config(sys.argv[1], None, "share", 128))
     batches = batches_of(data, batch_size=2, seed=0, device=torch.device("cpu"), workers=1).epoch(0)
     next(batches)
     print("ready", multiprocessing.active_children()[0].pid, flush=True)
-    while len(noted) < 2:
+    while len(received) < 2:
         time.sleep(0.01)
     print(len(list(batches)))
 """
@@ -290,7 +288,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def signalled(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A training in a process group of its own that has seen its first batch, and its worker's process id."""
+    """A training in its own process group, after its first batch, and the process id of its worker."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
     command = [sys.executable, str(script), str(photographs(tmp_path / "photographs"))]
@@ -304,20 +302,20 @@ def signalled(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
-def test_signals_to_the_whole_group_leave_the_training_its_last_batches(
+def test_signals_to_the_process_group_do_not_stop_the_remaining_batches(
     signalled: tuple[subprocess.Popen[str], int],
 ) -> None:
     training, _ = signalled
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(training.pid, number)
-    said, warned = training.communicate()
-    assert (said, training.returncode) == ("7\n", 0)
-    assert "Traceback" not in warned
+    stdout, stderr = training.communicate()
+    assert (stdout, training.returncode) == ("7\n", 0)
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")
-def test_workers_end_with_a_training_that_is_killed(signalled: tuple[subprocess.Popen[str], int]) -> None:
+def test_workers_exit_when_the_training_is_killed(signalled: tuple[subprocess.Popen[str], int]) -> None:
     training, worker = signalled
     training.kill()
     training.wait()
@@ -328,37 +326,37 @@ def test_workers_end_with_a_training_that_is_killed(signalled: tuple[subprocess.
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of POSIX")
-def test_an_epoch_whose_worker_is_killed_ends_with_the_same_images_and_a_warning(streamed: Dataset) -> None:
+def test_an_epoch_whose_worker_is_killed_gives_the_same_images_and_a_warning(streamed: Dataset) -> None:
     others = {process.pid for process in multiprocessing.active_children()}
     whole = list(on_disk(streamed, batch_size=1).epoch(0))
     batches = on_disk(streamed, batch_size=1, workers=1)
     epoch = batches.epoch(0)
-    seen = [next(epoch)]
+    loaded = [next(epoch)]
     (worker,) = (process for process in multiprocessing.active_children() if process.pid not in others)
     os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.warns(RuntimeWarning, match=r"a worker process ended \(.*\); the last \d+ batches of this epoch are"):
-        seen += epoch
-    assert same(seen, whole)
-    assert same(list(batches.epoch(0)), whole)  # by a new worker
+        loaded += epoch
+    assert same(loaded, whole)
+    assert same(list(batches.epoch(0)), whole)  # from a new worker
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_vanished_since_it_was_checked_is_one_line_that_names_it(tmp_path: Path, workers: int) -> None:
+def test_a_file_that_vanished_after_the_check_is_named_in_an_error_of_one_line(tmp_path: Path, workers: int) -> None:
     data = load_dataset(data_config(str(photographs(tmp_path)), None, "share", PX))
     (tmp_path / "train" / "b" / "003.png").unlink()
-    with pytest.raises(DataError, match=r"train/b/003\.png: cannot be read") as error:
+    with pytest.raises(DataError, match=r"train/b/003\.png: the file cannot be read") as error:
         list(on_disk(data, workers=workers).epoch(0))
     assert "\n" not in str(error.value)
 
 
-def test_views_of_large_images_are_refused(streamed: Dataset) -> None:
-    with pytest.raises(UsageError, match="those of 128 px are read from disk; train without them"):
-        batches_of(streamed, batch_size=4, seed=0, device=CPU, views=2)
+def test_fixed_views_of_large_images_are_rejected(streamed: Dataset) -> None:
+    with pytest.raises(UsageError, match="images of 128 px are read from disk; train without fixed views"):
+        make_batches(streamed, batch_size=4, seed=0, device=CPU, views=2)
 
 
 def test_memory_stays_flat_over_many_large_images(tmp_path: Path) -> None:
     root = photographs(tmp_path, counts=(2, 1, 1), size_px=(512, 512))
-    for number in range(296):  # 300 names of the same few files
+    for number in range(296):  # 300 hard links to the same few files
         suffix = ".jpg" if number % 2 else ".png"
         os.link(
             root / "train" / "a" / f"00{'0' if number % 2 else '1'}{suffix}",
@@ -373,12 +371,12 @@ def test_memory_stays_flat_over_many_large_images(tmp_path: Path) -> None:
         data.train_images[start : start + 8]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # NumPy and the bytes of files are traced. 300 decoded images are 14 MB at 128 px and 236 MB at 512; a batch of 8
-    # and a few files of up to 0.5 MB each are what may be held
+    # NumPy arrays and file contents are traced. 300 decoded images are 14 MB at 128 px and 236 MB at 512 px. Memory may
+    # hold a batch of 8 and a few files of up to 0.5 MB each
     assert peak < 5_000_000
 
 
-def test_the_workers_leave_a_core_and_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, world, expected in ((1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3), (16, 16, 1)):
+def test_the_ranks_share_the_cores_and_each_leaves_one_for_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, world_size, expected in ((1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3), (16, 16, 1)):
         monkeypatch.setattr(batches_module, "num_cores", lambda cores=cores: cores)
-        assert default_workers(Shard(0, world)) == expected
+        assert default_workers(Shard(0, world_size)) == expected

@@ -13,7 +13,7 @@ from training_toys import write_tree
 from ltkd.config import DataConfig
 from ltkd.contract.image_decoding import load_image
 from ltkd.data import glyphs
-from ltkd.data.batches import batches_of
+from ltkd.data.batches import make_batches
 from ltkd.data.datasets import Dataset, data_config, load_dataset
 from ltkd.data.formats import DATASETS, cifar100_source, glyphs_source
 from ltkd.data.image_files import FileImages
@@ -24,7 +24,7 @@ COUNTS = {"ant": 6, "bee": 2, "cat": 4}
 
 
 def make_tree(root: Path, counts: dict[str, int], size_px: tuple[int, int] = (12, 12)) -> Path:
-    """Images whose level says which they are: 40 a class, and one more for each further image."""
+    """Make images whose red level identifies them: 40 times the label plus the number of the image."""
     for split in ("train", "test"):
         for label, (name, count) in enumerate(counts.items()):
             folder = root / split / name
@@ -47,7 +47,7 @@ def levels(data: Dataset) -> list[int]:
     return sorted(data.train_images[:][:, 0, 0, 0].tolist())
 
 
-def test_a_tree_is_loaded_as_it_is(tree: Path) -> None:
+def test_a_tree_is_loaded_with_all_its_images(tree: Path) -> None:
     data = load(tree)
     assert data.task.class_names == ("ant", "bee", "cat")
     assert data.task.train_counts == (6, 2, 4)
@@ -60,31 +60,31 @@ def test_a_tree_is_loaded_as_it_is(tree: Path) -> None:
     assert data.mirror
 
 
-def test_a_tree_is_given_a_tail_when_asked(tree: Path) -> None:
+def test_gamma_makes_a_tree_long_tailed(tree: Path) -> None:
     data = load(tree, gamma=6)
     assert data.task.train_counts == (6, 2, 1)
     assert data.train_labels.tolist() == [0] * 6 + [1] * 2 + [2]
     assert len(data.test_labels) == 3
 
 
-def test_the_statistics_of_the_channels_are_those_of_the_images_that_are_kept(tree: Path) -> None:
+def test_channel_statistics_are_computed_from_the_images_that_are_kept(tree: Path) -> None:
     for gamma in (None, 6):
         data = load(tree, gamma=gamma)
         unit = data.train_images[:].reshape(-1, 3) / 255
         assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
-        # channels of one value must not divide by zero
+        # the lower bound avoids a division by zero for channels of one value
         assert data.task.std == pytest.approx(np.maximum(unit.std(axis=0), 1e-3), abs=5e-5)
 
 
-def test_images_of_one_square_size_keep_it_and_others_are_brought_to_64(tmp_path: Path) -> None:
+def test_images_of_one_square_size_keep_it_and_others_are_resized_to_64(tmp_path: Path) -> None:
     assert load(make_tree(tmp_path / "wide", COUNTS, (20, 12))).task.input_px == 64
     assert load(make_tree(tmp_path / "large", COUNTS, (225, 225))).task.input_px == 64
-    mixed = make_tree(tmp_path / "mixed", COUNTS)
-    Image.new("RGB", (16, 16)).save(mixed / "train" / "bee" / "000.png")
-    assert load(mixed).task.input_px == 64
+    tree = make_tree(tmp_path / "mixed", COUNTS)
+    Image.new("RGB", (16, 16)).save(tree / "train" / "bee" / "000.png")
+    assert load(tree).task.input_px == 64
 
 
-def test_the_size_can_be_asked_for(tree: Path) -> None:
+def test_the_size_can_be_set(tree: Path) -> None:
     data = load(tree, input_px=9)
     assert (data.task.input_px, data.train_images[:].shape) == (9, (12, 9, 9, 3))
 
@@ -95,7 +95,9 @@ def test_every_unreadable_image_of_both_sets_is_counted_and_named(tree: Path, in
         (tree / name).write_bytes(content)
     (tree / "test" / "cat" / "000.png").unlink()
     (tree / "test" / "cat" / "000.png").mkdir()
-    expected = r"3 of 15 images are unreadable; .*ant/001\.png: not a.*bee/000\.png: the.*test/cat/000\.png: cannot be"
+    expected = (
+        r"3 of 15 images are unreadable; .*ant/001\.png: .*not a.*bee/000\.png: .*test/cat/000\.png: .*cannot be read"
+    )
     with pytest.raises(DataError, match=expected) as error:
         load(tree, input_px=input_px)
     assert "\n" not in str(error.value)
@@ -107,7 +109,7 @@ def test_every_unreadable_image_of_both_sets_is_counted_and_named(tree: Path, in
 
 
 @pytest.mark.parametrize("input_px", [12, 128])
-def test_unreadable_images_are_left_out_when_asked(tree: Path, input_px: int) -> None:
+def test_unreadable_images_are_left_out_with_skip_unreadable(tree: Path, input_px: int) -> None:
     whole = load(tree, input_px=input_px)
     for name in ("train/ant/001.png", "train/ant/005.png", "train/cat/000.png"):
         (tree / name).write_bytes(b"text")
@@ -127,14 +129,14 @@ def test_unreadable_images_are_left_out_when_asked(tree: Path, input_px: int) ->
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_class_that_has_no_readable_image_is_refused_though_others_are_left_out(tree: Path, split: str) -> None:
+def test_a_class_without_readable_images_is_rejected_even_with_skip_unreadable(tree: Path, split: str) -> None:
     for path in (tree / split / "bee").iterdir():
         path.write_bytes(b"text")
-    with pytest.raises(DataError, match=rf"no {split} image of 1 class\(es\) can be read: bee"):
+    with pytest.raises(DataError, match=rf"1 class\(es\) have no readable {split} image: bee"):
         load_dataset(data_config(str(tree), None, "share", None, skip_unreadable=True))
 
 
-def test_images_that_the_tail_leaves_out_are_not_opened(tree: Path) -> None:
+def test_images_outside_the_long_tailed_subset_are_not_opened(tree: Path) -> None:
     kept = load(tree, gamma=6)
     assert kept.train_files is not None
     for path in set(tree.glob("train/*/*.png")) - set(kept.train_files):
@@ -160,40 +162,40 @@ def test_small_images_are_held_in_memory_and_larger_ones_stay_on_disk_with_the_s
     assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
 
 
-def test_somebody_who_waits_is_told_how_many_files_are_done(tree: Path) -> None:
-    told: list[tuple[int, int]] = []
-    load_dataset(data_config(str(tree), None, "share", None), lambda done, total: told.append((done, total)))
-    assert told == [(done, 15) for done in range(1, 16)]
+def test_progress_is_reported_after_every_file(tree: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    load_dataset(data_config(str(tree), None, "share", None), lambda checked, total: calls.append((checked, total)))
+    assert calls == [(num_checked, 15) for num_checked in range(1, 16)]
 
 
-def test_files_that_are_no_images_are_passed_over(tree: Path) -> None:
+def test_files_that_are_not_images_are_ignored(tree: Path) -> None:
     (tree / "train" / "ant" / "notes.txt").write_text("hello")
     (tree / "train" / ".cache").mkdir()
     (tree / "train" / "README").write_text("hello")
     assert load(tree).task.train_counts == (6, 2, 4)
 
 
-def test_a_class_without_images_is_refused(tree: Path) -> None:
+def test_a_class_without_images_is_rejected(tree: Path) -> None:
     (tree / "train" / "dog").mkdir()
-    with pytest.raises(DataError, match=r"classes without a single image .*: dog; add images or remove"):
+    with pytest.raises(DataError, match=r"classes without images .*: dog; add images or remove"):
         load(tree)
 
 
-def test_different_classes_in_train_and_test_are_refused(tree: Path) -> None:
+def test_different_classes_in_train_and_test_are_rejected(tree: Path) -> None:
     (tree / "train" / "cat").rename(tree / "train" / "kat")
     with pytest.raises(DataError, match="only in train: kat; only in test: cat"):
         load(tree)
 
 
-def test_a_directory_without_train_or_test_is_refused(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="train does not exist; a tree needs train/CLASS/ and test/CLASS/"):
+def test_a_directory_without_train_or_test_is_rejected(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train does not exist; the directory needs train/CLASS/ and test/CLASS/"):
         load(tmp_path)
     (tree / "test").rename(tree / "elsewhere")
     with pytest.raises(DataError, match="test does not exist"):
         load(tree)
 
 
-def test_a_tree_with_val_and_no_test_is_tested_on_val(tree: Path) -> None:
+def test_a_tree_with_val_and_without_test_uses_val_as_the_test_set(tree: Path) -> None:
     (tree / "test").rename(tree / "val")
     data = load(tree)
     assert (data.task.train_counts, data.test_labels.tolist()) == ((6, 2, 4), [0, 1, 2])
@@ -221,7 +223,7 @@ def test_tiny_imagenet_is_recognised_by_its_layout(tmp_path: Path) -> None:
     assert load(root, gamma=1, input_px=32).task.train_counts == (5, 5, 5)
 
 
-def test_lists_name_the_images_below_the_root_and_are_found_again_from_elsewhere(
+def test_lists_are_resolved_so_that_another_directory_can_load_them(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tree / "train.txt").write_text(
@@ -231,7 +233,7 @@ def test_lists_name_the_images_below_the_root_and_are_found_again_from_elsewhere
     monkeypatch.chdir(tree)
     config = data_config(".", None, "share", None, train_list=Path("train.txt"), test_list=Path("test.txt"))
     monkeypatch.chdir(tree.parent)
-    assert (config.name, config.gamma) == ("lists", None)  # such lists are long-tailed already
+    assert (config.name, config.gamma) == ("lists", None)  # such lists are already long-tailed
     assert DataConfig.model_validate_json(config.model_dump_json()) == config
     data = load_dataset(config)
     assert (data.task.class_names, data.task.train_counts) == (("bee", "cat", "ant"), (1, 1, 5))
@@ -241,12 +243,12 @@ def test_lists_name_the_images_below_the_root_and_are_found_again_from_elsewhere
     assert (held.task.train_counts, held.test_labels.tolist()) == ((1, 1, 3), [2, 2])
 
 
-def test_one_list_without_the_other_and_lists_below_no_directory_are_refused(tree: Path) -> None:
-    with pytest.raises(UsageError, match="the train list is given without a test list"):
+def test_one_list_without_the_other_and_lists_without_a_directory_are_rejected(tree: Path) -> None:
+    with pytest.raises(UsageError, match="the train list was given without the test list"):
         data_config(str(tree), None, "share", None, train_list=tree / "train.txt")
-    with pytest.raises(UsageError, match="the test list is given without a train list"):
+    with pytest.raises(UsageError, match="the test list was given without the train list"):
         data_config(str(tree), None, "share", None, test_list=tree / "test.txt")
-    with pytest.raises(UsageError, match=r"'glyphs' is no data set .* and no directory"):
+    with pytest.raises(UsageError, match=r"'glyphs' is not a data set .* and not a directory"):
         data_config("glyphs", None, "share", None, train_list=tree / "a", test_list=tree / "b")
     (tree / "one.txt").write_text("train/ant/000.png 0\n")
     one = data_config(str(tree), None, "share", None, train_list=tree / "one.txt", test_list=tree / "one.txt")
@@ -254,7 +256,7 @@ def test_one_list_without_the_other_and_lists_below_no_directory_are_refused(tre
         load_dataset(one)
 
 
-def test_a_path_that_is_no_utf_8_is_refused_in_a_line_that_can_be_printed() -> None:
+def test_a_path_that_is_not_utf_8_is_rejected_with_an_error_that_can_be_printed() -> None:
     with pytest.raises(UsageError, match=r"'caf\\udce9' is not valid UTF-8") as error:
         data_config("caf\udce9", None, "share", None)
     str(error.value).encode()
@@ -262,7 +264,7 @@ def test_a_path_that_is_no_utf_8_is_refused_in_a_line_that_can_be_printed() -> N
 
 @pytest.mark.parametrize("holdout", [0.0, 0.2, 0.5])
 @pytest.mark.parametrize("input_px", [None, 100])
-def test_a_small_tree_of_ones_own_with_a_class_of_two_works_with_and_without_a_holdout(
+def test_a_small_tree_with_a_class_of_two_images_works_with_and_without_a_holdout(
     tmp_path: Path, holdout: float, input_px: int | None
 ) -> None:
     root = write_tree(tmp_path, train_counts=(26, 12, 2), num_test=3)
@@ -271,26 +273,26 @@ def test_a_small_tree_of_ones_own_with_a_class_of_two_works_with_and_without_a_h
     assert min(np.bincount(data.test_labels, minlength=3)) >= 1
     assert data.task.groups.names == ("head", "medium", "tail")
     assert np.bincount(data.train_labels).tolist() == list(data.task.train_counts)
-    batches = batches_of(data, batch_size=64, seed=0, device=torch.device("cpu"), workers=0)
+    batches = make_batches(data, batch_size=64, seed=0, device=torch.device("cpu"), workers=0)
     ((pixels, rows),) = batches.epoch(0)
     assert pixels.shape == (len(data.train_labels), *data.train_images[:1].shape[1:])
     assert sorted(rows.tolist()) == list(range(len(data.train_labels)))
 
 
-def test_one_class_is_refused(tmp_path: Path) -> None:
+def test_one_class_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 1 class folder; a classifier needs at least two"):
         load(make_tree(tmp_path / "photos", {"ant": 3}))
 
 
-def test_two_classes_need_a_partition_into_two(tmp_path: Path) -> None:
+def test_two_classes_need_a_partition_into_two_groups(tmp_path: Path) -> None:
     two = make_tree(tmp_path / "photos", {"ant": 3, "bee": 1})
     with pytest.raises(DataError, match="2 classes cannot fill 3 groups"):
         load(two)
     assert load(two, groups="quantile:2").task.groups.names == ("q1", "q2")
 
 
-def test_an_unknown_data_set_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'imagenet' is no data set \(glyphs, cifar100\) and no directory"):
+def test_the_error_for_an_unknown_data_set_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"'imagenet' is not a data set \(glyphs, cifar100\) and not a directory"):
         data_config("imagenet", None, "share", None)
     with pytest.raises(UsageError, match="unknown data set 'imagenet'; known: glyphs, cifar100"):
         load_dataset(DataConfig(name="imagenet"))
@@ -299,25 +301,25 @@ def test_an_unknown_data_set_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("gamma", "input_px"), [(0.5, None), (0.0, None), (float("nan"), None), (float("inf"), None), (None, 0), (None, -3)]
 )
-def test_options_outside_their_range_are_refused(gamma: float | None, input_px: int | None) -> None:
+def test_options_outside_their_range_are_rejected(gamma: float | None, input_px: int | None) -> None:
     with pytest.raises(UsageError, match="got"):
         data_config("glyphs", gamma, "share", input_px)
 
 
 @pytest.mark.parametrize("groups", ["thirds", "quantile", "quantile:1", "quantile:x", "quantile:-2", ""])
-def test_an_unknown_partition_lists_the_known_ones(tree: Path, groups: str) -> None:
+def test_the_error_for_an_unknown_partition_lists_the_known_ones(tree: Path, groups: str) -> None:
     with pytest.raises(UsageError, match=r"unknown groups .*; known: share, count, quantile:K with K >= 2, or"):
         load(tree, groups=groups)
 
 
-def test_groups_by_count_are_taken_from_what_is_left(tmp_path: Path) -> None:
+def test_groups_by_count_use_the_counts_after_long_tailed_sampling(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "photos", {"ant": 25, "bee": 25}, size_px=(1, 1))
     with pytest.raises(DataError, match="fall into the group 'medium'"):
         load(tree, groups="count")
     assert load(tree, gamma=5, groups="count").task.groups.names == ("medium", "few")
 
 
-def test_a_mapping_of_groups_is_found_again_from_another_directory(
+def test_a_mapping_of_groups_is_resolved_so_that_another_directory_can_load_it(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "groups.json").write_text(json.dumps({"wings": ["bee", "ant"], "tür": ["cat"]}), encoding="utf-8")
@@ -329,20 +331,22 @@ def test_a_mapping_of_groups_is_found_again_from_another_directory(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": "ant", "b": ["bee", "cat"]}', '{"a": [["ant"]]}', "3"])
-def test_a_file_that_is_no_mapping_of_groups_is_refused(tree: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_mapping_of_groups_is_rejected(tree: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "groups.json").write_text(content)
-    with pytest.raises(DataError, match=r"groups\.json is no mapping .*expected \{group: \[class, \.\.\.\]") as error:
+    with pytest.raises(
+        DataError, match=r"groups\.json is not a mapping .*expected \{group: \[class, \.\.\.\]"
+    ) as error:
         load(tree, groups=str(tmp_path / "groups.json"))
     assert "\n" not in str(error.value)
 
 
-def test_a_mapping_without_one_of_the_classes_is_refused(tree: Path, tmp_path: Path) -> None:
+def test_a_mapping_without_one_of_the_classes_is_rejected(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "groups.json").write_text('{"a": ["ant"], "b": ["bee"]}')
-    with pytest.raises(DataError, match="in no group: cat"):
+    with pytest.raises(DataError, match="without a group: cat"):
         load(tree, groups=str(tmp_path / "groups.json"))
 
 
-def test_glyphs_are_47_classes_with_a_tail_of_100_and_a_balanced_test_set() -> None:
+def test_glyphs_have_47_classes_a_gamma_of_100_and_a_balanced_test_set() -> None:
     config = data_config("glyphs", None, "share", None)
     assert config.gamma == 100
     source = glyphs_source(config)
@@ -353,7 +357,7 @@ def test_glyphs_are_47_classes_with_a_tail_of_100_and_a_balanced_test_set() -> N
     assert not source.mirror
 
 
-def test_glyphs_are_loaded_to_the_same_bytes_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glyphs_have_the_same_bytes_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glyphs, "TRAIN_PER_CLASS", 3)  # the full set takes seconds to render
     monkeypatch.setattr(glyphs, "TEST_PER_CLASS", 1)
     first, again = load("glyphs", gamma=3), load("glyphs", gamma=3)
@@ -361,22 +365,24 @@ def test_glyphs_are_loaded_to_the_same_bytes_every_time(monkeypatch: pytest.Monk
     assert first.train_images[:].tobytes() == again.train_images[:].tobytes()
     assert first.test_images[:].tobytes() == again.test_images[:].tobytes()
     assert (len(first.train_labels), len(first.test_labels)) == (sum(first.task.train_counts), 47)
-    shown = {image.tobytes() for image in np.concatenate([first.train_images[:], first.test_images[:]])}
-    assert len(shown) == len(first.train_labels) + 47  # no test image was trained on
+    distinct = {image.tobytes() for image in np.concatenate([first.train_images[:], first.test_images[:]])}
+    assert len(distinct) == len(first.train_labels) + 47  # no test image is a training image
     kept = long_tailed_indices(np.repeat(np.arange(47), 3), first.task.train_counts)[0]
     assert np.array_equal(first.train_images[:][0], glyphs.render_glyphs(np.array([0]), np.array([kept]), split=0)[0])
 
 
 @pytest.mark.parametrize(("name", "size_px"), [("glyphs", 24), ("cifar100", 32)])
-def test_data_sets_of_one_size_take_no_other(name: str, size_px: int) -> None:
+def test_data_sets_of_a_fixed_size_reject_another_size(name: str, size_px: int) -> None:
     with pytest.raises(UsageError, match=f"{size_px} px wide, got --input-px 48; leave the option out"):
         DATASETS[name](DataConfig(name=name, input_px=48))
 
 
-def test_cifar100_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_cifar100_without_a_network_explains_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torchvision.datasets import CIFAR100
 
-    with socket.socket() as closed:  # bound and not listening: a connection is refused, now and while we hold it
+    with socket.socket() as closed:  # bound and not listening, so connections are refused
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{closed.getsockname()[1]}/cifar.tar.gz")
         for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -403,26 +409,26 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (root / split / name).symlink_to(Path(whole).resolve() / split / name)
     elif TAR.is_file():
         with tarfile.open(TAR) as tar:
-            wanted = [member for member in tar if member.isfile() and member.name.split("/")[-2] in PHOTOGRAPHS]
-            tar.extractall(root, wanted, filter="data")
+            members = [member for member in tar if member.isfile() and member.name.split("/")[-2] in PHOTOGRAPHS]
+            tar.extractall(root, members, filter="data")
     else:
         pytest.skip("no photographs: set CIFAR100_TREE to a tree of CIFAR-100 with train/CLASS/ and test/CLASS/")
     return root
 
 
 @pytest.mark.slow
-def test_photographs_are_loaded_at_their_own_size_and_with_the_published_tail(photographs: Path) -> None:
+def test_photographs_are_loaded_at_their_own_size_and_with_the_published_subset(photographs: Path) -> None:
     data = load(photographs, gamma=10)
     assert data.task.class_names == PHOTOGRAPHS
     assert (data.task.train_counts, data.task.input_px, len(data.test_labels)) == ((500, 158, 50), 32, 300)
     files = sorted((photographs / "train" / "apple").iterdir())
-    for place, position in enumerate([90, 254, 283]):  # where the published subsets of class 0 begin
-        assert np.array_equal(data.train_images[:][place], load_image(files[position], 32))
+    for row, position in enumerate([90, 254, 283]):  # the first images of class 0 in the published subsets
+        assert np.array_equal(data.train_images[:][row], load_image(files[position], 32))
     assert all(0.3 < mean < 0.8 for mean in data.task.mean)
     assert all(0.2 < std < 0.4 for std in data.task.std)
 
 
-def test_a_holdout_stands_in_for_the_test_set_and_no_image_is_in_both(tmp_path: Path) -> None:
+def test_a_holdout_replaces_the_test_set_and_no_image_is_in_both(tmp_path: Path) -> None:
     root = write_tree(tmp_path, train_counts=(20, 10, 2))
     whole = load_dataset(data_config(str(root), None, "share", None))
     held = load_dataset(data_config(str(root), None, "share", None, holdout=0.2))

@@ -10,7 +10,7 @@ from ltkd.errors import DataError
 
 
 def touch(root: Path, *names: str) -> None:
-    """Empty files: no function of this module opens an image."""
+    """Create empty files, since the tested functions do not open images."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
@@ -36,7 +36,7 @@ def test_classes_and_files_of_a_tree_are_sorted_by_name(tmp_path: Path) -> None:
     assert names_of(tmp_path, listing.test.files) == ["test/a/0.png", "test/b/0.png"]
 
 
-def test_val_is_the_test_set_of_a_tree_that_has_no_other(tmp_path: Path) -> None:
+def test_val_is_the_test_set_of_a_tree_without_test(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/v.png", "val/b/v.png")
     assert names_of(tmp_path, class_folders(tmp_path).test.files) == ["val/a/v.png", "val/b/v.png"]
     touch(tmp_path, "test/a/t.png", "test/b/t.png")
@@ -44,7 +44,7 @@ def test_val_is_the_test_set_of_a_tree_that_has_no_other(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["two words", "Käfer", "蝶", "🐝", "👩‍🌾", "a'b\"c", "[red]", "-x", "%s{}"])
-def test_a_class_may_be_called_whatever_can_be_printed(tmp_path: Path, name: str) -> None:
+def test_a_class_name_may_be_any_printable_text(tmp_path: Path, name: str) -> None:
     touch(tmp_path, f"train/{name}/0.png", "train/z/0.png", f"test/{name}/0.png", "test/z/0.png")
     names = class_folders(tmp_path).class_names
     assert name in names
@@ -52,28 +52,30 @@ def test_a_class_may_be_called_whatever_can_be_printed(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("caf\udce9", r"caf\\udce9"), ("a\nb", r"a\\nb"), ("a\x1b[31m", r"a\\x1b\[31m")]
+    ("name", "escaped"), [("caf\udce9", r"caf\\udce9"), ("a\nb", r"a\\nb"), ("a\x1b[31m", r"a\\x1b\[31m")]
 )
-def test_a_class_whose_name_cannot_be_printed_is_refused_in_one_line_that_can(
-    tmp_path: Path, name: str, shown: str
+def test_a_class_name_that_cannot_be_printed_is_rejected_with_an_error_that_can(
+    tmp_path: Path, name: str, escaped: str
 ) -> None:
     try:
         touch(tmp_path, f"train/{name}/0.png", "test/z/0.png")
     except (OSError, UnicodeEncodeError):
-        pytest.skip("this file system takes no such name")
-    with pytest.raises(DataError, match=f"class whose name is no printable UTF-8: {shown}; rename the folder") as error:
+        pytest.skip("this file system does not allow such a name")
+    with pytest.raises(
+        DataError, match=f"class whose name is not printable UTF-8: {escaped}; rename the folder"
+    ) as error:
         class_folders(tmp_path)
     assert "\n" not in str(error.value)
     str(error.value).encode()
 
 
-def test_text_is_told_from_bytes_that_are_none() -> None:
+def test_file_names_that_are_not_utf_8_are_recognised() -> None:
     assert is_utf8("käfer 🐝")
     assert not is_utf8("caf\udce9")
 
 
 def tiny(root: Path) -> Path:
-    """TinyImageNet's layout with three classes of two."""
+    """TinyImageNet's layout with three classes of two images."""
     for wnid in ("n03", "n01", "n02"):
         touch(root, *(f"train/{wnid}/images/{wnid}_{number}.JPEG" for number in range(2)))
         write(root / "train" / wnid / f"{wnid}_boxes.txt", f"{wnid}_0.JPEG\t0\t0\t9\t9")
@@ -97,7 +99,7 @@ def test_tiny_imagenet_is_recognised_and_tested_on_its_validation_images(tmp_pat
     assert listing.test.labels_N.tolist() == [1, 0, 1]
 
 
-def test_a_damaged_tiny_imagenet_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_tiny_imagenet_is_rejected(tmp_path: Path) -> None:
     root = tiny(tmp_path)
     write(root / "val" / "val_annotations.txt", "val_0.JPEG\tn02\t0\t0\t1\t1", "val_1.JPEG n01")
     with pytest.raises(DataError, match=r"val_annotations\.txt, line 2: expected FILE, tab, WNID .* got 'val_1"):
@@ -108,7 +110,7 @@ def test_a_damaged_tiny_imagenet_is_refused(tmp_path: Path) -> None:
         tiny_imagenet(root)
 
 
-def test_tiny_imagenet_is_given_the_tails_of_the_literature() -> None:
+def test_the_long_tails_of_tiny_imagenet_have_the_published_totals() -> None:
     totals = [sum(long_tailed_counts([500] * 200, gamma)) for gamma in (10, 20, 100)]
     assert totals == [39_072, 31_711, 21_549]
 
@@ -120,7 +122,7 @@ def lists(
     return write(root / "train.txt", *train), write(root / "test.txt", *test)
 
 
-def test_lists_of_paths_with_labels_are_read_in_their_order(tmp_path: Path) -> None:
+def test_lists_of_paths_with_labels_are_read_in_order(tmp_path: Path) -> None:
     train = ("train/n02/b.JPEG 1", "train/n01/with space.JPEG 0", "", "train/n02/a.JPEG 1")
     listing = index_lists(tmp_path, *lists(tmp_path, train))
     assert listing.class_names == ("n01", "n02")
@@ -131,20 +133,20 @@ def test_lists_of_paths_with_labels_are_read_in_their_order(tmp_path: Path) -> N
     assert listing.train.labels_N.dtype == np.int64
 
 
-def test_a_class_of_a_list_is_called_by_its_number_where_no_folder_is_its_own(tmp_path: Path) -> None:
-    mixed = ("x/a/0.jpg 0", "x/b/1.jpg 0", "x/c/2.jpg 1")
-    assert index_lists(tmp_path, *lists(tmp_path, mixed)).class_names == ("0", "c")
-    shared = ("all/0.jpg 0", "all/1.jpg 1")
-    assert index_lists(tmp_path, *lists(tmp_path, shared)).class_names == ("0", "1")
-    flat = ("0.jpg 0", "1.jpg 1")
-    assert index_lists(tmp_path, *lists(tmp_path, flat)).class_names == ("0", "1")
+def test_a_class_of_a_list_without_a_folder_of_its_own_is_named_after_its_label(tmp_path: Path) -> None:
+    several_folders = ("x/a/0.jpg 0", "x/b/1.jpg 0", "x/c/2.jpg 1")
+    assert index_lists(tmp_path, *lists(tmp_path, several_folders)).class_names == ("0", "c")
+    one_folder = ("all/0.jpg 0", "all/1.jpg 1")
+    assert index_lists(tmp_path, *lists(tmp_path, one_folder)).class_names == ("0", "1")
+    no_folder = ("0.jpg 0", "1.jpg 1")
+    assert index_lists(tmp_path, *lists(tmp_path, no_folder)).class_names == ("0", "1")
 
 
 @pytest.mark.parametrize(
     "line",
     ["a.jpg", "a.jpg -1", "a.jpg 1.5", "a.jpg one", "a.jpg ²", " 3", "/etc/a.jpg 0", "../a.jpg 0", "a.jpg 9999999999"],
 )
-def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+def test_the_error_for_a_malformed_line_names_the_line_number(tmp_path: Path, line: str) -> None:
     train, test = lists(tmp_path, ("a/0.jpg 0", "b/0.jpg 1"))
     write(train, "a/0.jpg 0", "b/0.jpg 1", line)
     with pytest.raises(DataError, match=r"train\.txt, line 3: expected 'PATH LABEL'") as error:
@@ -152,21 +154,21 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> N
     assert "\n" not in str(error.value)
 
 
-def test_a_list_that_is_missing_empty_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_list_that_is_missing_empty_or_not_text_is_rejected(tmp_path: Path) -> None:
     train, test = lists(tmp_path, ("a/0.jpg 0", "b/0.jpg 1"))
     with pytest.raises(DataError, match=r"nowhere\.txt cannot be read .*'PATH LABEL' lines"):
         index_lists(tmp_path, train, tmp_path / "nowhere.txt")
-    with pytest.raises(DataError, match=r"names no image"):
+    with pytest.raises(DataError, match=r"lists no images"):
         index_lists(tmp_path, write(tmp_path / "empty.txt", "", " "), test)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe a 0")
     with pytest.raises(DataError, match=r"bytes\.txt cannot be read"):
         index_lists(tmp_path, tmp_path / "bytes.txt", test)
 
 
-def test_labels_with_a_gap_and_labels_that_are_only_in_the_test_list_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="labels up to 3 but no image of 1; number classes from 0 on"):
+def test_labels_with_a_gap_and_labels_that_are_only_in_the_test_list_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="labels up to 3 but no image of 1; number the classes from 0"):
         index_lists(tmp_path, *lists(tmp_path, ("a/0.jpg 0", "b/0.jpg 2", "c/0.jpg 3")))
-    with pytest.raises(DataError, match=r"test\.txt has labels that .*train\.txt has not \(1, 7\)"):
+    with pytest.raises(DataError, match=r"test\.txt has labels that are not in .*train\.txt \(1, 7\)"):
         index_lists(tmp_path, *lists(tmp_path, ("a/0.jpg 0",), ("v/0.jpg 1", "v/1.jpg 7", "v/2.jpg 0")))
 
 

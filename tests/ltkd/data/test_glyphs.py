@@ -12,7 +12,7 @@ def images() -> NDArray[np.uint8]:
     return glyphs.render_glyphs(LABELS, NUMBERS, split=0)
 
 
-def test_the_same_glyphs_come_out_again_one_by_one_and_in_any_order(images: NDArray[np.uint8]) -> None:
+def test_a_glyph_has_the_same_pixels_alone_and_in_any_order(images: NDArray[np.uint8]) -> None:
     assert images.shape == (47, 24, 24, 3)
     again = glyphs.render_glyphs(LABELS[::-1], NUMBERS[::-1], split=0)
     assert again[::-1].tobytes() == images.tobytes()
@@ -27,13 +27,13 @@ def test_splits_classes_and_numbers_differ(images: NDArray[np.uint8]) -> None:
     assert len(set(everything)) == len(everything)
 
 
-def test_there_are_47_classes_with_names_that_survive_a_file_system_without_case() -> None:
+def test_the_47_class_names_stay_distinct_on_a_file_system_without_case() -> None:
     names = glyphs.class_names()
     assert len({name.casefold() for name in names}) == len(names) == len(glyphs.CHARACTERS) == 47
     assert all(name.isascii() and name.isidentifier() for name in names)
 
 
-def test_every_glyph_can_be_seen(images: NDArray[np.uint8]) -> None:
+def test_every_glyph_has_enough_contrast(images: NDArray[np.uint8]) -> None:
     light = images.mean(axis=3).reshape(47, -1)
     low, high = np.percentile(light, [2, 98], axis=1)
     # ink and paper differ by 0.4 in lightness, 102 of 255; blur, saturation and thin strokes take up to half of it

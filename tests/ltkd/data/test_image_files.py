@@ -21,47 +21,47 @@ def photographs(tmp_path: Path) -> FileImages:
     return FileImages(tuple(paths), 16)
 
 
-def test_files_are_read_by_position_as_the_one_decoder_reads_them(photographs: FileImages) -> None:
+def test_files_are_decoded_by_position_with_the_shared_decoder(photographs: FileImages) -> None:
     whole = np.stack([load_image(path, 16) for path in photographs.paths])
     assert len(photographs) == 7
     for rows in (slice(None), slice(2, 5), slice(6, 99), slice(None, None, 3), np.array([5, 0, 5]), np.array([], int)):
         np.testing.assert_array_equal(photographs[rows], whole[rows])
-    assert photographs[2:3].flags.writeable  # torch takes nothing else without a warning
+    assert photographs[2:3].flags.writeable  # torch warns about arrays that are not writeable
 
 
-def test_some_of_the_files_are_taken_without_reading_them(photographs: FileImages) -> None:
+def test_files_are_selected_without_reading_them(photographs: FileImages) -> None:
     for path in photographs.paths:
         path.unlink()
-    taken = photographs.take(np.array([3, 1]))
-    assert taken == FileImages((photographs.paths[3], photographs.paths[1]), 16)
-    with pytest.raises(ImageError, match=r"1\.jpg: cannot be read"):
-        taken[1:2]
+    selected = photographs.take(np.array([3, 1]))
+    assert selected == FileImages((photographs.paths[3], photographs.paths[1]), 16)
+    with pytest.raises(ImageError, match=r"1\.jpg: the file cannot be read"):
+        selected[1:2]
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_look_finds_every_unreadable_file_and_counts_the_levels_of_the_others(
+def test_the_check_finds_every_unreadable_file_and_counts_the_levels_of_the_others(
     photographs: FileImages, keep: bool
 ) -> None:
     photographs.paths[0].write_bytes(b"text")
     whole = photographs.paths[4].read_bytes()
     photographs.paths[4].write_bytes(whole[: len(whole) // 2])
-    done: list[int] = []
-    look = check_files(photographs, keep=keep, on_file=done.append)
-    assert done == list(range(1, 8))
-    assert list(look.problems) == [0, 4]
-    assert "0.png: not a JPEG" in look.problems[0]
-    assert "4.jpg: the image is damaged or truncated" in look.problems[4]
-    readable = [load_image(photographs.paths[place], 16) for place in (1, 2, 3, 5, 6)]
-    # the images are smaller than twice the result, so a draft is the whole image
-    np.testing.assert_array_equal(look.levels_3L, sum(map(channel_levels, readable)))
+    num_checked: list[int] = []
+    check = check_files(photographs, keep=keep, on_file=num_checked.append)
+    assert num_checked == list(range(1, 8))
+    assert list(check.problems) == [0, 4]
+    assert "0.png: the file is not a JPEG" in check.problems[0]
+    assert "4.jpg: the image is damaged or truncated" in check.problems[4]
+    readable = [load_image(photographs.paths[position], 16) for position in (1, 2, 3, 5, 6)]
+    # the images are smaller than twice the result, so draft mode decodes them at full size
+    np.testing.assert_array_equal(check.levels_3L, sum(map(channel_levels, readable)))
     if keep:
-        assert look.images_NSS3 is not None
-        np.testing.assert_array_equal(look.images_NSS3[[1, 2, 3, 5, 6]], readable)
+        assert check.images_NSS3 is not None
+        np.testing.assert_array_equal(check.images_NSS3[[1, 2, 3, 5, 6]], readable)
     else:
-        assert look.images_NSS3 is None
+        assert check.images_NSS3 is None
 
 
-def test_more_files_than_are_under_way_at_once_are_all_read(
+def test_all_files_are_read_if_there_are_more_than_fit_in_the_pending_tasks(
     photographs: FileImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files_module, "_TASK", 2)
@@ -80,7 +80,7 @@ def test_the_levels_of_a_channel_are_counted() -> None:
     assert levels.sum() == 6
 
 
-def test_every_unreadable_file_is_named_three_of_them_in_one_line_and_more_in_one_each() -> None:
+def test_up_to_three_unreadable_files_are_named_in_one_line_and_more_with_a_line_each() -> None:
     problems = [f"{number}.png: damaged" for number in range(14)]
     assert "\n" not in str(unreadable_error(problems[:3], 50))
     assert str(unreadable_error(problems[:1], 1234)).startswith(

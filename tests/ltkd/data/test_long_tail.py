@@ -33,7 +33,7 @@ def test_the_groups_of_the_benchmark_have_the_published_numbers_of_images() -> N
     assert [sum(counts[label] for label in groups.members(name)) for name in groups.names] == [8_615, 1_864, 368]
 
 
-# SHA-256 of all positions within their class, class after class, as little-endian int64: the drawing of LDAM-DRW
+# SHA-256 of all positions within their class, class after class, as little-endian int64, drawn with LDAM-DRW
 @pytest.mark.parametrize(
     ("gamma", "sha256"),
     [
@@ -67,7 +67,7 @@ def test_a_longer_tail_is_a_subset_of_a_shorter_one(
     kept = set(long_tailed_indices(labels, short).tolist())
     assert len(kept) == sum(short)
     assert set(long_tailed_indices(labels, long).tolist()) <= kept
-    assert all(1 <= count <= has for count, has in zip(long, available, strict=True))
+    assert all(1 <= count <= size for count, size in zip(long, available, strict=True))
 
 
 def test_gamma_one_keeps_every_image() -> None:
@@ -77,9 +77,9 @@ def test_gamma_one_keeps_every_image() -> None:
     assert sorted(long_tailed_indices(labels, counts).tolist()) == list(range(6))
 
 
-def test_a_class_with_fewer_images_than_its_share_keeps_what_it_has() -> None:
+def test_a_class_with_fewer_images_than_the_profile_keeps_all_of_them() -> None:
     assert long_tailed_counts([100, 4, 100], gamma=4) == [100, 4, 25]
 
 
-def test_no_class_is_cut_to_nothing() -> None:
+def test_every_class_keeps_at_least_one_image() -> None:
     assert long_tailed_counts([10, 10, 10], gamma=1000) == [10, 1, 1]

@@ -19,12 +19,12 @@ from ltkd.methods.registry import method_config
 
 DATA = DataConfig(name="glyphs")
 SHORT = RECIPE.model_copy(update={"epochs": 2})
-EVERY_PICTURE = {PLOT_FILE, TEACHER_KL_FILE, TEACHER_MASSES_FILE, CLASS_ACCURACY_FILE}
-NUM_TEST = 30  # of each of three classes: enough for a batch of group masses
+ALL_PLOTS = {PLOT_FILE, TEACHER_KL_FILE, TEACHER_MASSES_FILE, CLASS_ACCURACY_FILE}
+NUM_TEST = 30  # per class, of three classes: enough for a batch of group masses
 
 
-def toys(config: DataConfig, console: Console) -> Dataset:
-    """The colours, with a longer tail where one is asked for."""
+def load_toys(config: DataConfig, console: Console) -> Dataset:
+    """The toy images, with other training counts if there is a gamma."""
     return toy_data((24, 10, 3) if config.gamma is None else (20, 8, int(20 / config.gamma)), NUM_TEST)
 
 
@@ -44,30 +44,30 @@ def run_compare(
         gammas=gammas,
         execution=CPU,
     )
-    return compare(experiment, out, Console(quiet=True), load=toys)
+    return compare(experiment, out, Console(quiet=True), load=load_toys)
 
 
-def pictures(out: Path) -> set[str]:
-    """Every PNG, and everything else that saving one could have left."""
+def plot_files(out: Path) -> set[str]:
+    """The names of all files except compare.json, so of plots and of files that a failed write would leave."""
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     return {path.name for path in out.iterdir() if path.is_file()} - {COMPARISON_FILE}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+def seeds_comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     out = tmp_path_factory.mktemp("compare") / "toys"
     return out, run_compare(out)
 
 
 @pytest.fixture(scope="module")
-def tails(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
-    out = tmp_path_factory.mktemp("compare") / "tails"
+def gammas_comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    out = tmp_path_factory.mktemp("compare") / "gammas"
     return out, run_compare(out, ("ltkd", "ltkd:alpha=3"), (0,), (2.0, 10.0))
 
 
-def test_every_method_and_seed_has_a_row_and_a_run(finished: tuple[Path, Comparison]) -> None:
-    out, comparison = finished
+def test_every_method_and_seed_has_a_row_and_a_run(seeds_comparison: tuple[Path, Comparison]) -> None:
+    out, comparison = seeds_comparison
     assert [(row.network, row.seed) for row in comparison.rows] == [
         ("teacher", 0), ("ce", 0), ("ltkd", 0), ("teacher", 1), ("ce", 1), ("ltkd", 1),
     ]  # fmt: skip
@@ -75,67 +75,71 @@ def test_every_method_and_seed_has_a_row_and_a_run(finished: tuple[Path, Compari
     assert read_record(out / COMPARISON_FILE, Comparison, RunError) == comparison
 
 
-def test_a_comparison_leaves_every_picture_that_has_something_to_show_and_nothing_half_written(
-    finished: tuple[Path, Comparison],
+def test_a_comparison_writes_every_plot_that_has_data_and_no_partial_files(
+    seeds_comparison: tuple[Path, Comparison],
 ) -> None:
-    assert pictures(finished[0]) == EVERY_PICTURE
+    assert plot_files(seeds_comparison[0]) == ALL_PLOTS
 
 
-def test_without_a_distilled_student_there_is_no_picture_of_divergence(tmp_path: Path) -> None:
+def test_without_a_distilled_student_there_is_no_plot_of_the_divergence(tmp_path: Path) -> None:
     run_compare(tmp_path / "ce", methods=("ce",), seeds=(0,))
-    assert pictures(tmp_path / "ce") == EVERY_PICTURE - {TEACHER_KL_FILE}
+    assert plot_files(tmp_path / "ce") == ALL_PLOTS - {TEACHER_KL_FILE}
 
 
-def test_several_tails_have_pictures_and_runs_of_their_own_but_share_one_of_the_masses(
-    tails: tuple[Path, Comparison],
+def test_every_gamma_has_its_own_plots_and_runs_but_the_plot_of_the_masses_is_shared(
+    gammas_comparison: tuple[Path, Comparison],
 ) -> None:
-    out, comparison = tails
-    each = {Path(name).stem for name in (PLOT_FILE, TEACHER_KL_FILE, CLASS_ACCURACY_FILE, SENSITIVITY_FILE)}
-    assert pictures(out) == {f"{stem}-gamma{gamma}.png" for stem in each for gamma in (2, 10)} | {TEACHER_MASSES_FILE}
+    out, comparison = gammas_comparison
+    stems = {Path(name).stem for name in (PLOT_FILE, TEACHER_KL_FILE, CLASS_ACCURACY_FILE, SENSITIVITY_FILE)}
+    assert plot_files(out) == {f"{stem}-gamma{gamma}.png" for stem in stems for gamma in (2, 10)} | {
+        TEACHER_MASSES_FILE
+    }
     assert comparison.gammas == [2.0, 10.0]
     assert comparison.train_counts == ((20, 8, 10), (20, 8, 2))
     assert all(row.run == f"gamma{row.gamma:g}/seed0/{row.network.replace(':', '-')}" for row in comparison.rows)
 
 
-def test_tails_may_group_the_classes_differently(tails: tuple[Path, Comparison]) -> None:
-    # at gamma 2 the last class is not the rarest, so the pictures must take each tail's own groups
-    groups = [groups_by_share(counts).group_of_class for counts in tails[1].train_counts]
+def test_every_gamma_has_its_own_class_groups(gammas_comparison: tuple[Path, Comparison]) -> None:
+    # at gamma 2 the last class is not the rarest, so the plots must use the groups of each gamma
+    groups = [groups_by_share(counts).group_of_class for counts in gammas_comparison[1].train_counts]
     assert groups == [(0, 2, 1), (0, 1, 2)]
-    for row in tails[1].rows:
-        of_class = dict(zip(groups[tails[1].gammas.index(row.gamma)], row.class_accuracy, strict=True))
-        assert [of_class[group] for group in range(3)] == [row.accuracy[name] for name in tails[1].group_names]
+    for row in gammas_comparison[1].rows:
+        of_class = dict(zip(groups[gammas_comparison[1].gammas.index(row.gamma)], row.class_accuracy, strict=True))
+        assert [of_class[group] for group in range(3)] == [
+            row.accuracy[name] for name in gammas_comparison[1].group_names
+        ]
 
 
-def test_only_students_with_a_teacher_have_a_divergence(finished: tuple[Path, Comparison]) -> None:
-    assert {row.network for row in finished[1].rows if row.teacher_kl is not None} == {"ltkd"}
-    assert set(finished[1].mean(None, "teacher_kl")) == {"ltkd"}
+def test_only_distilled_students_have_a_divergence(seeds_comparison: tuple[Path, Comparison]) -> None:
+    assert {row.network for row in seeds_comparison[1].rows if row.teacher_kl is not None} == {"ltkd"}
+    assert set(seeds_comparison[1].mean(None, "teacher_kl")) == {"ltkd"}
 
 
-def test_the_accuracy_of_classes_and_groups_agree(finished: tuple[Path, Comparison]) -> None:
-    def close(row: RunResult) -> bool:  # every class has as many test images
-        return row.accuracy["all"] == pytest.approx(statistics.fmean(each or 0.0 for each in row.class_accuracy))
+def test_the_accuracy_of_classes_and_groups_agree(seeds_comparison: tuple[Path, Comparison]) -> None:
+    def agrees(row: RunResult) -> bool:  # all classes have the same number of test images
+        return row.accuracy["all"] == pytest.approx(statistics.fmean(value or 0.0 for value in row.class_accuracy))
 
-    assert all(close(row) for row in finished[1].rows)
+    assert all(agrees(row) for row in seeds_comparison[1].rows)
 
 
-def test_mean_and_spread_are_those_of_the_rows(finished: tuple[Path, Comparison]) -> None:
-    _, comparison = finished
+def test_mean_and_deviation_are_computed_from_the_rows(seeds_comparison: tuple[Path, Comparison]) -> None:
+    _, comparison = seeds_comparison
     accuracies = [row.accuracy["all"] for row in comparison.rows if row.network == "ltkd"]
     assert comparison.mean(None)["ltkd"]["all"] == statistics.fmean(accuracies)
     assert comparison.deviation(None)["ltkd"]["all"] == statistics.stdev(accuracies)
 
 
-def test_an_interrupted_comparison_gives_the_same_rows_as_one_that_was_not(
-    finished: tuple[Path, Comparison], tmp_path: Path
+def test_an_interrupted_comparison_gives_the_same_rows_as_an_uninterrupted_one(
+    seeds_comparison: tuple[Path, Comparison], tmp_path: Path
 ) -> None:
     run_compare(tmp_path / "again", methods=("ce",), seeds=(0,))
     before = (tmp_path / "again" / "seed0" / "teacher" / "weights.safetensors").stat().st_mtime_ns
-    assert run_compare(tmp_path / "again").rows == finished[1].rows
+    assert run_compare(tmp_path / "again").rows == seeds_comparison[1].rows
     assert (tmp_path / "again" / "seed0" / "teacher" / "weights.safetensors").stat().st_mtime_ns == before
 
 
-def test_the_table_shows_percent_with_spread_for_every_network(finished: tuple[Path, Comparison]) -> None:
-    text = printed(finished[1])
+def test_the_table_has_percent_and_deviation_for_every_network(seeds_comparison: tuple[Path, Comparison]) -> None:
+    text = printed(seeds_comparison[1])
     for word in (
         "head",
         "medium",
@@ -148,14 +152,16 @@ def test_the_table_shows_percent_with_spread_for_every_network(finished: tuple[P
         "2 seeds",
     ):
         assert word in text
-    mean, spread = (100 * values["ltkd"]["all"] for values in (finished[1].mean(None), finished[1].deviation(None)))
-    assert f"{mean:.1f}±{spread:.1f}" in text
+    mean, deviation = (
+        100 * values["ltkd"]["all"] for values in (seeds_comparison[1].mean(None), seeds_comparison[1].deviation(None))
+    )
+    assert f"{mean:.1f}±{deviation:.1f}" in text
 
 
-def test_every_tail_has_a_table(tails: tuple[Path, Comparison]) -> None:
-    assert len(comparison_tables(tails[1])) == 2
+def test_every_gamma_has_a_table(gammas_comparison: tuple[Path, Comparison]) -> None:
+    assert len(comparison_tables(gammas_comparison[1])) == 2
     for title in ("gamma 2, recipe toy, 1 seed", "gamma 10, recipe toy, 1 seed"):
-        assert title in printed(tails[1])
+        assert title in printed(gammas_comparison[1])
 
 
 def printed(comparison: Comparison) -> str:
@@ -166,10 +172,10 @@ def printed(comparison: Comparison) -> str:
     return capture.get()
 
 
-def test_a_contestant_is_a_method_with_what_is_changed() -> None:
-    changed = parse_method("ltkd:alpha=3:beta=2")
-    assert (changed.name, changed.folder, changed.method.name) == ("ltkd:alpha=3:beta=2", "ltkd-alpha=3-beta=2", "ltkd")
-    assert (changed.method.parameters["alpha"], changed.method.parameters["beta"]) == (3.0, 2.0)
+def test_a_method_is_parsed_with_its_parameters() -> None:
+    spec = parse_method("ltkd:alpha=3:beta=2")
+    assert (spec.name, spec.folder, spec.method.name) == ("ltkd:alpha=3:beta=2", "ltkd-alpha=3-beta=2", "ltkd")
+    assert (spec.method.parameters["alpha"], spec.method.parameters["beta"]) == (3.0, 2.0)
     assert parse_method("ce") == MethodSpec("ce", method_config("ce"))
 
 
@@ -177,16 +183,16 @@ def test_a_contestant_is_a_method_with_what_is_changed() -> None:
     ("text", "problem"),
     [("magic", "unknown method 'magic'"), ("ltkd:gamma=3", "no parameter 'gamma'"), ("ltkd:alpha", "NAME=VALUE")],
 )
-def test_a_contestant_that_is_none_is_refused(text: str, problem: str) -> None:
+def test_an_invalid_method_raises_an_error(text: str, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         parse_method(text)
 
 
-def test_a_method_named_twice_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="named twice"):
+def test_a_method_given_twice_raises_an_error_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="given twice"):
         run_compare(tmp_path / "twice", methods=("ce", "ce"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_toys_fill_a_batch_of_masses() -> None:
+def test_the_test_images_fill_exactly_one_batch_of_masses() -> None:
     assert MASS_BATCH <= 3 * NUM_TEST < 2 * MASS_BATCH

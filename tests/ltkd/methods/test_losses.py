@@ -1,4 +1,4 @@
-"""The losses against formulations that were written independently, with probabilities, in float64."""
+"""Comparison of the losses with independent formulations in probabilities and float64."""
 
 import numpy as np
 import pytest
@@ -51,10 +51,10 @@ def plain_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (p * np.log(p / q)).sum(-1)
 
 
-def ltkd_by_hand(
+def reference_ltkd(
     student: Tensor, teacher: Tensor, groups: ClassGroups, temperature: float, target: np.ndarray
 ) -> tuple[float, float]:
-    """Cross-group and within-group term, image by image, as METHOD writes them."""
+    """Cross-group and within-group term, image by image, from the definition in probabilities."""
     p_student, p_teacher = probabilities(student, temperature), probabilities(teacher, temperature)
     members = [groups.members(name) for name in groups.names]
     mass_student = np.stack([p_student[:, inside].sum(1) for inside in members], axis=1)
@@ -79,10 +79,10 @@ def ltkd_by_hand(
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("num_groups", [2, 3, 10])
-def test_ltkd_equals_the_definition_written_with_probabilities(num_groups: int, temperature: float) -> None:
+def test_ltkd_equals_its_definition_in_probabilities(num_groups: int, temperature: float) -> None:
     student, teacher, _ = random_logits(num_groups)
     groups = partition(10, num_groups)
-    cross, within = ltkd_by_hand(student, teacher, groups, temperature, np.full(num_groups, 1 / num_groups))
+    cross, within = reference_ltkd(student, teacher, groups, temperature, np.full(num_groups, 1 / num_groups))
     expected = temperature**2 * (6.0 * cross + 1.0 * within)
     found = ltkd_loss(student, teacher, GroupIndex(groups), temperature=temperature)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **EXACT)
@@ -91,7 +91,7 @@ def test_ltkd_equals_the_definition_written_with_probabilities(num_groups: int, 
 def test_the_class_share_target_weighs_groups_by_their_number_of_classes() -> None:
     student, teacher, _ = random_logits(1)
     groups = ClassGroups(names=("big", "small"), group_of_class=(0,) * 8 + (1,) * 2)
-    cross, _ = ltkd_by_hand(student, teacher, groups, 4.0, np.array([0.8, 0.2]))
+    cross, _ = reference_ltkd(student, teacher, groups, 4.0, np.array([0.8, 0.2]))
     found = ltkd_loss(student, teacher, GroupIndex(groups), beta=0.0, target="class-share")
     torch.testing.assert_close(found, torch.tensor(16 * 6 * cross, dtype=torch.float64), **EXACT)
 
@@ -113,11 +113,12 @@ def test_without_calibration_and_with_the_teachers_masses_ltkd_is_plain_distilla
         calibrate=False,
     )
     plain = kd_loss(student.float(), teacher.float(), temperature=temperature)
-    torch.testing.assert_close(whole, plain, atol=1e-4, rtol=1e-4)  # times temperature**2, up to 100 x 1e-6
+    # float32 rounding of 1e-6 times temperature**2, which is at most 100
+    torch.testing.assert_close(whole, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_calibration_gives_every_group_the_same_weight_over_the_batch() -> None:
-    # with equal teacher masses in every image, the rescaled masses are exactly uniform, and so is the best student
+    # with equal teacher masses in every image the rescaled masses are exactly uniform, so a uniform student has no loss
     teacher = torch.tensor([[5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
     balanced = torch.zeros(2, 3)
     groups = GroupIndex(partition(3, 3))
@@ -133,7 +134,7 @@ def test_a_common_factor_in_the_prior_cancels() -> None:
     torch.testing.assert_close(once, times_64, **EXACT)
 
 
-def test_the_batchs_own_masses_given_as_a_prior_change_nothing() -> None:
+def test_the_masses_of_the_batch_as_a_prior_change_nothing() -> None:
     student, teacher, _ = random_logits(3)
     groups = partition(10, 3)
     mass = groups.mass(probabilities(teacher, 4.0)).sum(0)
@@ -142,14 +143,14 @@ def test_the_batchs_own_masses_given_as_a_prior_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kd_equals_the_definition_written_with_probabilities(seed: int) -> None:
+def test_kd_equals_its_definition_in_probabilities(seed: int) -> None:
     student, teacher, _ = random_logits(seed)
     expected = 16 * plain_kl(probabilities(teacher, 4.0), probabilities(student, 4.0)).mean()
     torch.testing.assert_close(kd_loss(student, teacher), torch.tensor(expected), **EXACT)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_dkd_equals_the_definition_written_with_probabilities(seed: int) -> None:
+def test_dkd_equals_its_definition_in_probabilities(seed: int) -> None:
     student, teacher, labels = random_logits(seed)
     p_student, p_teacher = probabilities(student, 4.0), probabilities(teacher, 4.0)
     total = 0.0
@@ -162,7 +163,7 @@ def test_dkd_equals_the_definition_written_with_probabilities(seed: int) -> None
     torch.testing.assert_close(dkd_loss(student, teacher, labels), expected, **EXACT)
 
 
-def test_dkd_with_the_teachers_own_weight_on_the_rest_is_plain_distillation() -> None:
+def test_dkd_with_the_teachers_weight_of_the_rest_is_plain_distillation() -> None:
     student, teacher, _ = random_logits(4, num=1)
     label = torch.tensor([3])
     rest = float(1 - probabilities(teacher, 4.0)[0, 3])
@@ -191,7 +192,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
         all_losses(student, teacher, labels), all_losses(student.float(), teacher.float(), labels), strict=True
     ):
         assert half.dtype == torch.float32
-        torch.testing.assert_close(half, full, rtol=0, atol=0)  # the very same arithmetic
+        torch.testing.assert_close(half, full, rtol=0, atol=0)  # the same arithmetic
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
@@ -212,7 +213,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("loss", ["kd", "dkd", "bkd", "ltkd", "adjusted"])
-def test_the_gradient_is_that_of_the_value(loss: str) -> None:
+def test_the_gradient_matches_finite_differences(loss: str) -> None:
     student, teacher, labels = random_logits(9, num=3, num_classes=5)
     groups = GroupIndex(partition(5, 2))
     functions = {
@@ -263,7 +264,7 @@ def test_the_modules_running_average_follows_the_teachers_masses() -> None:
     assert torch.equal(module.average_mass_K, before)
 
 
-def test_the_module_rescales_nothing_before_its_first_step_of_training() -> None:
+def test_the_module_rescales_nothing_before_its_first_training_step() -> None:
     student, teacher, _ = random_logits(13)
     groups = partition(10, 3)
     expected = ltkd_loss(student, teacher, GroupIndex(groups), calibrate=False)
@@ -284,8 +285,8 @@ def test_bkd_is_distillation_from_weighted_and_renormalised_probabilities(temper
 def test_effective_number_weights_average_to_one_over_the_images() -> None:
     weight = effective_number_weights(COUNTS)
     assert (weight * COUNTS).sum().item() == pytest.approx(COUNTS.sum().item())
-    by_hand = [(1 - 0.9999) / (1 - 0.9999**count) for count in (500, 5)]
-    assert (weight[9] / weight[0]).item() == pytest.approx(by_hand[1] / by_hand[0], rel=1e-10)
+    reference = [(1 - 0.9999) / (1 - 0.9999**count) for count in (500, 5)]
+    assert (weight[9] / weight[0]).item() == pytest.approx(reference[1] / reference[0], rel=1e-10)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])

@@ -44,29 +44,29 @@ def cross_entropy(strength: float = 0.0) -> torch.Tensor:
     return adjusted_cross_entropy(STUDENT, LABELS, CLASSES.log_prior_C, strength=strength)
 
 
-def test_a_configuration_writes_out_every_parameter_and_gives_the_same_method_back() -> None:
+def test_a_configuration_has_every_parameter_and_restores_the_same_method() -> None:
     for name in METHODS:
         config = method_config(name)
         assert build_method(config) == METHODS[name]()
         assert build_method(MethodConfig.model_validate_json(config.model_dump_json())) == METHODS[name]()
 
 
-def test_texts_from_the_command_line_become_numbers() -> None:
+def test_strings_from_the_command_line_become_numbers() -> None:
     assert method_config("ltkd", {"alpha": "3"}).parameters["alpha"] == 3.0
 
 
-def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'lktd'; known: ce, kd, dkd, bkd, reviewkd, ltkd, ltkd_plus"):
         method_config("lktd")
 
 
-def test_an_unknown_parameter_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_parameter_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'kd' has no parameter 'alpha'; it has: .*temperature, ce_weight, kd_weight"):
         method_config("kd", {"alpha": "3"})
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", "0"), ("alpha", "-1"), ("target", "flat"), ("beta", "x")])
-def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: str) -> None:
+def test_the_error_for_an_invalid_value_names_the_parameter(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"method 'ltkd': .*{name}='{value}'"):
         method_config("ltkd", {name: value})
 
@@ -101,16 +101,16 @@ def test_bkd_weighs_the_teacher_by_the_effective_number_of_images() -> None:
 
 
 def test_reviewkd_compares_features() -> None:
-    seen = replace(batch(1.0), student_features=[STUDENT], teacher_features=[TEACHER])
+    inputs = replace(batch(1.0), student_features=[STUDENT], teacher_features=[TEACHER])
     expected = cross_entropy() + 2 * review_loss([STUDENT], [TEACHER])
-    torch.testing.assert_close(ReviewKD(review_weight=2.0)(seen), expected, rtol=0, atol=0)
+    torch.testing.assert_close(ReviewKD(review_weight=2.0)(inputs), expected, rtol=0, atol=0)
 
 
-def test_the_labels_are_adjusted_by_the_prior_where_asked() -> None:
+def test_logit_adjustment_adds_the_prior_to_the_cross_entropy() -> None:
     torch.testing.assert_close(CE(logit_adjustment=1.0)(batch(0.5)), cross_entropy(strength=1.0), rtol=0, atol=0)
 
 
-def test_classes_are_weighted_after_the_share_of_the_training_that_was_asked_for() -> None:
+def test_classes_are_weighted_after_the_configured_share_of_the_training() -> None:
     method = CE(reweight_after=0.8)
     weighted = adjusted_cross_entropy(
         STUDENT, LABELS, CLASSES.log_prior_C, strength=0.0, class_weight_C=CLASSES.effective_weight_C
@@ -122,13 +122,13 @@ def test_classes_are_weighted_after_the_share_of_the_training_that_was_asked_for
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "bkd", "ltkd"])
-def test_the_teacher_loses_the_prior_before_anything_else_where_asked(name: str) -> None:
+def test_teacher_calibration_subtracts_the_prior_from_the_teachers_logits(name: str) -> None:
     calibrated = replace(batch(1.0), teacher_NC=without_prior(TEACHER, CLASSES.log_prior_C, strength=0.7))
     found = build_method(method_config(name, {"teacher_calibration": 0.7}))(batch(1.0))
     torch.testing.assert_close(found, METHODS[name]()(calibrated), rtol=0, atol=0)
 
 
-def test_ltkd_cuts_the_classes_into_as_many_groups_as_asked() -> None:
+def test_ltkd_divides_the_classes_into_the_configured_number_of_groups() -> None:
     thirds = GroupIndex(groups_by_quantile(TASK.train_counts, 3))
     expected = cross_entropy() + ltkd_loss(STUDENT, TEACHER, thirds)
     torch.testing.assert_close(LTKD(num_groups=3)(batch(1.0)), expected, rtol=0, atol=0)

@@ -19,13 +19,13 @@ PAIRS = [
 ]
 
 
-def some_maps(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def random_maps(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     random = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for shape in SHAPES]
 
 
 def pooled(maps: NDArray[np.float64], size_px: int) -> NDArray[np.float64]:
-    """Means over windows that cover the map, overlapping where it does not divide."""
+    """Means over windows that cover the map; they overlap if the size does not divide the side."""
     side = maps.shape[2]
     windows = [slice(i * side // size_px, math.ceil((i + 1) * side / size_px)) for i in range(size_px)]
     return np.array([[maps[:, :, rows, columns].mean((2, 3)) for columns in windows] for rows in windows])
@@ -34,10 +34,10 @@ def pooled(maps: NDArray[np.float64], size_px: int) -> NDArray[np.float64]:
 def expected_loss(student: list[Tensor], teacher: list[Tensor]) -> float:
     """The paper's loss, level by level, in float64."""
     total = 0.0
-    for taught, teaching in zip(student, teacher, strict=True):
+    for student_map, teacher_map in zip(student, teacher, strict=True):
         a, b = (
             np.asarray(feature.double().numpy()).reshape(*feature.shape[:2], *side(feature))
-            for feature in (taught, teaching)
+            for feature in (student_map, teacher_map)
         )
         errors = [((a - b) ** 2).mean()]
         errors += [((pooled(a, size) - pooled(b, size)) ** 2).mean() for size in (4, 2, 1) if size < a.shape[2]]
@@ -52,24 +52,22 @@ def side(feature: Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_loss_is_the_one_of_the_paper(seed: int) -> None:
-    student, teacher = some_maps(seed, torch.float64), some_maps(seed + 100, torch.float64)
+    student, teacher = random_maps(seed, torch.float64), random_maps(seed + 100, torch.float64)
     # float64 means of a few thousand terms near 1: 1e-12 is far above rounding, far below any real error
     assert review_loss(student, teacher).item() == pytest.approx(expected_loss(student, teacher), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_loss_is_computed_in_single_precision_whatever_the_maps_are_in(
-    dtype: torch.dtype,
-) -> None:
-    student, teacher = some_maps(0, dtype), some_maps(1, dtype)
+def test_the_loss_is_computed_in_float32_for_maps_of_any_precision(dtype: torch.dtype) -> None:
+    student, teacher = random_maps(0, dtype), random_maps(1, dtype)
     loss = review_loss(student, teacher)
     assert loss.dtype == torch.float32
-    # the reference sees the same rounded maps, so what is left is float32 sums: some 1e-6
+    # the reference uses the same rounded maps, so only the rounding of float32 sums remains: about 1e-6
     assert loss.item() == pytest.approx(expected_loss(student, teacher), rel=1e-5)
 
 
-def test_equal_maps_cost_nothing_and_no_gradient_reaches_the_teacher() -> None:
-    student, teacher = ([maps.requires_grad_() for maps in some_maps(seed)] for seed in (0, 1))
+def test_equal_maps_have_no_loss_and_no_gradient_reaches_the_teacher() -> None:
+    student, teacher = ([maps.requires_grad_() for maps in random_maps(seed)] for seed in (0, 1))
     assert review_loss(student, student).item() == 0
     review_loss(student, teacher).backward()  # type: ignore[no-untyped-call]
     assert all(maps.grad is not None and maps.grad.abs().sum() > 0 for maps in student)
@@ -84,14 +82,14 @@ def test_a_flat_embedding_is_a_map_of_one_pixel() -> None:
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_the_fusion_gives_maps_of_the_teachers_shapes(teacher: str, student: str) -> None:
     image = torch.zeros(2, 3, 16, 16)
-    learner, example = (build_network(name, 5, seed=0).eval() for name in (student, teacher))
+    student_network, teacher_network = (build_network(name, 5, seed=0).eval() for name in (student, teacher))
     with torch.inference_mode():
-        taught, teaching = (network.features(image) for network in (learner, example))  # type: ignore[operator]
-        predicted = ReviewFusion.between(learner, example, 16).eval()(taught)
-    assert [maps.shape for maps in predicted] == [maps.shape for maps in teaching]
+        student_maps, teacher_maps = (network.features(image) for network in (student_network, teacher_network))  # type: ignore[operator]
+        predicted = ReviewFusion.between(student_network, teacher_network, 16).eval()(student_maps)
+    assert [maps.shape for maps in predicted] == [maps.shape for maps in teacher_maps]
 
 
-def test_the_fusion_is_as_wide_inside_as_the_embedding_and_never_wider_than_512() -> None:
+def test_the_fusion_has_as_many_channels_as_the_embedding_and_at_most_512() -> None:
     teacher = [FeatureShape(8, 4), FeatureShape(8, 1)]
     for embedding, middle in ((64, 64), (1280, 512)):
         fusion = ReviewFusion([FeatureShape(24, 8), FeatureShape(embedding, 1)], teacher)
@@ -100,7 +98,7 @@ def test_the_fusion_is_as_wide_inside_as_the_embedding_and_never_wider_than_512(
             assert fusion.get_parameter(f"levels.0.{name}.weight").shape == shape
 
 
-def test_every_level_is_fused_from_itself_and_the_deeper_ones_alone() -> None:
+def test_a_level_depends_on_its_own_and_the_deeper_features_only() -> None:
     shapes = [FeatureShape(4, 8), FeatureShape(6, 4), FeatureShape(6, 1)]
     fusion = ReviewFusion(shapes, shapes).eval()
     features = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 6)]
@@ -134,7 +132,7 @@ def test_a_student_that_learns_from_the_fusion_comes_closer() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-    # seen: 0.67; what is missed are maps of random weights, which nothing in the image explains
+    # measured: 0.67; the teacher has random weights, so its maps cannot be predicted fully
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -162,7 +160,7 @@ def test_a_last_batch_of_one_image_can_be_trained_on() -> None:
     assert torch.equal(running_mean, before)
 
 
-def test_looking_at_the_shapes_changes_nothing_about_a_network() -> None:
+def test_feature_shapes_does_not_change_the_network() -> None:
     network = build_network("resnet8", 5, seed=0).train()
     network.bn.eval()  # type: ignore[union-attr]
     weights = {name: value.clone() for name, value in network.state_dict().items()}
@@ -177,7 +175,7 @@ def test_looking_at_the_shapes_changes_nothing_about_a_network() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
 
-def test_the_seed_decides_the_fusion_and_the_random_state_of_the_caller_is_left_alone() -> None:
+def test_the_seed_determines_the_fusion_and_the_callers_random_state_does_not_change() -> None:
     student, teacher = build_network("resnet8", 5, seed=0), build_network("resnet14", 5, seed=1)
     state = torch.get_rng_state()
     first, again, other = (ReviewFusion.between(student, teacher, 16, seed=seed).state_dict() for seed in (0, 0, 1))
@@ -196,7 +194,7 @@ class Plain(nn.Module):
 
 
 class Unpooled(nn.Module):
-    """A network that forgot the embedding."""
+    """A network whose features lack the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,17 +205,17 @@ class Unpooled(nn.Module):
 
 
 @pytest.mark.parametrize("network", [nn.Sequential(), Plain(), Unpooled()], ids=["none", "torchvision's", "unpooled"])
-def test_a_network_that_shows_no_features_is_refused_with_those_that_do(network: nn.Module) -> None:
+def test_the_error_for_a_network_without_features_lists_the_networks_that_have_them(network: nn.Module) -> None:
     teacher = build_network("resnet8", 5, seed=0)
     with pytest.raises(
-        UsageError, match=rf"^the student \({type(network).__name__}\) does not show .*: resnet8, .*mobi"
+        UsageError, match=rf"^the student \({type(network).__name__}\) does not return .*: resnet8, .*mobi"
     ):
         ReviewFusion.between(network, teacher, 16)
     with pytest.raises(UsageError, match=r"^the teacher "):
         ReviewFusion.between(teacher, network, 16)
 
 
-def test_networks_of_different_numbers_of_levels_are_told_which_go_together() -> None:
+def test_the_error_for_different_numbers_of_levels_names_the_networks_that_fit() -> None:
     student, teacher = build_network("mobilenetv2", 5, seed=0), build_network("resnet8", 5, seed=0)
     with pytest.raises(
         UsageError, match=r"student's features have 5 levels, the teacher's 4; .*resnet50 and mobilenetv2"
@@ -226,6 +224,6 @@ def test_networks_of_different_numbers_of_levels_are_told_which_go_together() ->
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_network_has_the_number_of_levels_that_the_message_says(name: str) -> None:
+def test_every_network_has_the_number_of_levels_given_in_the_error(name: str) -> None:
     with torch.device("meta"):
         assert len(feature_shapes(MODELS[name](5), 32)) == (5 if name in FIVE_LEVELS else 4)

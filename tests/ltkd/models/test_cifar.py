@@ -19,7 +19,7 @@ PUBLISHED_SIZES = {
     "mobilenetv2": 812_836,
     "resnet50": 23_705_252,
 }
-# channels and side of the maps of a 32 px image, as the configurations of the distillation benchmarks list them
+# channels and side of the maps for a 32 px image, from the configurations of the distillation benchmarks
 FEATURES = {
     "resnet20": [(16, 32), (32, 16), (64, 8), (64,)],
     "resnet8x4": [(64, 32), (128, 16), (256, 8), (256,)],
@@ -32,7 +32,7 @@ FEATURES = {
 
 
 def on_meta(name: str) -> nn.Module:
-    """A network of shapes without numbers."""
+    """A network on the meta device, which has shapes but no values."""
     with torch.device("meta"):
         return MODELS[name](100)
 
@@ -44,12 +44,13 @@ def test_the_networks_of_the_benchmark_have_the_published_size(name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("resnet") and name != "resnet50"])
 def test_a_residual_network_is_as_deep_as_its_name_says(name: str) -> None:
-    assert f"resnet{num_convolutions(name) + 1}" == name.removesuffix("x4")  # the classifier is a layer, a shortcut not
+    # the depth counts the classifier and no shortcuts
+    assert f"resnet{num_convolutions(name) + 1}" == name.removesuffix("x4")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("wrn")])
 def test_a_wide_network_is_as_deep_as_its_name_says(name: str) -> None:
-    # the depth 6n + 4 of the paper counts one shortcut a stage, there or not, and leaves the classifier out
+    # the depth 6n + 4 of the paper counts one shortcut per stage, even if there is none, and not the classifier
     assert f"wrn_{num_convolutions(name) + 3}" == name.rpartition("_")[0]
 
 
@@ -73,7 +74,7 @@ def test_the_logits_are_the_classifier_of_the_embedding_and_the_embedding_is_the
         *maps, embedding = network.features(image)  # type: ignore[operator]
         assert torch.equal(network(image), network.classifier(embedding))  # type: ignore[operator]
         assert embedding.min() >= 0
-        assert all(taken_before_relu.min() < 0 for taken_before_relu in maps)
+        assert all(map_before_relu.min() < 0 for map_before_relu in maps)
         if name != "mobilenetv2":  # it has one more convolution after its last stage
             assert torch.equal(maps[-1].relu().mean((2, 3)), embedding)
 
@@ -94,13 +95,13 @@ def test_a_network_takes_a_photograph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet50", "wrn_16_2", "shufflenetv1", "mobilenetv2"])
-def test_every_weight_learns(name: str) -> None:
+def test_every_weight_gets_a_gradient(name: str) -> None:
     network = build_network(name, 3, seed=0)
     network(torch.randn(2, 3, 16, 16)).square().sum().backward()
     assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
 
 
-def test_the_weights_of_a_seed_are_drawn_as_in_the_runs_that_exist() -> None:
+def test_a_seed_gives_the_same_weights_as_in_existing_runs() -> None:
     network = resnet8_of_seed(0)
     torch.manual_seed(0)
     widths = [(3, 16, 3), (16, 16, 3), (16, 16, 3), (16, 32, 3), (32, 32, 3), (16, 32, 1)]
@@ -119,7 +120,7 @@ def resnet8_of_seed(seed: int) -> nn.Module:
     return resnet(10, depth=8, widths=(16, 16, 32, 64))
 
 
-def test_the_weights_are_named_as_in_the_runs_that_exist() -> None:
+def test_the_weights_have_the_same_names_as_in_existing_runs() -> None:
     assert [name for name in resnet8_of_seed(0).state_dict() if not name.endswith("num_batches_tracked")] == [
         "conv.weight",
         *batch_norm("bn"),
@@ -143,22 +144,22 @@ def batch_norm(name: str) -> list[str]:
 
 def test_the_channels_of_a_shuffle_block_change_groups() -> None:
     network = build_network("shufflenetv1", 10, seed=0)
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
     network.get_submodule("blocks.1.bn1").register_forward_hook(
-        lambda module, image, normalised: seen.append(normalised)
+        lambda module, image, normalised: recorded.append(normalised)
     )
     network.get_submodule("blocks.1.conv2").register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0])
+        lambda module, arguments: recorded.append(arguments[0])
     )
     network(torch.randn(2, 3, 16, 16))
-    before, after = seen[0].relu(), seen[1]
+    before, after = recorded[0].relu(), recorded[1]
     order = [group * 20 + channel for channel in range(20) for group in range(3)]  # 60 channels in 3 groups
     assert torch.equal(after, before[:, order])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn_16_2", "shufflenetv1", "mobilenetv2", "torchvision/resnet18"])
-def test_a_network_exports(name: str) -> None:
+def test_a_network_can_be_exported(name: str) -> None:
     task = Task(
         class_names=("x", "y", "z"),
         train_counts=(9, 3, 1),
@@ -168,11 +169,12 @@ def test_a_network_exports(name: str) -> None:
         std=(0.25, 0.25, 0.25),
     )
     network = build_network(name, 3, seed=0)
-    with torch.no_grad():  # untrained averages would let the logits grow without bound
+    with torch.no_grad():  # without updated running averages the logits would be very large
         for _ in range(20):
             network(torch.randn(8, 3, 32, 32))
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8).numpy()
     logits = run(open_session(to_onnx(network, task)), images)
     expected = torch_logits(network.eval(), task, images, torch.float64)
-    # float32 against float64 through up to 50 layers: 1e-5 of the span of the logits; a wrong layer moves them by 1e-1
+    # float32 against float64 through up to 50 layers: 1e-5 of the range of the logits; a wrong layer changes them by
+    # 1e-1
     assert abs(logits - expected).max() <= 1e-4 * (expected.max() - expected.min())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_learner, toy_training
+from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_train_state, toy_training
 
 from ltkd.config import RECIPES, ComputePrecision, Execution, Recipe
 from ltkd.errors import DeviceError, TrainingError
@@ -19,11 +19,11 @@ def trained(
     method: Method, recipe: Recipe = RECIPE, seed: int = 0, peak: float | None = None, execution: Execution = CPU
 ) -> tuple[nn.Module, list[EpochReport]]:
     torch.manual_seed(1)
-    learner = toy_learner()
+    state = toy_train_state()
     teacher = ToyNet() if method.needs_teacher else None
     recipe = recipe if peak is None else recipe.model_copy(update={"peak_learning_rate": peak})
-    reports = toy_training(learner, method, recipe=recipe, seed=seed, teacher=teacher, execution=execution)
-    return learner.student.network, reports
+    reports = toy_training(state, method, recipe=recipe, seed=seed, teacher=teacher, execution=execution)
+    return state.student.network, reports
 
 
 def test_a_network_learns_colours_and_reports_every_epoch() -> None:
@@ -35,7 +35,7 @@ def test_a_network_learns_colours_and_reports_every_epoch() -> None:
     assert list(reports[-1].accuracy) == ["head", "medium", "tail", "all"]
 
 
-def test_the_test_set_is_looked_at_as_often_as_the_recipe_says_and_after_the_last_epoch() -> None:
+def test_the_test_set_is_evaluated_at_the_recipes_interval_and_after_the_last_epoch() -> None:
     _, reports = trained(CE(), RECIPE.model_copy(update={"epochs": 5, "eval_every": 2}))
     assert [report.accuracy is not None for report in reports] == [False, True, False, True, True]
 
@@ -51,11 +51,11 @@ def test_the_teacher_is_not_changed() -> None:
     torch.manual_seed(0)
     teacher = ToyNet()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    toy_training(toy_learner(), LTKD(), teacher=teacher)
+    toy_training(toy_train_state(), LTKD(), teacher=teacher)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
-def test_a_loss_that_rises_until_it_is_not_finite_stops_with_step_batch_and_learning_rate() -> None:
+def test_the_error_for_a_diverging_loss_has_the_step_batch_and_learning_rate() -> None:
     with pytest.raises(
         TrainingError,
         match=r"became (nan|inf) in epoch \d+, step \d+, at learning rate .* on a batch of \d training images "
@@ -70,10 +70,10 @@ def test_a_damaged_teacher_is_the_likely_cause_of_a_first_loss_that_is_not_finit
     with pytest.raises(
         TrainingError, match=r"epoch 1, step 1, .*before it: none\. Likely cause: .* weights of teacher"
     ):
-        toy_training(toy_learner(), KD(), teacher=teacher)
+        toy_training(toy_train_state(), KD(), teacher=teacher)
 
 
-def test_a_loss_that_is_suddenly_not_finite_points_at_the_images() -> None:
+def test_the_likely_cause_of_a_sudden_loss_that_is_not_finite_is_the_images() -> None:
     class Sudden(ToyNet):
         calls = 0
 
@@ -82,8 +82,8 @@ def test_a_loss_that_is_suddenly_not_finite_points_at_the_images() -> None:
             logits = super().forward(image)
             return logits * math.inf if self.calls == 4 else logits
 
-    with pytest.raises(TrainingError, match=r"epoch 1, step 4, .*Likely cause: it came without warning: look at the"):
-        toy_training(toy_learner(Sudden()), CE())
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4, .*Likely cause: it happened suddenly: check the"):
+        toy_training(toy_train_state(Sudden()), CE())
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -95,16 +95,16 @@ def test_half_precision_learns_colours_and_keeps_float32_weights(precision: Comp
     assert reports[-1].loss < reports[0].loss
 
 
-def test_deferred_weights_and_warm_ups_follow_the_share_of_the_training_done() -> None:
-    seen = []
+def test_methods_get_the_share_of_the_steps_done() -> None:
+    progress = []
 
-    class Spy(CE):
+    class RecordingCE(CE):
         def __call__(self, batch: LossInputs) -> Tensor:
-            seen.append(batch.progress)
+            progress.append(batch.progress)
             return super().__call__(batch)
 
-    toy_training(toy_learner(), Spy())
-    assert seen == pytest.approx(np.arange(20) / 20)
+    toy_training(toy_train_state(), RecordingCE())
+    assert progress == pytest.approx(np.arange(20) / 20)
 
 
 def test_one_cycle_rises_over_a_quarter_and_falls_to_nearly_zero() -> None:
@@ -118,11 +118,11 @@ def test_one_cycle_rises_over_a_quarter_and_falls_to_nearly_zero() -> None:
 
 def test_the_papers_schedule_divides_by_ten_after_each_milestone() -> None:
     recipe = RECIPES["paper"]()
-    at = [learning_rate(recipe, epoch * 7, steps_per_epoch=7) for epoch in (0, 149, 150, 180, 210, 239)]
-    assert at == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.00005, 0.00005])
+    rates = [learning_rate(recipe, epoch * 7, steps_per_epoch=7) for epoch in (0, 149, 150, 180, 210, 239)]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.00005, 0.00005])
 
 
-def test_predicting_leaves_the_network_in_its_mode_and_its_statistics() -> None:
+def test_predict_does_not_change_the_mode_and_statistics_of_the_network() -> None:
     data = toy_data()
     network = torch.nn.Sequential(Normalise(data.task), ToyNet()).train()
     before = network[1].bn.running_mean.clone()
@@ -132,14 +132,14 @@ def test_predicting_leaves_the_network_in_its_mode_and_its_statistics() -> None:
     np.testing.assert_array_equal(once, again)
 
 
-def test_a_smaller_batch_than_the_recipes_trains_too() -> None:
+def test_a_data_set_smaller_than_the_batch_size_can_be_trained_on() -> None:
     recipe = RECIPE.model_copy(update={"batch_size": 64})
-    reports = toy_training(toy_learner(), CE(), data=toy_data(train_counts=(3, 2, 1)), recipe=recipe)
+    reports = toy_training(toy_train_state(), CE(), data=toy_data(train_counts=(3, 2, 1)), recipe=recipe)
     assert math.isfinite(reports[-1].loss)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none_is_refused() -> None:
-    with pytest.raises(DeviceError, match="asked for cuda, but torch sees no CUDA device; give --device cpu"):
+def test_requesting_cuda_without_a_device_raises_an_error() -> None:
+    with pytest.raises(DeviceError, match="cuda was requested, but torch finds no CUDA device; give --device cpu"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")

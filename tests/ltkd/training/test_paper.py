@@ -1,4 +1,4 @@
-"""The one call that makes the published table on a GPU, with a tiny budget on the CPU."""
+"""Runs the command of ``make paper``, which reproduces the published table on a GPU, for one epoch on the CPU."""
 
 import shlex
 import subprocess
@@ -16,26 +16,26 @@ from ltkd.evaluation.results import COMPARISON_FILE, Comparison
 ROOT = Path(__file__).parents[3]
 
 
-def words_of_make_paper(data: Path) -> list[str]:
-    """What ``make paper`` would run, after the name of the command."""
-    done = subprocess.run(
+def arguments_of_make_paper(data: Path) -> list[str]:
+    """The arguments with which ``make paper`` runs ``ltkd``."""
+    result = subprocess.run(
         ["make", "--no-print-directory", "-n", "-o", "install", "paper", f"DATA={data}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    words = shlex.split(done.stdout.replace("\\\n", " "))
+    words = shlex.split(result.stdout.replace("\\\n", " "))
     return words[words.index(".venv/bin/ltkd") + 1 :]
 
 
 @pytest.mark.slow
-def test_the_published_table_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = words_of_make_paper(write_tree(tmp_path / "photos"))
+def test_make_paper_reproduces_the_published_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = arguments_of_make_paper(write_tree(tmp_path / "photos"))
     for pair in (("--recipe", "paper"), ("--device", "cuda"), ("--seeds", "0,1,2"), ("--out", "runs/paper")):
-        at = words.index(pair[0])
-        assert words[at + 1] == pair[1]
-    # as on the GPU but for the budget and the compiler
+        position = words.index(pair[0])
+        assert words[position + 1] == pair[1]
+    # the same command, but for one epoch, on the CPU and not compiled
     monkeypatch.setitem(recipes.RECIPES, "paper", lambda: RECIPE.model_copy(update={"epochs": 1}))
     tiny = {"cuda": "cpu", "0,1,2": "0", "runs/paper": str(tmp_path / "paper")}
     cli([tiny.get(word, word) for word in words if word != "--compile"], standalone_mode=False)

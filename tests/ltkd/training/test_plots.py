@@ -11,7 +11,7 @@ METRICS = [
 ]
 
 
-def test_the_curves_are_the_losses_and_the_accuracies_in_percent(tmp_path: Path) -> None:
+def test_the_curves_show_the_losses_and_the_accuracies_in_percent(tmp_path: Path) -> None:
     figure = plot_curves(METRICS, ["head", "tail"], "a run", tmp_path / "curves.png")
     loss, accuracy = figure.axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.5]]
@@ -20,23 +20,23 @@ def test_the_curves_are_the_losses_and_the_accuracies_in_percent(tmp_path: Path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_drawn_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"old")
+def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "plot.png").write_bytes(b"old")
     figure = Figure()
-    figure.suptitle("$not \\mathematics{$")  # found out while it is drawn
+    figure.suptitle("$not \\mathematics{$")  # fails when it is drawn
     with pytest.raises(ValueError, match="not"):
-        save_figure(figure, tmp_path / "picture.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
-    assert (tmp_path / "picture.png").read_bytes() == b"old"
+        save_figure(figure, tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+    assert (tmp_path / "plot.png").read_bytes() == b"old"
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing_half_written(
+def test_a_figure_that_cannot_be_written_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, target: Path) -> None:
+    def full_disk(path: Path, target: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_figure(Figure(), tmp_path / "picture.png")
+        save_figure(Figure(), tmp_path / "plot.png")
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ NUM_IMAGES = len(toy_data().train_labels)
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a process."""
+    """Simulates an interruption."""
 
 
 @pytest.fixture(scope="module")
@@ -32,68 +32,72 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def taught_by(trained: Run) -> Iterator[Run]:
+def teacher_run(trained: Run) -> Iterator[Run]:
     yield trained
     shutil.rmtree(trained.path / LOGITS_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images every pass of the teacher's network had."""
+    """The number of images in every forward pass of the teacher's network."""
     counts: list[int] = []
-    ask = Teacher.__call__
+    original = Teacher.__call__
 
     def counted(self: Teacher, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
         counts.append(len(rows_B))
-        return ask(self, image_B3SS, rows_B)
+        return original(self, image_B3SS, rows_B)
 
     monkeypatch.setattr(Teacher, "__call__", counted)
     return counts
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_kept_logits_are_those_of_a_fresh_pass_to_the_bit_over_a_whole_run(
-    taught_by: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+def test_cached_logits_equal_those_of_a_fresh_pass_to_the_bit_over_a_whole_run(
+    teacher_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     execution = Execution.model_validate({"device": "cpu", "precision": precision})
-    config = toy_config("kd", teacher=taught_by, teacher_views=RECIPE.epochs, execution=execution)
-    first = train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")  # asks the teacher
-    answer, same = CachedTeacher.__call__, []
+    config = toy_config("kd", teacher=teacher_run, teacher_views=RECIPE.epochs, execution=execution)
+    first = train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")  # runs the teacher
+    original, equal = CachedTeacher.__call__, []
 
     def compared(self: CachedTeacher, image_B3SS: Tensor, rows_B: Tensor) -> TeacherOutput:
-        kept_BC, _ = answer(self, image_B3SS, rows_B)
+        cached_BC, _ = original(self, image_B3SS, rows_B)
         fresh_BC, _ = Teacher.__call__(self, image_B3SS, rows_B)
-        same.append(torch.equal(kept_BC, fresh_BC) and kept_BC.dtype == fresh_BC.dtype)
-        return kept_BC, ()
+        equal.append(torch.equal(cached_BC, fresh_BC) and cached_BC.dtype == fresh_BC.dtype)
+        return cached_BC, ()
 
     monkeypatch.setattr(CachedTeacher, "__call__", compared)
-    second = train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")  # reads what was kept
-    assert same == [True] * (RECIPE.epochs * 5)
+    second = train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")  # reads the cached logits
+    assert equal == [True] * (RECIPE.epochs * 5)
     assert first.weights_path.read_bytes() == second.weights_path.read_bytes()
 
 
-def test_the_second_student_of_a_seed_makes_no_teacher_pass(taught_by: Run, tmp_path: Path, passes: list[int]) -> None:
+def test_the_second_student_of_a_seed_needs_no_teacher_pass(
+    teacher_run: Run, tmp_path: Path, passes: list[int]
+) -> None:
     for number, method in enumerate(("kd", "ltkd", "dkd")):
-        config = toy_config(method, teacher=taught_by, teacher_views=2)
+        config = toy_config(method, teacher=teacher_run, teacher_views=2)
         train_run(config, toy_data(), tmp_path / method, QUIET, "toy")
-        # two views of every image, though the recipe has four epochs; after that, nothing
+        # two views of every image, although the recipe has four epochs; later students add none
         assert sum(passes) == 2 * NUM_IMAGES, f"student {number}"
-    train_run(toy_config("kd", seed=1, teacher=taught_by, teacher_views=2), toy_data(), tmp_path / "kd1", QUIET, "toy")
-    assert sum(passes) == 4 * NUM_IMAGES  # another seed has views of its own
+    train_run(
+        toy_config("kd", seed=1, teacher=teacher_run, teacher_views=2), toy_data(), tmp_path / "kd1", QUIET, "toy"
+    )
+    assert sum(passes) == 4 * NUM_IMAGES  # another seed has other views
 
 
-def test_views_of_precisions_are_kept_apart(taught_by: Run, tmp_path: Path, passes: list[int]) -> None:
+def test_every_precision_has_its_own_cached_views(teacher_run: Run, tmp_path: Path, passes: list[int]) -> None:
     for execution in (CPU, Execution(device="cpu", precision="bfloat16")):
-        config = toy_config("kd", teacher=taught_by, teacher_views=1, execution=execution)
+        config = toy_config("kd", teacher=teacher_run, teacher_views=1, execution=execution)
         train_run(config, toy_data(), tmp_path / execution.precision, QUIET, "toy")
     assert sum(passes) == 2 * NUM_IMAGES
 
 
-def test_a_view_that_was_seen_in_part_after_going_on_is_not_kept(
-    taught_by: Run, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+def test_a_view_is_not_cached_if_the_training_resumed_within_its_epoch(
+    teacher_run: Run, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "SAVE_EVERY_S", 0.0)
-    config = toy_config("kd", teacher=taught_by, teacher_views=RECIPE.epochs)
+    config = toy_config("kd", teacher=teacher_run, teacher_views=RECIPE.epochs)
     step, steps = torch.optim.SGD.step, []
 
     def stop_after_eight(self: torch.optim.SGD) -> None:
@@ -104,29 +108,29 @@ def test_a_view_that_was_seen_in_part_after_going_on_is_not_kept(
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(torch.optim.SGD, "step", stop_after_eight)
-        train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
-    torn = train_run(config, toy_data(), tmp_path / "torn", QUIET, "toy")
-    kept = sorted(path.name for path in (taught_by.path / LOGITS_FOLDER).iterdir())
-    assert kept == [f"seed0-batch8-view{view}-float32.safetensors" for view in (0, 2, 3)]
+        train_run(config, toy_data(), tmp_path / "interrupted", QUIET, "toy")
+    resumed = train_run(config, toy_data(), tmp_path / "interrupted", QUIET, "toy")
+    cached = sorted(path.name for path in (teacher_run.path / LOGITS_FOLDER).iterdir())
+    assert cached == [f"seed0-batch8-view{view}-float32.safetensors" for view in (0, 2, 3)]
     passes.clear()
     whole = train_run(config, toy_data(), tmp_path / "whole", QUIET, "toy")
-    assert sum(passes) == NUM_IMAGES  # the second view, and it is kept now
-    assert len(list((taught_by.path / LOGITS_FOLDER).iterdir())) == RECIPE.epochs
-    assert torn.weights_path.read_bytes() == whole.weights_path.read_bytes()
+    assert sum(passes) == NUM_IMAGES  # the second view, which is now cached
+    assert len(list((teacher_run.path / LOGITS_FOLDER).iterdir())) == RECIPE.epochs
+    assert resumed.weights_path.read_bytes() == whole.weights_path.read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["torn", "of other images", "without logits"])
-def test_damaged_logits_are_one_clear_line(taught_by: Run, tmp_path: Path, damage: str) -> None:
-    config = toy_config("kd", teacher=taught_by, teacher_views=1)
+@pytest.mark.parametrize("damage", ["truncated", "of other images", "without logits"])
+def test_damaged_logits_raise_an_error_of_one_line(teacher_run: Run, tmp_path: Path, damage: str) -> None:
+    config = toy_config("kd", teacher=teacher_run, teacher_views=1)
     train_run(config, toy_data(), tmp_path / "first", QUIET, "toy")
-    (file,) = (taught_by.path / LOGITS_FOLDER).iterdir()
-    if damage == "torn":
+    (file,) = (teacher_run.path / LOGITS_FOLDER).iterdir()
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[:50])
     elif damage == "of other images":
         save_file({"logits": load_file(file)["logits"][1:].clone()}, file)
     else:
-        save_file({"answers": torch.zeros(1)}, file)
-    with pytest.raises(RunError, match=r"view0-float32.safetensors is damaged \(.+\); remove it, and the same command"):
+        save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(RunError, match=r"view0-float32.safetensors is damaged \(.+\); remove it and run the same"):
         train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")
     file.unlink()
     train_run(config, toy_data(), tmp_path / "second", QUIET, "toy")
@@ -136,12 +140,12 @@ def test_a_teacher_learns_nothing_and_keeps_its_running_statistics() -> None:
     with seeded(0):
         network = ToyNet().train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    answer, features = Teacher(network, CPU)(torch.randn(4, 3, 8, 8), torch.arange(4))
-    assert not answer.requires_grad and features == ()
+    logits, features = Teacher(network, CPU)(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert not logits.requires_grad and features == ()
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_the_teacher_of_a_half_precision_answers_in_it() -> None:
+def test_a_teacher_in_half_precision_returns_half_precision_logits() -> None:
     half = Execution(device="cpu", precision="bfloat16")
-    answer, _ = Teacher(ToyNet(), half)(torch.randn(4, 3, 8, 8), torch.arange(4))
-    assert answer.dtype == teacher.HALF["bfloat16"]
+    logits, _ = Teacher(ToyNet(), half)(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert logits.dtype == teacher.HALF["bfloat16"]

@@ -1,4 +1,4 @@
-"""Routes, problems, headers, metrics and the description of the API."""
+"""Routes, problems, headers, metrics and the OpenAPI description."""
 
 import base64
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serve_toys import CLASS_NAMES, SIZE_PX, encoded, held_engine, running, toy_app, toy_engine, toy_pixels
+from serve_toys import CLASS_NAMES, SIZE_PX, blocked_engine, encoded, running, toy_app, toy_engine, toy_pixels
 
 from ltkd.contract.image_decoding import decode_image
 from serve.settings import Settings
@@ -33,7 +33,7 @@ def test_an_answer_names_its_model_and_its_groups(client: httpx.Client) -> None:
     assert result["top_k"][0] == {key: result[key] for key in ("label", "class_index", "probability", "group")}
 
 
-def test_top_k_is_the_callers_choice(client: httpx.Client) -> None:
+def test_the_client_chooses_top_k(client: httpx.Client) -> None:
     def listed(query: str) -> int:
         return len(client.post(f"/v1/classify{query}", content=PNG).json()["results"][0]["top_k"])
 
@@ -41,25 +41,25 @@ def test_top_k_is_the_callers_choice(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("top_k", ["0", "-1", "five", ""])
-def test_a_top_k_that_is_no_positive_number_is_400(client: httpx.Client, top_k: str) -> None:
+def test_a_top_k_that_is_not_a_positive_number_is_400(client: httpx.Client, top_k: str) -> None:
     assert "top_k" in problem(client.post(f"/v1/classify?top_k={top_k}", content=PNG), 400)
 
 
-def test_the_model_page_has_the_manifest_and_the_preprocessing(client: httpx.Client) -> None:
+def test_the_model_route_has_the_manifest_and_the_preprocessing(client: httpx.Client) -> None:
     body = client.get("/v1/model").json()
     assert body["model"]["provider"] == "ToyProvider"
     assert body["preprocessing"]["input_px"] == 8
     assert body["manifest"]["task"]["class_names"] == list(CLASS_NAMES)
 
 
-def test_probes_say_what_is_served(client: httpx.Client) -> None:
+def test_the_health_checks_list_the_models(client: httpx.Client) -> None:
     assert client.get("/livez").json() == {"status": "alive"}
     ready = client.get("/readyz").json()
     (model,) = ready["models"]
     assert (ready["status"], model["provider"], model["sha256"]) == ("ready", "ToyProvider", "f" * 64)
 
 
-def test_before_the_start_has_ended_requests_are_503() -> None:
+def test_requests_before_the_service_is_ready_are_503() -> None:
     with running(toy_app(), lifespan="off") as client:
         assert "not ready" in problem(client.get("/readyz"), 503)
         assert "not ready" in problem(client.post("/v1/classify", content=PNG), 503)
@@ -70,20 +70,20 @@ def test_a_path_that_does_not_exist_is_a_problem(client: httpx.Client) -> None:
     assert "/v1/clasify" in problem(client.post("/v1/clasify", content=PNG), 404)
 
 
-def test_a_method_that_is_not_taken_is_a_problem_that_names_the_right_one(client: httpx.Client) -> None:
+def test_a_method_that_is_not_allowed_is_a_problem_that_names_the_allowed_one(client: httpx.Client) -> None:
     response = client.get("/v1/classify")
-    assert "it takes POST" in problem(response, 405)
+    assert "it allows POST" in problem(response, 405)
     assert response.headers["allow"] == "POST"
 
 
-def test_a_defect_is_500_without_its_inside_and_the_log_has_the_cause(caplog: pytest.LogCaptureFixture) -> None:
-    with running(toy_app(toy_engine(breaks=True))) as client, caplog.at_level(logging.ERROR):
+def test_an_internal_error_is_500_without_details_and_the_log_has_the_cause(caplog: pytest.LogCaptureFixture) -> None:
+    with running(toy_app(toy_engine(fails=True))) as client, caplog.at_level(logging.ERROR):
         response = client.post("/v1/classify", content=PNG, headers={"X-Request-ID": "abc-1"})
         problem(response, 500)
         assert response.headers["x-request-id"] == "abc-1"
         assert "secret" not in response.text
         assert client.get("/readyz").status_code == 200
-    assert "a secret of the inside" in caplog.text
+    assert "a secret internal detail" in caplog.text
     assert "abc-1" in caplog.text
 
 
@@ -91,17 +91,17 @@ def test_a_defect_is_500_without_its_inside_and_the_log_has_the_cause(caplog: py
     ("method", "path"),
     [("POST", "/v1/classify"), ("GET", "/livez"), ("GET", "/metrics"), ("GET", "/nowhere"), ("GET", "/v1/classify")],
 )
-def test_every_answer_carries_a_request_id_and_the_provider(client: httpx.Client, method: str, path: str) -> None:
-    answer = client.request(method, path, headers={"X-Request-ID": "mine.1"})
-    assert answer.headers["x-request-id"] == "mine.1"
-    assert answer.headers["x-ltkd-provider"] == "ToyProvider"
-    made = client.request(method, path)
-    assert made.headers["x-request-id"] not in ("", client.request(method, path).headers["x-request-id"])
+def test_every_response_has_a_request_id_and_the_provider(client: httpx.Client, method: str, path: str) -> None:
+    response = client.request(method, path, headers={"X-Request-ID": "mine.1"})
+    assert response.headers["x-request-id"] == "mine.1"
+    assert response.headers["x-ltkd-provider"] == "ToyProvider"
+    without_id = client.request(method, path)
+    assert without_id.headers["x-request-id"] not in ("", client.request(method, path).headers["x-request-id"])
 
 
-@pytest.mark.parametrize("insane", ["a b", "x" * 129, '"><script>'])
-def test_a_request_id_that_is_not_plain_is_replaced(client: httpx.Client, insane: str) -> None:
-    assert client.get("/livez", headers={"X-Request-ID": insane}).headers["x-request-id"] != insane
+@pytest.mark.parametrize("invalid", ["a b", "x" * 129, '"><script>'])
+def test_an_invalid_request_id_is_replaced(client: httpx.Client, invalid: str) -> None:
+    assert client.get("/livez", headers={"X-Request-ID": invalid}).headers["x-request-id"] != invalid
 
 
 def test_the_stages_are_timed_in_a_header(client: httpx.Client) -> None:
@@ -125,13 +125,13 @@ def test_metrics_count_requests_stages_and_groups() -> None:
     model = 'model="toy",precision="fp32",version="1"'
     sorted_lines = [sorted_labels(line) for line in lines]
     assert 'ltkd_stage_seconds_count{model="toy",precision="fp32",stage="infer",version="1"} 1.0' in sorted_lines
-    for name in ("head", "medium", "tail"):  # groups never predicted are there as zero
+    for name in ("head", "medium", "tail"):  # groups without predictions are reported as zero
         labels = f'group="{name}",{model}'
         assert f"ltkd_predictions_total{{{labels}}} {float(name == group)}" in sorted_lines
         assert f"ltkd_confidence_count{{{labels}}} {float(name == group)}" in sorted_lines
 
 
-def test_an_answer_is_counted_and_judged_in_its_group_whichever_protocol_asked() -> None:
+def test_answers_and_their_feedback_are_counted_by_group_for_both_protocols() -> None:
     pixels_SS3 = decode_image(PNG, SIZE_PX).pixels_SS3
     tensor = {
         "name": "image",
@@ -155,40 +155,40 @@ def test_an_answer_is_counted_and_judged_in_its_group_whichever_protocol_asked()
         )
         for answer in (answered, pixels, encoded):
             truth = {"request_id": answer.headers["X-Request-ID"], "label": predicted["class_index"]}
-            told = client.post("/v1/feedback", json=truth).json()
-            assert (told["predicted"], told["correct"]) == (predicted["label"], True)
+            feedback = client.post("/v1/feedback", json=truth).json()
+            assert (feedback["predicted"], feedback["correct"]) == (predicted["label"], True)
         groups = client.get("/v1/groups").json()
     none = {"head": 0, "medium": 0, "tail": 0}
     assert {one["group"]: one["predictions"] for one in groups["window"]["groups"]} == none | {group: 3}
-    judged = {one["group"]: one["of_predictions"]["n"] for one in groups["feedback"] if one["of_predictions"]}
-    assert judged == {group: 3}
+    labelled = {one["group"]: one["of_predictions"]["n"] for one in groups["feedback"] if one["of_predictions"]}
+    assert labelled == {group: 3}
 
 
 def sorted_labels(line: str) -> str:
-    """A line of the exposition with its labels in alphabetical order."""
+    """A line of the metrics with its labels in alphabetical order."""
     name, brace, rest = line.partition("{")
     labels, _, value = rest.rpartition("} ")
     return f"{name}{{{','.join(sorted(labels.split(',')))}}} {value}" if brace else line
 
 
-def test_requests_beyond_the_bound_are_429_and_probes_still_answer() -> None:
-    engine = held_engine()
+def test_requests_above_the_queue_limit_are_429_and_health_checks_still_answer() -> None:
+    engine = blocked_engine()
     with running(toy_app(engine, Settings(max_queue_images=1, max_images=1))) as client:
         statuses: list[int] = []
         first = threading.Thread(target=lambda: statuses.append(client.post("/v1/classify", content=PNG).status_code))
         first.start()
         assert engine.begun.wait(30)
-        refused = client.post("/v1/classify", content=PNG)
+        rejected = client.post("/v1/classify", content=PNG)
         ready = client.get("/readyz").status_code
         engine.go.set()
         first.join()
-        assert "1 images are in hand" in problem(refused, 429)
-        assert refused.headers["retry-after"] == "1"
+        assert "1 images are waiting" in problem(rejected, 429)
+        assert rejected.headers["retry-after"] == "1"
         assert (ready, statuses) == (200, [200])
         assert client.post("/v1/classify", content=PNG).status_code == 200
 
 
-def test_the_api_describes_its_bodies_and_problems(client: httpx.Client) -> None:
+def test_the_description_has_all_bodies_and_problems(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     classify = described["paths"]["/v1/classify"]["post"]
     assert {"image/jpeg", "multipart/form-data", "application/json"} <= set(classify["requestBody"]["content"])

@@ -1,4 +1,4 @@
-"""The description of the API: whole, true, frozen; and a generator of requests finds no answer beyond it."""
+"""The OpenAPI description is complete and frozen, and generated requests get only responses that it describes."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ FROZEN = Path(__file__).parents[3] / "docs" / "openapi.json"
 DESCRIBED: dict[str, Any] = toy_app().openapi()
 IMAGES = st.sampled_from([encoded(toy_pixels(seed), kind) for seed in range(2) for kind in ("PNG", "JPEG", "WEBP")])
 
-# what no schema can say: that bytes are an image
+# a schema cannot express that bytes are an image
 for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream"):
     schemathesis.openapi.media_type(media_type, IMAGES)
 schemathesis.openapi.format(BASE64, IMAGES.map(lambda image: base64.b64encode(image).decode()))
@@ -41,19 +41,20 @@ def client() -> Iterator[httpx.Client]:
         yield client
 
 
-WRITTEN = json.dumps(DESCRIBED, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+DESCRIPTION_TEXT = json.dumps(DESCRIBED, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def test_the_description_is_the_frozen_one() -> None:
-    told = "the API has changed: say so in CHANGELOG.md, and write it with: PYTHONPATH=tests python tests/serve/api/test_openapi.py"
-    assert FROZEN.read_text(encoding="utf-8") == WRITTEN, told
+def test_the_description_equals_the_frozen_file() -> None:
+    command = "PYTHONPATH=tests python tests/serve/api/test_openapi.py"
+    hint = f"the API has changed: add it to CHANGELOG.md, and update the file with: {command}"
+    assert FROZEN.read_text(encoding="utf-8") == DESCRIPTION_TEXT, hint
 
 
-def test_the_service_gives_the_description(client: httpx.Client) -> None:
+def test_the_service_serves_the_description(client: httpx.Client) -> None:
     assert client.get("/openapi.json").json() == DESCRIBED
 
 
-def test_every_reference_of_the_description_leads_somewhere() -> None:
+def test_every_reference_in_the_description_exists() -> None:
     text = json.dumps(DESCRIBED)
     for kind, name in set(re.findall(r'"#/components/(\w+)/([\w-]+)"', text)):
         assert name in DESCRIBED["components"][kind], f"{kind}/{name}"
@@ -94,7 +95,7 @@ KEY, KEY_LINE = make_key("tester", "admin")
 
 @api.auth()
 class Authorization:
-    """With the key, unless schemathesis wants to know what happens without or with a wrong one."""
+    """Adds the key to requests; schemathesis replaces it to test a missing or a wrong key."""
 
     def get(self, _: schemathesis.Case, __: schemathesis.AuthContext) -> str:
         return f"Bearer {KEY}"
@@ -104,8 +105,8 @@ class Authorization:
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a service that asks for a key."""
+def service_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a service that requires a key."""
     key_file = tmp_path_factory.mktemp("keys") / "keys"
     key_file.write_text(KEY_LINE + "\n")
     with running(toy_app(settings=Settings(key_file=key_file))) as client:
@@ -116,12 +117,12 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.timeout(300)
 @api.parametrize()
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_no_generated_request_is_answered_in_a_way_that_is_not_described(case: schemathesis.Case, locked: str) -> None:
-    case.headers.pop("X-Request-Timeout", None)  # one that is short enough is rightly answered with 504
-    # of a tensor no schema can say that its shape fits its data, or how much of a body is JSON
-    beyond_schemas = [positive_data_acceptance] if case.path.endswith("/infer") else []
-    case.call_and_validate(base_url=locked, excluded_checks=beyond_schemas)
+def test_generated_requests_get_only_described_responses(case: schemathesis.Case, service_with_key: str) -> None:
+    case.headers.pop("X-Request-Timeout", None)  # a short timeout gives 504, which is correct
+    # a schema cannot express that the shape of a tensor fits its data, or how much of a body is JSON
+    excluded = [positive_data_acceptance] if case.path.endswith("/infer") else []
+    case.call_and_validate(base_url=service_with_key, excluded_checks=excluded)
 
 
 if __name__ == "__main__":
-    FROZEN.write_text(WRITTEN, encoding="utf-8")
+    FROZEN.write_text(DESCRIPTION_TEXT, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What an answer says, computed again by hand; its JSON; and that its batch does not matter."""
+"""Answers against an independent computation, their JSON, and their independence of the batch."""
 
 import json
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from serve_toys import CLASS_NAMES, GROUPS, TASK, toy_calibration, toy_engine
 
 from ltkd.contract.bundle import Manifest
-from ltkd.contract.calibration import Calibration, Proportion, calibrated, expected_accuracy
+from ltkd.contract.calibration import Calibration, Proportion, calibrated_probabilities, expected_accuracy
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
 from serve.engine.answers import (
@@ -23,14 +23,14 @@ from serve.engine.answers import (
     model_ref,
     rejected_image_json,
 )
-from serve.problems import problem_of
+from serve.problems import make_problem
 
 LOGITS_NC = np.array([[0.0, 1.0, 2.0, 0.5, 3.0, -1.0], [9.0, 8.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
 TEMPERATURES = (0.5, 1.0, 2.5)
 
 
 def manifest(calibration: Calibration | None = None, task: Task = TASK) -> Manifest:
-    """The toy's manifest, each group at a temperature of its own."""
+    """The toy manifest, with another temperature for each group."""
     toy = toy_engine().manifest
     if calibration is None:
         calibration = tuple(
@@ -41,31 +41,31 @@ def manifest(calibration: Calibration | None = None, task: Task = TASK) -> Manif
     return toy.model_copy(update={"task": task, "precisions": {"fp32": model}})
 
 
-ANSWERER = AnswerBuilder(manifest(), "fp32")
+BUILDER = AnswerBuilder(manifest(), "fp32")
 
 
-def answered(logits_NC: NDArray[np.float32], top_k: int = 6, answerer: AnswerBuilder = ANSWERER) -> list[Answer]:
-    results = answerer.records(answerer.judge(logits_NC), [top_k] * len(logits_NC), [()] * len(logits_NC))
+def answered(logits_NC: NDArray[np.float32], top_k: int = 6, builder: AnswerBuilder = BUILDER) -> list[Answer]:
+    results = builder.records(builder.predict(logits_NC), [top_k] * len(logits_NC), [()] * len(logits_NC))
     assert all(isinstance(result, Answer) for result in results)
     return [result for result in results if isinstance(result, Answer)]
 
 
-def test_an_answer_is_what_numpy_computes_directly() -> None:
-    judged = ANSWERER.judge(LOGITS_NC)
-    first, second = ANSWERER.records(judged, [2, 2], [("one",), ()])
+def test_an_answer_equals_a_direct_computation_in_numpy() -> None:
+    predictions = BUILDER.predict(LOGITS_NC)
+    first, second = BUILDER.records(predictions, [2, 2], [("one",), ()])
     assert isinstance(first, Answer) and isinstance(second, Answer)
-    hot_C = np.exp(LOGITS_NC[0].astype(float) / 2.5)  # predicted in the tail: the tail's temperature for all classes
+    # the prediction is in the tail, so the tail's temperature applies to all classes
+    unnormalised_C = np.exp(LOGITS_NC[0].astype(float) / 2.5)
     assert (first.label, first.class_index, first.group, first.warnings) == ("elk", 4, "tail", ("one",))
     assert (second.label, second.group, second.warnings) == ("ant", "head", ())
     # float64 on both sides, sums of six terms
-    assert first.probability == pytest.approx((hot_C / hot_C.sum())[4], abs=1e-12)
-    assert first.group_confidence["head"] == pytest.approx((hot_C / hot_C.sum())[:2].sum(), abs=1e-12)
+    assert first.probability == pytest.approx((unnormalised_C / unnormalised_C.sum())[4], abs=1e-12)
+    assert first.group_confidence["head"] == pytest.approx((unnormalised_C / unnormalised_C.sum())[:2].sum(), abs=1e-12)
     assert [entry.label for entry in first.top_k] == ["elk", "cat"]
 
 
-def test_probabilities_are_those_that_calibration_was_fitted_with() -> None:
-    groups = GROUPS
-    expected_NC = calibrated(LOGITS_NC, groups, np.array(TEMPERATURES))
+def test_probabilities_equal_those_of_the_calibration_fit() -> None:
+    expected_NC = calibrated_probabilities(LOGITS_NC, GROUPS, np.array(TEMPERATURES))
     for row, answer in enumerate(answered(LOGITS_NC)):
         assert {entry.class_index: entry.probability for entry in answer.top_k} == dict(enumerate(expected_NC[row]))
 
@@ -79,26 +79,26 @@ def test_group_confidence_sums_to_one_and_splits_every_probability() -> None:
         assert whole == pytest.approx(answer.probability, abs=1e-12)
 
 
-def test_more_classes_than_there_are_lists_all_of_them() -> None:
+def test_a_top_k_above_the_number_of_classes_lists_all_classes() -> None:
     (answer,) = answered(LOGITS_NC[:1], 99)
     assert sorted(entry.label for entry in answer.top_k) == sorted(CLASS_NAMES)
     ranked = [entry.probability for entry in answer.top_k]
     assert ranked == sorted(ranked, reverse=True)
 
 
-def test_certainty_beyond_float_range_stays_finite() -> None:
+def test_extreme_logits_give_finite_probabilities() -> None:
     (answer,) = answered(np.array([[3e38, 0, 0, 0, 0, -3e38]], np.float32))
     assert answer.within_group_probability == 1
     assert answer.group_confidence["tail"] == 0
 
 
 def test_no_images_give_no_answers() -> None:
-    judged = ANSWERER.judge(np.zeros((0, 6), np.float32))
-    assert (ANSWERER.records(judged, [], []), ANSWERER.json(judged, [], [])) == ([], [])
+    predictions = BUILDER.predict(np.zeros((0, 6), np.float32))
+    assert (BUILDER.records(predictions, [], []), BUILDER.json(predictions, [], [])) == ([], [])
 
 
 def with_confidence(confidence: float) -> NDArray[np.float32]:
-    """Logits whose first class has nearly this probability at temperature one, the others share the rest."""
+    """Logits that give the first class about this probability at temperature one; the other classes share the rest."""
     other = (1 - confidence) / 5
     return np.log(np.array([[confidence] + [other] * 5])).astype(np.float32)
 
@@ -106,23 +106,23 @@ def with_confidence(confidence: float) -> NDArray[np.float32]:
 @pytest.mark.parametrize(
     ("confidence", "decision", "accuracy"), [(0.3, "abstain", 0.25), (0.45, "accept", 0.25), (0.6, "accept", 0.75)]
 )
-def test_decision_and_expected_accuracy_go_by_the_predicted_group(
+def test_decision_and_expected_accuracy_are_those_of_the_predicted_group(
     confidence: float, decision: str, accuracy: float
 ) -> None:
-    answerer = AnswerBuilder(manifest(toy_calibration()), "fp32")
-    (answer,) = answered(with_confidence(confidence), answerer=answerer)
+    builder = AnswerBuilder(manifest(toy_calibration()), "fp32")
+    (answer,) = answered(with_confidence(confidence), builder=builder)
     assert (answer.group, answer.decision, answer.threshold, answer.target_precision) == ("head", decision, 0.4, 0.7)
     assert answer.expected_accuracy == Proportion(value=accuracy, low=accuracy - 0.1, high=accuracy + 0.1, n=40)
 
 
-def test_expected_accuracy_is_what_the_calibration_says_on_every_edge() -> None:
-    answerer, (head, *_) = AnswerBuilder(manifest(toy_calibration()), "fp32"), toy_calibration()
-    rules = answerer._groups[0]
+def test_expected_accuracy_equals_the_calibration_at_every_bin_edge() -> None:
+    builder, (head, *_) = AnswerBuilder(manifest(toy_calibration()), "fp32"), toy_calibration()
+    rules = builder._groups[0]
     for confidence in (0.0, 0.5, float(np.nextafter(0.5, 1)), 1.0):
         assert rules.expected(confidence) == expected_accuracy(head, confidence)
 
 
-def test_what_was_not_certified_is_null_and_never_a_promise() -> None:
+def test_values_that_were_not_certified_are_null() -> None:
     unknown = tuple(
         group.model_copy(
             update={
@@ -133,12 +133,12 @@ def test_what_was_not_certified_is_null_and_never_a_promise() -> None:
         )
         for group in toy_calibration()
     )
-    (answer,) = answered(with_confidence(0.99), answerer=AnswerBuilder(manifest(unknown), "fp32"))
+    (answer,) = answered(with_confidence(0.99), builder=AnswerBuilder(manifest(unknown), "fp32"))
     assert (answer.expected_accuracy, answer.decision, answer.threshold) == (None, "no_guarantee", None)
     assert answer.prediction_set.coverage == {"head": None, "medium": None, "tail": None}
 
 
-def test_a_prediction_set_takes_each_class_by_the_threshold_of_its_own_group() -> None:
+def test_a_prediction_set_selects_each_class_by_the_threshold_of_its_own_group() -> None:
     least = {"head": 0.35, "medium": None, "tail": 0.04}
     calibration = tuple(
         group.model_copy(
@@ -147,8 +147,8 @@ def test_a_prediction_set_takes_each_class_by_the_threshold_of_its_own_group() -
         for group in toy_calibration()
     )
     logits_NC = np.log(np.array([[0.4, 0.3, 0.01, 0.14, 0.1, 0.05]])).astype(np.float32)
-    (answer,) = answered(logits_NC, answerer=AnswerBuilder(manifest(calibration), "fp32"))
-    # head: ant alone reaches 0.35; medium: all of its classes; tail: both reach 0.04
+    (answer,) = answered(logits_NC, builder=AnswerBuilder(manifest(calibration), "fp32"))
+    # head: only ant reaches 0.35; medium: there is no threshold, so all classes; tail: both reach 0.04
     assert answer.prediction_set.labels == ("ant", "dog", "elk", "fox", "cat")
     assert answer.prediction_set.target_coverage == 0.9
     assert answer.prediction_set.coverage == {"head": 0.875, "medium": 0.875, "tail": 0.875}
@@ -160,15 +160,15 @@ def test_equal_logits_are_ranked_by_index_whatever_the_sign_of_zero() -> None:
     assert [entry.class_index for entry in answer.top_k] == [0, 1, 3, 4, 2, 5]
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused_and_the_others_answered(poison: float) -> None:
-    poisoned_NC = np.vstack([LOGITS_NC[:1], np.full((1, 6), poison, np.float32), LOGITS_NC[1:]])
-    judged = ANSWERER.judge(poisoned_NC)
-    first, refused, second = ANSWERER.records(judged, [5] * 3, [()] * 3)
-    assert [first, second] == ANSWERER.records(ANSWERER.judge(LOGITS_NC), [5] * 2, [()] * 2)
-    assert isinstance(refused, RejectedImage) and refused.error.status == 500
-    texts = ANSWERER.json(judged, [5] * 3, [()] * 3)
-    assert json.loads(texts[1]) == json.loads(refused.model_dump_json())
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_images_with_non_finite_logits_are_rejected_and_the_others_answered(value: float) -> None:
+    logits_NC = np.vstack([LOGITS_NC[:1], np.full((1, 6), value, np.float32), LOGITS_NC[1:]])
+    predictions = BUILDER.predict(logits_NC)
+    first, rejected, second = BUILDER.records(predictions, [5] * 3, [()] * 3)
+    assert [first, second] == BUILDER.records(BUILDER.predict(LOGITS_NC), [5] * 2, [()] * 2)
+    assert isinstance(rejected, RejectedImage) and rejected.error.status == 500
+    texts = BUILDER.json(predictions, [5] * 3, [()] * 3)
+    assert json.loads(texts[1]) == json.loads(rejected.model_dump_json())
 
 
 LOGITS = st.integers(0, 9).flatmap(
@@ -179,40 +179,40 @@ LOGITS = st.integers(0, 9).flatmap(
 
 
 @given(LOGITS, st.data())
-def test_the_fast_json_is_the_json_of_the_record(logits_NC: NDArray[np.float32], data: st.DataObject) -> None:
+def test_the_fast_json_equals_the_json_of_the_records(logits_NC: NDArray[np.float32], data: st.DataObject) -> None:
     num = len(logits_NC)
     top_k = data.draw(st.lists(st.integers(1, 9), min_size=num, max_size=num))
     warnings = data.draw(st.lists(st.lists(st.text(), max_size=2).map(tuple), min_size=num, max_size=num))
-    judged = ANSWERER.judge(logits_NC)
-    records = ANSWERER.records(judged, top_k, warnings)
-    texts = ANSWERER.json(judged, top_k, warnings)
+    predictions = BUILDER.predict(logits_NC)
+    records = BUILDER.records(predictions, top_k, warnings)
+    texts = BUILDER.json(predictions, top_k, warnings)
     assert [json.loads(text) for text in texts] == [json.loads(record.model_dump_json()) for record in records]
 
 
 @given(LOGITS)
 def test_an_answer_is_the_same_alone_and_in_any_batch(logits_NC: NDArray[np.float32]) -> None:
-    whole = ANSWERER.json(ANSWERER.judge(logits_NC), [6] * len(logits_NC), [()] * len(logits_NC))
+    whole = BUILDER.json(BUILDER.predict(logits_NC), [6] * len(logits_NC), [()] * len(logits_NC))
     for row, text in enumerate(whole):
-        assert ANSWERER.json(ANSWERER.judge(logits_NC[row : row + 1]), [6], [()]) == [text]
+        assert BUILDER.json(BUILDER.predict(logits_NC[row : row + 1]), [6], [()]) == [text]
 
 
 @pytest.mark.parametrize("num_classes", [3, 10, 100, 1000])
-def test_an_answer_is_the_same_to_the_last_bit_with_many_classes_too(num_classes: int) -> None:
+def test_an_answer_with_many_classes_is_the_same_to_the_last_bit_in_any_batch(num_classes: int) -> None:
     counts = tuple(range(num_classes + 5, 5, -1))
-    dice = np.random.default_rng(3)
-    shuffled = tuple(dice.permutation(counts).tolist())
+    rng = np.random.default_rng(3)
+    shuffled = tuple(rng.permutation(counts).tolist())
     task = task_of(shuffled)
-    answerer = AnswerBuilder(manifest(task=task), "fp32")
-    logits_NC = dice.normal(0, 4, (33, num_classes)).astype(np.float32)
-    whole = answerer.json(answerer.judge(logits_NC), [5] * 33, [()] * 33)
+    builder = AnswerBuilder(manifest(task=task), "fp32")
+    logits_NC = rng.normal(0, 4, (33, num_classes)).astype(np.float32)
+    whole = builder.json(builder.predict(logits_NC), [5] * 33, [()] * 33)
     for first, past in ((0, 1), (7, 15), (20, 33)):
-        part = answerer.json(answerer.judge(logits_NC[first:past]), [5] * (past - first), [()] * (past - first))
+        part = builder.json(builder.predict(logits_NC[first:past]), [5] * (past - first), [()] * (past - first))
         assert part == whole[first:past]
-    strided = answerer.judge(np.asfortranarray(logits_NC))
-    assert answerer.json(strided, [5] * 33, [()] * 33) == whole
-    mass_NK = task.groups.mass(calibrated(logits_NC, task.groups, np.array(TEMPERATURES)))
-    # the same thousand terms in another order
-    np.testing.assert_allclose(answerer.judge(logits_NC).mass_NK, mass_NK, atol=1e-12)
+    strided = builder.predict(np.asfortranarray(logits_NC))
+    assert builder.json(strided, [5] * 33, [()] * 33) == whole
+    mass_NK = task.groups.mass(calibrated_probabilities(logits_NC, task.groups, np.array(TEMPERATURES)))
+    # float64 sums of up to a thousand terms, in another order
+    np.testing.assert_allclose(builder.predict(logits_NC).mass_NK, mass_NK, atol=1e-12)
 
 
 def task_of(counts: tuple[int, ...]) -> Task:
@@ -222,18 +222,18 @@ def task_of(counts: tuple[int, ...]) -> Task:
 
 def test_names_that_json_must_escape_are_escaped() -> None:
     names = ('a "quoted" one', "back\\slash", "line\nbreak", "größe", "\u2028", "percent %b %d")
-    answerer = AnswerBuilder(manifest(task=TASK.model_copy(update={"class_names": names})), "fp32")
-    (text,) = answerer.json(answerer.judge(LOGITS_NC[:1]), [6], [("said % so",)])
+    builder = AnswerBuilder(manifest(task=TASK.model_copy(update={"class_names": names})), "fp32")
+    (text,) = builder.json(builder.predict(LOGITS_NC[:1]), [6], [("a % sign",)])
     assert sorted(entry["label"] for entry in json.loads(text)["top_k"]) == sorted(names)
-    assert json.loads(text)["warnings"] == ["said % so"]
+    assert json.loads(text)["warnings"] == ["a % sign"]
 
 
-def test_the_body_of_a_response_is_the_json_of_its_record() -> None:
+def test_the_response_body_equals_the_json_of_its_record() -> None:
     model = model_ref(manifest(), "fp32", "ToyProvider")
-    problem = problem_of(415, "not an image")
-    judged = ANSWERER.judge(LOGITS_NC)
-    results = (*ANSWERER.records(judged, [5, 5], [(), ()]), RejectedImage(error=problem))
-    texts = [*ANSWERER.json(judged, [5, 5], [(), ()]), rejected_image_json(problem)]
+    problem = make_problem(415, "not an image")
+    predictions = BUILDER.predict(LOGITS_NC)
+    results = (*BUILDER.records(predictions, [5, 5], [(), ()]), RejectedImage(error=problem))
+    texts = [*BUILDER.json(predictions, [5, 5], [(), ()]), rejected_image_json(problem)]
     body = answers_json(model.model_dump_json().encode(), texts)
     assert json.loads(body) == json.loads(Answers(model=model, results=results).model_dump_json())
     assert Answers.model_validate_json(body) == Answers(model=model, results=results)

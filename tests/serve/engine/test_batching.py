@@ -1,4 +1,4 @@
-"""Batches out of whatever waits, without processes, sockets or networks: the items are numbers."""
+"""Dynamic batching without processes, sockets or models: the items are numbers."""
 
 import math
 import queue
@@ -25,7 +25,7 @@ class Number:
 
 
 class Squares:
-    """Squares numbers; holds the first run until it is let go, so that a test knows what waits behind it."""
+    """Squares numbers. With ``hold``, runs block until ``go`` is set, so a test controls what is in the queue."""
 
     def __init__(self, hold: bool = False) -> None:
         self.begun = threading.Event()
@@ -33,7 +33,7 @@ class Squares:
         if not hold:
             self.go.set()
         self.batches: list[list[int]] = []
-        self.told: queue.SimpleQueue[BatchRun[Number, list[int]]] = queue.SimpleQueue()
+        self.delivered: queue.SimpleQueue[BatchRun[Number, list[int]]] = queue.SimpleQueue()
 
     def run(self, items: Sequence[Number]) -> list[int]:
         self.begun.set()
@@ -44,22 +44,22 @@ class Squares:
         return [item.value**2 for item in items]
 
     def results(self, num: int) -> dict[int, int | str]:
-        """What became of so many items, by their value."""
-        found: dict[int, int | str] = {}
-        while len(found) < num:
-            ran = self.told.get(timeout=30)
-            if isinstance(ran.result, Exception):
-                found |= {item.value: type(ran.result).__name__ for item in ran.items}
+        """Wait for ``num`` results: the square or the name of the error, by the value of the item."""
+        results: dict[int, int | str] = {}
+        while len(results) < num:
+            batch = self.delivered.get(timeout=30)
+            if isinstance(batch.result, Exception):
+                results |= {item.value: type(batch.result).__name__ for item in batch.items}
             else:
-                found |= {item.value: square for item, square in zip(ran.items, ran.result, strict=True)}
-        return found
+                results |= {item.value: square for item, square in zip(batch.items, batch.result, strict=True)}
+        return results
 
 
 @contextmanager
 def batching(
     squares: Squares, seconds_of: dict[int, float] | None = None, max_wait: float = 0.0
 ) -> Iterator[Batcher[Number, list[int]]]:
-    batcher = Batcher(squares.run, squares.told.put, seconds_of or AS_ON_A_GPU, max_wait)
+    batcher = Batcher(squares.run, squares.delivered.put, seconds_of or AS_ON_A_GPU, max_wait)
     batcher.start()
     try:
         yield batcher
@@ -72,7 +72,7 @@ def batching(
     ("waiting", "on_a_gpu", "on_a_cpu", "with_small_caches"),
     [(1, 1, 1, 1), (2, 2, 2, 2), (3, 4, 3, 3), (5, 8, 5, 5), (15, 16, 15, 8), (20, 32, 20, 8), (99, 32, 32, 8)],
 )
-def test_a_gpu_pads_up_and_a_cpu_takes_all_that_wait_unless_fewer_are_faster(
+def test_a_gpu_pads_batches_and_a_cpu_runs_the_whole_queue_unless_smaller_batches_are_faster(
     waiting: int, on_a_gpu: int, on_a_cpu: int, with_small_caches: int
 ) -> None:
     gpu, cpu, small = (best_size(waiting, times) for times in (AS_ON_A_GPU, AS_ON_A_CPU, SMALL_CACHES))
@@ -81,7 +81,7 @@ def test_a_gpu_pads_up_and_a_cpu_takes_all_that_wait_unless_fewer_are_faster(
     assert small == with_small_caches
 
 
-def test_what_waits_behind_a_run_becomes_one_batch_in_its_order() -> None:
+def test_items_queued_during_a_run_become_one_batch_in_order() -> None:
     squares = Squares(hold=True)
     with batching(squares) as batcher:
         batcher.put([Number(0)])
@@ -101,7 +101,7 @@ def test_no_batch_is_larger_than_the_largest_size() -> None:
     assert max(map(len, squares.batches)) <= 32
 
 
-def test_only_the_culprit_of_a_batch_fails() -> None:
+def test_only_the_bad_item_of_a_batch_fails() -> None:
     squares = Squares(hold=True)
     with batching(squares) as batcher:
         batcher.put([Number(9)])
@@ -112,24 +112,24 @@ def test_only_the_culprit_of_a_batch_fails() -> None:
     assert squares.batches == [[9], [1, -2, 3], [1], [-2], [3]]
 
 
-def test_what_is_cancelled_or_late_is_told_and_never_run() -> None:
+def test_cancelled_and_late_items_are_delivered_as_timeouts_and_never_run() -> None:
     squares = Squares(hold=True)
     with batching(squares) as batcher:
         batcher.put([Number(9)])
         assert squares.begun.wait(30)
-        left = Number(2)
-        batcher.put([Number(1), left, Number(3, deadline=0.0)])
-        left.cancelled = True
+        cancelled = Number(2)
+        batcher.put([Number(1), cancelled, Number(3, deadline=0.0)])
+        cancelled.cancelled = True
         squares.go.set()
         assert squares.results(4) == {9: 81, 1: 1, 2: "TimeoutError", 3: "TimeoutError"}
     assert squares.batches == [[9], [1]]
 
 
-def test_the_first_of_a_batch_waits_for_others_only_as_long_as_it_may() -> None:
+def test_the_first_item_of_a_batch_waits_at_most_max_wait_for_more() -> None:
     squares = Squares()
     with batching(squares, {1: 0.001, 2: 0.001}, max_wait=30) as batcher:
         batcher.put([Number(1)])
-        batcher.put([Number(2)])  # a full batch does not wait out the 30 s: the test would time out
+        batcher.put([Number(2)])  # a full batch must not wait for 30 s, or the test times out
         assert squares.results(2) == {1: 1, 2: 4}
     assert squares.batches == [[1, 2]]
     with batching(squares, max_wait=0.01) as batcher:
@@ -137,16 +137,16 @@ def test_the_first_of_a_batch_waits_for_others_only_as_long_as_it_may() -> None:
         assert squares.results(1) == {5: 25}
 
 
-def test_the_end_waits_for_what_was_put() -> None:
+def test_close_runs_all_queued_items() -> None:
     squares = Squares()
     with batching(squares) as batcher:
         batcher.put([Number(value) for value in range(50)])
     assert squares.results(50) == {value: value**2 for value in range(50)}
 
 
-def test_a_batcher_without_a_thread_runs_one_batch_after_another_when_asked() -> None:
+def test_a_batcher_without_a_thread_runs_one_batch_per_call_of_run_one() -> None:
     squares = Squares()
-    batcher = Batcher(squares.run, squares.told.put, {1: 0.001, 2: 0.001})
+    batcher = Batcher(squares.run, squares.delivered.put, {1: 0.001, 2: 0.001})
     batcher.put([Number(value) for value in (1, -2, 3, 4, 5)])
     batcher.run_one()
     assert squares.batches == [[1, -2], [1], [-2]]

@@ -1,4 +1,4 @@
-"""Messages between the processes come out as they went in, however the stream is cut."""
+"""Messages between the processes: packing and unpacking, and reading from a stream in pieces of any size."""
 
 import pytest
 from hypothesis import given
@@ -22,7 +22,7 @@ from serve.engine.messages import (
     unpack_text,
 )
 
-seen = st.builds(
+facts = st.builds(
     PredictionFacts,
     group=st.integers(0, 2**16 - 1),
     label=st.integers(0, 2**32 - 1),
@@ -30,8 +30,8 @@ seen = st.builds(
     decision=st.sampled_from(["accept", "abstain", "no_guarantee"]),
     set_size=st.integers(0, 2**32 - 1),
 )
-outcomes = st.builds(
-    ImageResult, status=st.integers(0, 599), payload=st.binary(max_size=50), seen=st.one_of(st.none(), seen)
+results = st.builds(
+    ImageResult, status=st.integers(0, 599), payload=st.binary(max_size=50), facts=st.one_of(st.none(), facts)
 )
 seconds = st.floats(0, 1e6)
 numbers = st.integers(0, 2**64 - 1)
@@ -42,13 +42,13 @@ numbers = st.integers(0, 2**64 - 1)
         EngineRequest,
         number=numbers,
         deadline=seconds,
-        wanted=st.sampled_from(OutputKind),
+        output_kind=st.sampled_from(OutputKind),
         top_k=st.integers(1, 2**32 - 1),
         contents=st.lists(st.binary(max_size=50), max_size=5),
     )
 )
-def test_work_comes_out_as_it_went_in(work: EngineRequest) -> None:
-    assert unpack_request(memoryview(pack_request(work))) == work
+def test_a_request_is_unchanged_by_packing_and_unpacking(message: EngineRequest) -> None:
+    assert unpack_request(memoryview(pack_request(message))) == message
 
 
 @given(
@@ -59,27 +59,27 @@ def test_work_comes_out_as_it_went_in(work: EngineRequest) -> None:
         queue_seconds=seconds,
         infer_seconds=seconds,
         batch_size=st.integers(0, 2**16 - 1),
-        outcomes=st.lists(outcomes, max_size=5),
+        results=st.lists(results, max_size=5),
     )
 )
-def test_what_was_done_comes_out_as_it_went_in(done: EngineResponse) -> None:
-    assert unpack_response(memoryview(pack_response(done))) == done
+def test_a_response_is_unchanged_by_packing_and_unpacking(response: EngineResponse) -> None:
+    assert unpack_response(memoryview(pack_response(response))) == response
 
 
-def test_a_number_and_a_text_come_out_as_they_went_in() -> None:
+def test_cancel_and_text_messages_are_unchanged_by_packing_and_unpacking() -> None:
     assert unpack_cancel(memoryview(pack_cancel(2**64 - 1))) == 2**64 - 1
     assert unpack_text(memoryview(pack_text(Kind.LOG, "zwölf\n"))) == "zwölf\n"
 
 
-@pytest.mark.parametrize("piece", [1, 2, 4, 5, 6, 7, 64, 10_000])
-def test_messages_are_found_however_the_stream_is_cut(piece: int) -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 2, 4, 5, 6, 7, 64, 10_000])
+def test_messages_are_read_from_a_stream_in_pieces_of_any_size(piece_bytes: int) -> None:
     texts = ["", "a", "b" * 300, "", "c" * 5000]
     stream = b"".join(pack_text(Kind.LOG, text) for text in texts)
-    inbox = MessageReader()
+    reader = MessageReader()
     found = [
         unpack_text(message)
-        for start in range(0, len(stream), piece)
-        for kind, message in inbox.feed(stream[start : start + piece])
+        for start in range(0, len(stream), piece_bytes)
+        for kind, message in reader.feed(stream[start : start + piece_bytes])
         if kind == Kind.LOG
     ]
     assert found == texts

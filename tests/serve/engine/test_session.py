@@ -1,3 +1,5 @@
+"""The engine: its logits, batch sizes, choice of device and precision, and the verification of golden samples."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +23,16 @@ def bundle_path(tmp_path: Path) -> Path:
     return write_toy_bundle(tmp_path / "toy")
 
 
-def test_logits_are_what_numpy_computes_directly(bundle_path: Path) -> None:
+def test_logits_equal_a_direct_computation_in_numpy(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu")
     images = np.stack([toy_pixels(seed) for seed in (20, 21, 22)])
     logits_NC = engine.logits(images)
     assert logits_NC.dtype == np.float32
-    # float32 sums of 192 terms of size 1 in another order
+    # float32 sums of 192 terms of magnitude 1, in another order
     np.testing.assert_allclose(logits_NC, expected_logits(images), atol=1e-4)
 
 
-def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
+def test_the_published_provider_is_the_one_that_runs(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu")
     assert engine.provider == engine.session.get_providers()[0] == "CPUExecutionProvider"
 
@@ -39,7 +41,7 @@ def test_the_provider_shown_is_the_one_that_runs(bundle_path: Path) -> None:
 def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(tmp_path: Path, padded: bool) -> None:
     bundle = open_bundle(write_toy_bundle(tmp_path / "toy", model=convolution()))
     engine = open_engine(bundle, "cpu", max_batch=32)
-    if padded:  # as on a GPU: 3 to 4, 20 to 32
+    if padded:  # as on a GPU: 3 images to 4, 20 images to 32
         engine = replace(engine, seconds_of=dict.fromkeys(batch_sizes(32), 0.001))
     images = np.stack([toy_pixels(seed) for seed in range(32)])
     alone = [engine.logits(images[row : row + 1])[0].tobytes() for row in range(32)]
@@ -47,8 +49,8 @@ def test_an_image_has_the_same_logits_to_the_bit_alone_and_in_every_batch_size(t
         assert [row.tobytes() for row in engine.logits(images[:num])] == alone[:num]
 
 
-class Shapes:
-    """A session that notes the batch sizes it is asked to run."""
+class RecordingSession:
+    """A session that records the batch sizes it runs."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
@@ -59,27 +61,29 @@ class Shapes:
         return self.session.run(outputs, inputs)
 
 
-def test_a_cpu_runs_every_size_as_it_is_and_a_gpu_the_warm_ones(bundle_path: Path) -> None:
+def test_a_cpu_runs_every_batch_size_without_padding_and_a_gpu_only_warm_sizes(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=8)
     images = np.stack([toy_pixels(seed) for seed in range(8)])
     for seconds_of, expected in (
         (engine.seconds_of, [1, 3, 5, 8]),
         (dict.fromkeys(batch_sizes(8), 0.001), [1, 4, 8, 8]),
     ):
-        session = Shapes(engine.session)
-        seen = replace(engine, seconds_of=seconds_of, session=cast(ort.InferenceSession, session))
+        session = RecordingSession(engine.session)
+        recording = replace(engine, seconds_of=seconds_of, session=cast(ort.InferenceSession, session))
         for num in (1, 3, 5, 8):
-            seen.logits(images[:num])
+            recording.logits(images[:num])
         assert session.sizes == expected
 
 
-def test_what_sizes_between_the_warm_ones_take_lies_between(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_times_of_sizes_between_the_measured_ones_are_interpolated(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve.engine.session, "_replay", lambda engine, golden, rows: len(rows) ** 2 / 1000)
     engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=6)
     assert engine.seconds_of == pytest.approx({1: 0.001, 2: 0.004, 3: 0.01, 4: 0.016, 5: 0.026, 6: 0.036})
 
 
-def test_more_images_than_the_largest_batch_are_run_in_several(bundle_path: Path) -> None:
+def test_more_images_than_the_largest_batch_size_are_run_in_several_batches(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu", max_batch=4)
     images = np.stack([toy_pixels(seed) for seed in range(11)])
     assert tuple(engine.seconds_of) == (1, 2, 3, 4)
@@ -93,76 +97,76 @@ def test_batch_sizes_are_powers_of_two_and_the_largest() -> None:
     ]  # fmt: skip
 
 
-def test_a_cpu_leaves_out_batches_that_keep_everybody_waiting(
-    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_leaves_out_batch_sizes_that_take_too_long(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.engine.session, "LONGEST_RUN_SECONDS", 0.0)
     assert tuple(open_engine(open_bundle(bundle_path), "cpu", max_batch=32).seconds_of) == (1,)
 
 
-def test_a_cpu_takes_int8_where_it_is_certified_and_what_it_is_told_otherwise(tmp_path: Path) -> None:
+def test_a_cpu_uses_int8_if_it_is_certified_unless_another_precision_is_given(tmp_path: Path) -> None:
     bundle = open_bundle(write_toy_bundle(tmp_path / "toy", precisions=("fp32", "int8", "fp16")))
     chosen = [open_engine(bundle, "cpu", precision).precision for precision in (None, "fp32", "fp16")]
     assert chosen == ["int8", "fp32", "fp16"]
 
 
-def test_a_precision_that_is_not_certified_is_one_line(bundle_path: Path) -> None:
-    with pytest.raises(BundleError, match="has no certified int8 model, it has: fp32"):
+def test_a_precision_that_is_not_certified_is_an_error(bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match="has no certified int8 model; choose one of: fp32"):
         open_engine(open_bundle(bundle_path), "cpu", "int8")
 
 
 @pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
-def test_cuda_without_cuda_refuses_in_one_line(bundle_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"asked for cuda, .* CPUExecutionProvider.*start with --device cpu") as said:
+def test_device_cuda_without_cuda_is_a_one_line_error(bundle_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"asked for cuda, .* CPUExecutionProvider.*start with --device cpu") as error:
         open_engine(open_bundle(bundle_path), "cuda")
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
-def test_auto_without_cuda_takes_the_cpu_and_says_nothing(bundle_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_device_auto_without_cuda_uses_the_cpu_and_prints_nothing(
+    bundle_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert open_engine(open_bundle(bundle_path), "auto").provider == "CPUExecutionProvider"
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(num_cuda_devices() > 0, reason="this machine has CUDA")
-def test_a_gpu_without_the_cuda_libraries_is_refused_by_cuda_and_passed_over_by_auto(
+def test_a_gpu_without_the_cuda_libraries_is_an_error_for_cuda_and_not_used_by_auto(
     bundle_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(serve.engine.session, "num_cuda_devices", lambda: 1)
-    with pytest.raises(DeviceError, match="start with --device cpu") as said:
+    with pytest.raises(DeviceError, match="start with --device cpu") as error:
         open_engine(open_bundle(bundle_path), "cuda")
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
     assert open_engine(open_bundle(bundle_path), "auto").provider == "CPUExecutionProvider"
-    assert "--device auto takes the CPU: asked for cuda, but" in caplog.text
+    assert "--device auto uses the CPU: asked for cuda, but" in caplog.text
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(num_cuda_devices() == 0, reason="this machine has no CUDA")
-def test_cuda_runs_on_cuda_and_gives_the_certified_logits(bundle_path: Path) -> None:
+def test_device_cuda_runs_on_cuda_and_gives_the_certified_logits(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cuda")
     assert engine.provider == "CUDAExecutionProvider"
     assert open_engine(open_bundle(bundle_path), "auto").provider == "CUDAExecutionProvider"
 
 
 @pytest.mark.parametrize("shift", [0.5, float("nan")])
-def test_golden_samples_that_give_other_logits_refuse_to_start(tmp_path: Path, shift: float) -> None:
-    with pytest.raises(BundleError, match="golden samples, 1 at a time, give logits that differ"):
+def test_golden_samples_with_other_logits_are_an_error(tmp_path: Path, shift: float) -> None:
+    with pytest.raises(BundleError, match="logits of the golden samples, in a batch of 1, differ"):
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", golden_shift=shift)), "cpu")
 
 
-def test_golden_samples_that_give_other_logits_in_one_batch_size_refuse_to_start(
+def test_golden_samples_with_other_logits_in_one_batch_size_are_an_error(
     bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = OnnxEngine.logits
+    logits = OnnxEngine.logits
 
-    def wrong_in_fours(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
-        return right(engine, images) + np.float32(len(images) == 4)
+    def wrong_in_batches_of_four(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
+        return logits(engine, images) + np.float32(len(images) == 4)
 
-    monkeypatch.setattr(OnnxEngine, "logits", wrong_in_fours)
-    with pytest.raises(BundleError, match="golden samples, 4 at a time, give logits that differ by 1 from"):
+    monkeypatch.setattr(OnnxEngine, "logits", wrong_in_batches_of_four)
+    with pytest.raises(BundleError, match="logits of the golden samples, in a batch of 4, differ by 1 from"):
         open_engine(open_bundle(bundle_path), "cpu", max_batch=32)
 
 
@@ -172,20 +176,20 @@ def test_every_golden_sample_is_run_however_few_batch_sizes_are_warm(
 ) -> None:
     bundle = open_bundle(write_toy_bundle(tmp_path / "toy"))
     golden, logits = bundle.golden(), OnnxEngine.logits
-    run: set[bytes] = set()
+    images_run: set[bytes] = set()
 
-    def noted(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
-        run.update(image.tobytes() for image in images)
+    def recording_logits(engine: OnnxEngine, images: Images) -> NDArray[np.float32]:
+        images_run.update(image.tobytes() for image in images)
         return logits(engine, images)
 
     monkeypatch.setattr(serve.engine.session, "LONGEST_RUN_SECONDS", longest_run_seconds)
-    monkeypatch.setattr(OnnxEngine, "logits", noted)
+    monkeypatch.setattr(OnnxEngine, "logits", recording_logits)
     open_engine(bundle, "cpu", max_batch=2)
-    assert run == {image.tobytes() for image in golden.images_MSS3}
-    assert len(run) > 1 + 2  # more than what the two sizes run
+    assert images_run == {image.tobytes() for image in golden.images_MSS3}
+    assert len(images_run) > 1 + 2  # more images than the two batch sizes need
 
 
-def test_golden_samples_of_another_size_refuse_to_start(tmp_path: Path) -> None:
+def test_golden_samples_of_another_image_size_are_an_error(tmp_path: Path) -> None:
     model = toy_model()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 9
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 9
@@ -194,21 +198,21 @@ def test_golden_samples_of_another_size_refuse_to_start(tmp_path: Path) -> None:
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=model)), "cpu")
 
 
-def test_a_network_with_another_input_refuses_to_start(tmp_path: Path) -> None:
+def test_a_model_with_another_input_name_is_an_error(tmp_path: Path) -> None:
     model = toy_model()
     model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
-    with pytest.raises(BundleError, match=r"takes .*pixels.*, expected image"):
+    with pytest.raises(BundleError, match=r"has inputs .*pixels.*, expected image"):
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=model)), "cpu")
 
 
-def test_a_file_that_is_no_network_refuses_to_start(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime") as said:
+def test_a_file_that_is_not_a_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime") as error:
         open_engine(open_bundle(write_toy_bundle(tmp_path / "toy", model=onnx.ModelProto())), "cpu")
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "parity.json"])
-def test_a_flipped_byte_in_any_file_refuses_to_start(bundle_path: Path, name: str) -> None:
+def test_a_flipped_byte_in_any_file_is_an_error(bundle_path: Path, name: str) -> None:
     content = bytearray((bundle_path / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle_path / name).write_bytes(content)
@@ -216,7 +220,7 @@ def test_a_flipped_byte_in_any_file_refuses_to_start(bundle_path: Path, name: st
         open_bundle(bundle_path)
 
 
-def test_a_newer_schema_refuses_to_start(bundle_path: Path) -> None:
+def test_a_newer_schema_version_is_an_error(bundle_path: Path) -> None:
     manifest = json.loads((bundle_path / "manifest.json").read_text())
     (bundle_path / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(BundleError, match=r"schema version 99.*install a newer ltkd"):

@@ -1,4 +1,4 @@
-"""The three body forms and their limits, over real sockets."""
+"""The three forms of request bodies and their limits, over real sockets."""
 
 import base64
 import gzip
@@ -28,12 +28,12 @@ def client() -> Iterator[httpx.Client]:
         yield client
 
 
-def in_json(*contents: bytes) -> dict[str, list[str]]:
+def json_body(*contents: bytes) -> dict[str, list[str]]:
     return {"images": [base64.b64encode(content).decode() for content in contents]}
 
 
 def problem(response: httpx.Response, status: int) -> str:
-    """The detail of a well-formed problem."""
+    """Check that a response is a well-formed problem, and return its detail."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     body = response.json()
@@ -42,19 +42,19 @@ def problem(response: httpx.Response, status: int) -> str:
     return str(body["detail"])
 
 
-def test_raw_bytes_form_and_json_agree(client: httpx.Client) -> None:
+def test_raw_bytes_form_and_json_give_the_same_answer(client: httpx.Client) -> None:
     content = encoded(toy_pixels(3))
     raw = client.post("/v1/classify", content=content, headers=PNG)
     octets = client.post("/v1/classify", content=content)
     form = client.post("/v1/classify", files={"image": ("a.png", content, "image/png")})
-    text = client.post("/v1/classify", json=in_json(content))
+    text = client.post("/v1/classify", json=json_body(content))
     assert raw.status_code == 200
     assert raw.json() == octets.json() == form.json() == text.json()
     (result,) = raw.json()["results"]
     logits_C = expected_logits(toy_pixels(3)[None])[0].astype(float)
     probability_C = np.exp(logits_C) / np.exp(logits_C).sum()
     assert result["class_index"] == int(logits_C.argmax())
-    # one float32 matmul of 192 terms in another batch: 1e-5 is above its rounding
+    # 1e-5 is above the rounding of one float32 product of 192 terms in another batch
     assert result["probability"] == pytest.approx(probability_C.max(), abs=1e-5)
 
 
@@ -62,12 +62,12 @@ def test_many_images_are_answered_in_order(client: httpx.Client) -> None:
     contents = [encoded(toy_pixels(seed)) for seed in (4, 5, 6)]
     alone = [client.post("/v1/classify", content=content).json()["results"][0] for content in contents]
     form = client.post("/v1/classify", files=[("image", (f"{n}.png", c)) for n, c in enumerate(contents)])
-    text = client.post("/v1/classify", json=in_json(*contents))
+    text = client.post("/v1/classify", json=json_body(*contents))
     for response in (form, text):
         assert [result["label"] for result in response.json()["results"]] == [result["label"] for result in alone]
 
 
-def test_one_bad_image_among_many_is_an_error_in_its_own_place(client: httpx.Client) -> None:
+def test_one_bad_image_among_many_is_an_error_in_its_place(client: httpx.Client) -> None:
     good = base64.b64encode(encoded(toy_pixels(4))).decode()
     texts = [good, base64.b64encode(b"no image").decode(), "***", good]
     results = client.post("/v1/classify", json={"images": texts}).json()["results"]
@@ -76,8 +76,8 @@ def test_one_bad_image_among_many_is_an_error_in_its_own_place(client: httpx.Cli
     assert results[0] == results[3]
 
 
-def test_many_images_that_are_all_bad_are_one_problem(client: httpx.Client) -> None:
-    detail = problem(client.post("/v1/classify", json=in_json(b"no image", JPEG[:300])), 415)
+def test_a_request_with_only_bad_images_is_one_problem(client: httpx.Client) -> None:
+    detail = problem(client.post("/v1/classify", json=json_body(b"no image", JPEG[:300])), 415)
     assert "none of the 2 images" in detail
 
 
@@ -89,22 +89,22 @@ def test_a_truncated_jpeg_is_422(client: httpx.Client) -> None:
     assert "truncated" in problem(client.post("/v1/classify", content=JPEG[: len(JPEG) // 2]), 422)
 
 
-def test_too_many_pixels_are_422(client: httpx.Client) -> None:
+def test_an_image_with_too_many_pixels_is_422(client: httpx.Client) -> None:
     large = encoded(Image.new("1", (1001, 1000)))
     assert "1001 x 1000" in problem(client.post("/v1/classify", content=large), 422)
 
 
-def test_an_empty_body_is_refused(client: httpx.Client) -> None:
+def test_an_empty_body_is_rejected(client: httpx.Client) -> None:
     assert "empty" in problem(client.post("/v1/classify", headers=PNG), 415)
 
 
-def test_the_form_that_curl_makes_of_data_binary_gets_a_hint(client: httpx.Client) -> None:
+def test_the_default_content_type_of_curl_gets_a_hint(client: httpx.Client) -> None:
     response = client.post("/v1/classify", content=JPEG, headers={"Content-Type": "application/x-www-form-urlencoded"})
     assert "-H 'Content-Type: image/jpeg'" in problem(response, 415)
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected"),
     [
         (b"{", "Invalid JSON"),
         (b"[" * 100_000, "Invalid JSON"),
@@ -115,29 +115,29 @@ def test_the_form_that_curl_makes_of_data_binary_gets_a_hint(client: httpx.Clien
         (b'\xff\xfe{"images": 1}', "the body"),
     ],
 )
-def test_json_of_another_form_is_400(client: httpx.Client, body: bytes, said: str) -> None:
+def test_json_of_another_form_is_400(client: httpx.Client, body: bytes, expected: str) -> None:
     response = client.post("/v1/classify", content=body, headers={"Content-Type": "application/json; charset=utf-8"})
-    assert said in problem(response, 400)
+    assert expected in problem(response, 400)
 
 
-def test_a_data_url_is_refused_with_a_hint(client: httpx.Client) -> None:
+def test_a_data_url_is_rejected_with_a_hint(client: httpx.Client) -> None:
     response = client.post("/v1/classify", json={"images": ["data:image/png;base64,aGk="]})
-    assert "send what follows its comma" in problem(response, 400)
+    assert "send the part after the comma" in problem(response, 400)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        (b"--b\r\nContent-Disposition: form-data; name=\"k\"\r\n\r\n5\r\n--b--\r\n", "a field that is no file"),
+        (b"--b\r\nContent-Disposition: form-data; name=\"k\"\r\n\r\n5\r\n--b--\r\n", "a field that is not a file"),
         (b"--b--\r\n", "no file"),
         (b"garbage", "malformed"),
         (b"", "ends before"),
         (b"--b\r\nContent-Disposition: form-data\r\n\r\n5\r\n--b--\r\n", "malformed"),
     ],
 )  # fmt: skip
-def test_a_form_without_files_is_400(client: httpx.Client, content: bytes, said: str) -> None:
+def test_a_form_without_files_is_400(client: httpx.Client, content: bytes, expected: str) -> None:
     response = client.post("/v1/classify", content=content, headers={"Content-Type": "multipart/form-data; boundary=b"})
-    assert said in problem(response, 400)
+    assert expected in problem(response, 400)
 
 
 def test_a_form_without_a_boundary_is_400(client: httpx.Client) -> None:
@@ -145,15 +145,15 @@ def test_a_form_without_a_boundary_is_400(client: httpx.Client) -> None:
     assert "boundary" in problem(response, 400)
 
 
-def test_more_images_than_allowed_are_400_in_every_form(client: httpx.Client) -> None:
+def test_too_many_images_are_400_in_every_form(client: httpx.Client) -> None:
     content = encoded(toy_pixels(4))
     form = client.post("/v1/classify", files=[("image", ("a.png", content))] * 5)
     assert "more than 4 images" in problem(form, 400)
-    assert "more than 4 images" in problem(client.post("/v1/classify", json=in_json(*[content] * 5)), 400)
+    assert "more than 4 images" in problem(client.post("/v1/classify", json=json_body(*[content] * 5)), 400)
 
 
 @pytest.mark.parametrize("media_type", ["image/png", "application/json", "multipart/form-data; boundary=b"])
-def test_a_body_beyond_the_limit_is_413_in_every_form(client: httpx.Client, media_type: str) -> None:
+def test_a_body_above_the_limit_is_413_in_every_form(client: httpx.Client, media_type: str) -> None:
     start = b'--b\r\nContent-Disposition: form-data; name="i"; filename="i"\r\n\r\n' if "form" in media_type else b""
     body = start + bytes(LIMITS.max_body_bytes + 1)
     headers = {"Content-Type": media_type}
@@ -161,7 +161,7 @@ def test_a_body_beyond_the_limit_is_413_in_every_form(client: httpx.Client, medi
     assert "200,000 bytes" in problem(client.post("/v1/classify", content=iter([body]), headers=headers), 413)
 
 
-PACKINGS = {
+COMPRESSORS = {
     "gzip": gzip.compress,
     "x-gzip": gzip.compress,
     "deflate": zlib.compress,
@@ -170,52 +170,56 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("encoding", PACKINGS)
+@pytest.mark.parametrize("encoding", COMPRESSORS)
 @pytest.mark.parametrize("form", ["image/png", "application/json", "multipart/form-data; boundary=b"])
-def test_a_compressed_body_is_unpacked_in_every_form(client: httpx.Client, form: str, encoding: str) -> None:
+def test_a_compressed_body_is_decompressed_in_every_form(client: httpx.Client, form: str, encoding: str) -> None:
     content = encoded(toy_pixels(3))
     bodies = {
         "image/png": content,
-        "application/json": json.dumps(in_json(content)).encode(),
-        "multipart/form-data; boundary=b": form_of([content]),
+        "application/json": json.dumps(json_body(content)).encode(),
+        "multipart/form-data; boundary=b": form_body([content]),
     }
     headers = {"Content-Type": form, "Content-Encoding": encoding}
-    packed = client.post("/v1/classify", content=PACKINGS[encoding](bodies[form]), headers=headers)
-    assert packed.json() == client.post("/v1/classify", content=content).json()
+    compressed = client.post("/v1/classify", content=COMPRESSORS[encoding](bodies[form]), headers=headers)
+    assert compressed.json() == client.post("/v1/classify", content=content).json()
 
 
 @pytest.mark.parametrize("form", ["image/png", "application/json", "multipart/form-data; boundary=b"])
-def test_a_body_that_swells_beyond_the_limit_is_413_in_every_form(client: httpx.Client, form: str) -> None:
-    bomb = gzip.compress(form_of([bytes(10**7)]))
+def test_a_body_above_the_limit_after_decompression_is_413_in_every_form(client: httpx.Client, form: str) -> None:
+    bomb = gzip.compress(form_body([bytes(10**7)]))
     assert len(bomb) < LIMITS.max_body_bytes
     response = client.post("/v1/classify", content=bomb, headers={"Content-Type": form, "Content-Encoding": "gzip"})
-    assert "200,000 bytes when unpacked" in problem(response, 413)
+    assert "200,000 bytes after decompression" in problem(response, 413)
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "expected"),
     [
-        (b"hello", "not gzip"),
-        (gzip.compress(b"hello", mtime=0)[:-4], "ends too early"),
-        (gzip.compress(b"hello", mtime=0) + b"x", "bytes follow"),
-        (gzip.compress(b"hello", mtime=0) * 2, "bytes follow"),
-        (b"", "ends too early"),
+        (b"hello", "not valid gzip data"),
+        (gzip.compress(b"hello", mtime=0)[:-4], "is incomplete"),
+        (gzip.compress(b"hello", mtime=0) + b"x", "bytes after the end"),
+        (gzip.compress(b"hello", mtime=0) * 2, "bytes after the end"),
+        (b"", "is incomplete"),
     ],
 )
-def test_a_body_that_is_not_packed_as_it_says_is_400(client: httpx.Client, body: bytes, said: str) -> None:
+def test_a_body_that_does_not_match_its_content_encoding_is_400(
+    client: httpx.Client, body: bytes, expected: str
+) -> None:
     response = client.post("/v1/classify", content=body, headers={**PNG, "Content-Encoding": "gzip"})
-    assert said in problem(response, 400)
+    assert expected in problem(response, 400)
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "x" * 5000])
-def test_a_packing_that_is_not_known_is_415_and_those_known_are_named(client: httpx.Client, encoding: str) -> None:
+def test_an_unsupported_content_encoding_is_415_and_the_supported_ones_are_listed(
+    client: httpx.Client, encoding: str
+) -> None:
     response = client.post("/v1/classify", content=b"x", headers={**PNG, "Content-Encoding": encoding})
     assert len(problem(response, 415)) < 300
     assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
-def form_of(files: list[bytes]) -> bytes:
-    """A form with the boundary b."""
+def form_body(files: list[bytes]) -> bytes:
+    """A multipart body with the boundary b."""
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
     return b"".join(head + file + b"\r\n" for file in files) + b"--b--\r\n"
 
@@ -223,7 +227,7 @@ def form_of(files: list[bytes]) -> bytes:
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 FIELD = b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\nv\r\n'
 HOSTILE_FORMS = {
-    "thousands of files": form_of([b""] * 2000),
+    "thousands of files": form_body([b""] * 2000),
     "thousands of fields": FIELD * 3000 + b"--b--\r\n",
     "a header without end": b"--b\r\nContent-Disposition: form-data; " + b"x" * 190_000,
     "thousands of headers": b"--b\r\n" + b"A: b\r\n" * 30_000 + b"\r\nx\r\n--b--\r\n",
@@ -231,7 +235,7 @@ HOSTILE_FORMS = {
     "boundaries alone": b"--b\r\n" * 30_000,
     "empty lines": b"\r\n" * 90_000,
     "nothing": b"",
-    "a file that does not end": form_of([b"x"])[:-9],
+    "a file that does not end": form_body([b"x"])[:-9],
 }
 
 
@@ -242,8 +246,8 @@ def test_a_hostile_form_is_a_problem(client: httpx.Client, name: str) -> None:
     assert response.status_code in (400, 415)
 
 
-def test_a_form_that_was_cut_is_refused_as_a_whole(client: httpx.Client) -> None:
-    whole = form_of([encoded(toy_pixels(4)), encoded(toy_pixels(5))])
+def test_a_truncated_form_is_rejected_as_a_whole(client: httpx.Client) -> None:
+    whole = form_body([encoded(toy_pixels(4)), encoded(toy_pixels(5))])
     assert len(client.post("/v1/classify", content=whole, headers=FORM).json()["results"]) == 2
     for missing in (6, 8, 40, 300):
         assert "ends before" in problem(client.post("/v1/classify", content=whole[:-missing], headers=FORM), 400)
@@ -267,35 +271,37 @@ def test_a_wrong_content_type_is_a_problem(client: httpx.Client, media_type: str
 @pytest.mark.parametrize(
     "text", ["aGk", "aGk=\n", " aGk=", "aGk=aGk=", "a-_b", "====", "ä", "\u0000", "aGk=" * 3 + "!", "data:,x", ""]
 )
-def test_base64_with_junk_is_a_problem_in_its_own_place(client: httpx.Client, text: str) -> None:
+def test_malformed_base64_is_a_problem_in_its_place(client: httpx.Client, text: str) -> None:
     good = base64.b64encode(encoded(toy_pixels(4))).decode()
     response = client.post("/v1/classify", json={"images": [text, good]})
-    refused, answered = response.json()["results"]
-    assert refused["error"]["status"] in (400, 415)
+    rejected, answered = response.json()["results"]
+    assert rejected["error"]["status"] in (400, 415)
     assert answered["label"]
 
 
-def test_a_declared_length_beyond_the_limit_is_refused_before_anything_is_sent(client: httpx.Client) -> None:
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as line:
-        line.sendall(
+def test_a_content_length_above_the_limit_is_rejected_before_the_body_is_sent(client: httpx.Client) -> None:
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+        connection.sendall(
             b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
             b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
         )
-        assert line.recv(12) == b"HTTP/1.1 413"
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
-def test_a_body_that_does_not_arrive_is_408_and_the_line_is_closed() -> None:
+def test_a_body_that_does_not_arrive_is_408_and_the_connection_is_closed() -> None:
     with (
         running(toy_app(settings=Settings(body_seconds=0.05))) as client,
-        socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as line,
+        socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection,
     ):
-        line.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx")
-        answer = b"".join(iter(lambda: line.recv(4096), b""))  # ends only when the service closes
-    assert answer.startswith(b"HTTP/1.1 408")
-    assert b"within 0.05 s" in answer
+        connection.sendall(
+            b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx"
+        )
+        response = b"".join(iter(lambda: connection.recv(4096), b""))  # ends when the service closes the connection
+    assert response.startswith(b"HTTP/1.1 408")
+    assert b"within 0.05 s" in response
 
 
-UNDOING = {
+INVERSE_TRANSPOSE = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -307,20 +313,20 @@ UNDOING = {
 }
 
 
-@pytest.mark.parametrize("orientation", UNDOING)
+@pytest.mark.parametrize("orientation", INVERSE_TRANSPOSE)
 def test_every_exif_orientation_gives_the_same_answer(client: httpx.Client, orientation: int) -> None:
     upright = Image.fromarray(toy_pixels(9, 24, 16))
-    undoing = UNDOING[orientation]
-    stored = upright if undoing is None else upright.transpose(undoing)
+    inverse = INVERSE_TRANSPOSE[orientation]
+    stored = upright if inverse is None else upright.transpose(inverse)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (seen,) = client.post("/v1/classify", content=encoded(stored, exif=exif)).json()["results"]
+    (result,) = client.post("/v1/classify", content=encoded(stored, exif=exif)).json()["results"]
     (expected,) = client.post("/v1/classify", content=encoded(upright)).json()["results"]
-    assert seen.pop("warnings") == ([] if orientation == 1 else ["rotated as its EXIF orientation says"])
-    assert seen == {key: value for key, value in expected.items() if key != "warnings"}
-    if undoing is not None:  # else the test would pass with a network that is blind to orientation
-        (turned,) = client.post("/v1/classify", content=encoded(stored)).json()["results"]
-        assert turned["probability"] != expected["probability"]
+    assert result.pop("warnings") == ([] if orientation == 1 else ["the EXIF orientation was applied"])
+    assert result == {key: value for key, value in expected.items() if key != "warnings"}
+    if inverse is not None:  # otherwise a network that ignores orientation would pass
+        (rotated,) = client.post("/v1/classify", content=encoded(stored)).json()["results"]
+        assert rotated["probability"] != expected["probability"]
 
 
 def animated() -> bytes:
@@ -331,16 +337,16 @@ def animated() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 10))), "transparency was laid on white"),
+        (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 10))), "transparent pixels were blended with white"),
         (encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16))), "16-bit grey was scaled to 8 bit"),
-        (animated(), "animated: the first frame was used"),
+        (animated(), "the image is animated; only the first frame was used"),
     ],
 )
-def test_what_was_done_to_an_image_is_said(client: httpx.Client, content: bytes, said: str) -> None:
+def test_changes_to_an_image_are_listed_as_warnings(client: httpx.Client, content: bytes, expected: str) -> None:
     response = client.post("/v1/classify", content=content)
     (result,) = response.json()["results"]
-    assert result["warnings"] == [said]
+    assert result["warnings"] == [expected]
     pixels = decode_image(content, 8).pixels_SS3[None]
     assert result["class_index"] == int(expected_logits(pixels).argmax())

@@ -1,4 +1,4 @@
-"""Hostile and unusual images and requests, over real sockets: a 2xx or a 4xx problem that helps, never more."""
+"""Hostile and unusual images and requests over real sockets: the response is a 2xx or a helpful 4xx problem."""
 
 import base64
 import random
@@ -13,22 +13,22 @@ from serve_toys import bomb_png, encoded, running, toy_app, toy_pixels
 
 from serve.engine.answers import Answers
 from serve.settings import Settings
-from tests.ltkd.contract.test_image_decoding import BOMBS, HEALTHY, POLYGLOTS, damaged
+from tests.ltkd.contract.test_image_decoding import BOMBS, POLYGLOTS, VALID_FILES, damaged
 from tests.serve.http.test_bodies import problem
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's; the engine is a thread of this process here
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow; the toy engine is a thread of this process
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with running(toy_app(settings=Settings(max_pixels=1_000_000))) as client:
         yield client
-        fine = client.post("/v1/classify", content=encoded(toy_pixels(3)))  # after all that it still answers
+        fine = client.post("/v1/classify", content=encoded(toy_pixels(3)))  # the service still answers after all tests
         assert fine.status_code == 200
 
 
-def answered_or_refused(response: httpx.Response) -> bool:
-    """Whether the images were answered; if not, the problem must be one that helps."""
+def is_answered(response: httpx.Response) -> bool:
+    """Whether the images were answered. If not, the problem must say what to do."""
     if response.status_code == 200:
         Answers.model_validate_json(response.content)
         return True
@@ -39,20 +39,20 @@ def answered_or_refused(response: httpx.Response) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", HEALTHY)
-def test_a_damaged_image_is_answered_or_refused(client: httpx.Client, name: str) -> None:
+@pytest.mark.parametrize("name", VALID_FILES)
+def test_a_damaged_image_is_answered_or_rejected(client: httpx.Client, name: str) -> None:
     dice = random.Random(name)
-    answered = [
-        answered_or_refused(client.post("/v1/classify", content=damaged(HEALTHY[name], dice))) for _ in range(25)
-    ]
+    answered = [is_answered(client.post("/v1/classify", content=damaged(VALID_FILES[name], dice))) for _ in range(25)]
     assert not all(answered)
 
 
-def test_among_damaged_images_the_sound_ones_are_answered(client: httpx.Client) -> None:
+def test_intact_images_among_damaged_ones_are_answered(client: httpx.Client) -> None:
     dice = random.Random(1)
-    sound = encoded(toy_pixels(3))
-    (alone,) = client.post("/v1/classify", content=sound).json()["results"]
-    contents = [damaged(HEALTHY[dice.choice(sorted(HEALTHY))], dice) if number % 8 else sound for number in range(64)]
+    intact = encoded(toy_pixels(3))
+    (alone,) = client.post("/v1/classify", content=intact).json()["results"]
+    contents = [
+        damaged(VALID_FILES[dice.choice(sorted(VALID_FILES))], dice) if number % 8 else intact for number in range(64)
+    ]
     in_json = {"images": [base64.b64encode(content).decode() for content in contents]}
     in_form = [("image", (f"{number}", content)) for number, content in enumerate(contents)]
     for response in (client.post("/v1/classify", json=in_json), client.post("/v1/classify", files=in_form)):
@@ -61,66 +61,66 @@ def test_among_damaged_images_the_sound_ones_are_answered(client: httpx.Client) 
         assert any("error" in result for result in results)
         for result in results[::8]:
             assert result["label"] == alone["label"]
-            # the toy multiplies batches of other sizes in another order: 192 float32 terms
+            # the order of the 192 float32 terms differs between batch sizes
             assert result["probability"] == pytest.approx(alone["probability"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", [*BOMBS, "pixels"])
-def test_a_bomb_is_422(client: httpx.Client, name: str) -> None:
+def test_a_decompression_bomb_is_422(client: httpx.Client, name: str) -> None:
     content = bomb_png() if name == "pixels" else BOMBS[name]
     assert problem(client.post("/v1/classify", content=content), 422)
 
 
 @pytest.mark.parametrize("name", POLYGLOTS)
-def test_a_file_of_two_types_is_answered_or_refused(client: httpx.Client, name: str) -> None:
-    content, taken = POLYGLOTS[name]
-    assert answered_or_refused(client.post("/v1/classify", content=content)) == taken
+def test_a_file_of_two_types_is_answered_or_rejected(client: httpx.Client, name: str) -> None:
+    content, accepted = POLYGLOTS[name]
+    assert is_answered(client.post("/v1/classify", content=content)) == accepted
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 1)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_extreme_shapes_are_answered(client: httpx.Client, kind: str, size: tuple[int, int]) -> None:
     if kind == "WEBP":
-        size = (min(size[0], 16_383), min(size[1], 16_383))  # more the format does not have
+        size = (min(size[0], 16_383), min(size[1], 16_383))  # the largest side of the format
     response = client.post("/v1/classify", content=encoded(Image.new("RGB", size, (1, 2, 3)), kind))
-    assert answered_or_refused(response)
+    assert is_answered(response)
 
 
 MODES = {
     "CMYK": encoded(Image.new("CMYK", (16, 16), (9, 99, 199, 0)), "JPEG"),
     "16-bit grey": encoded(Image.fromarray(np.full((16, 16), 40_000, np.uint16))),
     "1-bit": encoded(Image.new("1", (16, 16), 1)),
-    "palette with transparency": HEALTHY["palette PNG"],
-    "grey with alpha": HEALTHY["grey PNG with alpha"],
-    "animated PNG": HEALTHY["animated PNG"],
-    "animated WebP": HEALTHY["animated WebP"],
+    "palette with transparency": VALID_FILES["palette PNG"],
+    "grey with alpha": VALID_FILES["grey PNG with alpha"],
+    "animated PNG": VALID_FILES["animated PNG"],
+    "animated WebP": VALID_FILES["animated WebP"],
 }
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_unusual_pixels_are_answered(client: httpx.Client, name: str) -> None:
-    assert answered_or_refused(client.post("/v1/classify", content=MODES[name]))
+    assert is_answered(client.post("/v1/classify", content=MODES[name]))
 
 
 @pytest.mark.parametrize("media_type", ["image/gif", "image/png", "image/heic", "application/octet-stream"])
-def test_what_an_image_is_decides_and_not_what_it_is_called(client: httpx.Client, media_type: str) -> None:
-    response = client.post("/v1/classify", content=HEALTHY["JPEG"], headers={"Content-Type": media_type})
-    assert answered_or_refused(response)
+def test_the_bytes_determine_the_image_type_and_not_the_content_type(client: httpx.Client, media_type: str) -> None:
+    response = client.post("/v1/classify", content=VALID_FILES["JPEG"], headers={"Content-Type": media_type})
+    assert is_answered(response)
     response = client.post("/v1/classify", content=b"GIF89a" + bytes(50), headers={"Content-Type": media_type})
     assert "not a JPEG, PNG or WebP" in problem(response, 415)
 
 
-def raw_answer(client: httpx.Client, sent: bytes) -> bytes:
-    """What the service says to bytes that no client would send, until it closes."""
-    said = b""
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as line:
+def raw_response(client: httpx.Client, sent: bytes) -> bytes:
+    """Send raw bytes, and read until the service closes the connection."""
+    received = b""
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
         try:
-            line.sendall(sent)
-            while chunk := line.recv(65_536):
-                said += chunk
+            connection.sendall(sent)
+            while chunk := connection.recv(65_536):
+                received += chunk
         except (ConnectionResetError, BrokenPipeError):
-            pass  # it may close before all is sent
-    return said
+            pass  # the service may close before all is sent
+    return received
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def raw_answer(client: httpx.Client, sent: bytes) -> bytes:
     ],
     ids=["a long header", "many headers", "a long path", "TLS", "nonsense", "a negative length", "two lengths"],
 )
-def test_a_head_that_is_none_is_4xx_and_the_line_is_closed(client: httpx.Client, head: bytes) -> None:
-    said = raw_answer(client, head)
-    assert said == b"" or said.startswith(b"HTTP/1.1 4")
-    assert len(said) < 2000
+def test_a_malformed_head_is_4xx_and_the_connection_is_closed(client: httpx.Client, head: bytes) -> None:
+    response = raw_response(client, head)
+    assert response == b"" or response.startswith(b"HTTP/1.1 4")
+    assert len(response) < 2000

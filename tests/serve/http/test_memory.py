@@ -1,4 +1,4 @@
-"""What a process does about memory at the end of its start."""
+"""A process releases unused memory when its start has ended."""
 
 import platform
 import subprocess
@@ -16,17 +16,17 @@ def resident_mib():
 
 gc.disable()
 blocks = [bytearray(100_000) for _ in range(1_000)]
-del blocks[:-1]  # the last one keeps the allocator from giving the others back by itself
+del blocks[:-1]  # the last one prevents the allocator from returning the others by itself
 before = resident_mib()
 trim_memory()
 print(before - resident_mib(), gc.isenabled(), gc.get_freeze_count())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to give pages back")
-def test_pages_that_only_the_start_needed_are_given_back_and_cycles_are_searched_again() -> None:
-    said = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True, check=True).stdout
-    given_back_mib, searched, num_left_out = said.split()
-    assert float(given_back_mib) > 80
-    assert searched == "True"
-    assert int(num_left_out) > 1_000
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="pages are returned with a function of glibc")
+def test_trimming_returns_unused_pages_enables_garbage_collection_and_freezes_objects() -> None:
+    output = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True, check=True).stdout
+    returned_mib, gc_enabled, num_frozen = output.split()
+    assert float(returned_mib) > 80
+    assert gc_enabled == "True"
+    assert int(num_frozen) > 1_000

@@ -1,4 +1,4 @@
-"""The rolling window: what it remembers, what it warns of, and how rarely it does so for nothing."""
+"""The rolling window: its contents, its warnings, and its rate of false alarms."""
 
 import numpy as np
 import pytest
@@ -16,20 +16,20 @@ from serve.monitoring.drift import (
     population_stability_index,
 )
 
-HONEST = np.array([[1, 1, 2, 3, 5, 8, 10, 15, 25, 30], [2, 4, 6, 8, 10, 12, 14, 16, 14, 14], [10] * 10]) / 100
+CONFIDENCE_KB = np.array([[1, 1, 2, 3, 5, 8, 10, 15, 25, 30], [2, 4, 6, 8, 10, 12, 14, 16, 14, 14], [10] * 10]) / 100
 SHARES = np.array([0.5, 0.3, 0.2])
 
 
 def certified(num_images: int = 2000) -> Calibration:
-    """A baseline that has exactly the shares and the confidence of the honest stream."""
+    """A baseline with exactly the shares and the confidence of the predictions without drift."""
     return tuple(
         group.model_copy(
             update={
                 "predicted_share": float(share),
-                "confidence_counts": tuple(round(num_images * share * part) for part in parts),
+                "confidence_counts": tuple(round(num_images * share * fraction) for fraction in fractions),
             }
         )
-        for group, share, parts in zip(toy_calibration(), SHARES.tolist(), HONEST.tolist(), strict=True)
+        for group, share, fractions in zip(toy_calibration(), SHARES.tolist(), CONFIDENCE_KB.tolist(), strict=True)
     )
 
 
@@ -38,9 +38,9 @@ def filled(
     num_images: int,
     rng: np.random.Generator,
     shares: NDArray[np.float64] = SHARES,
-    confidence_KB: NDArray[np.float64] = HONEST,
+    confidence_KB: NDArray[np.float64] = CONFIDENCE_KB,
 ) -> WindowReport:
-    """Predictions drawn with some shares and confidences."""
+    """Add random predictions with these shares and confidences, and return the report."""
     for group, num in enumerate(rng.multinomial(num_images, shares)):
         bins = rng.choice(HISTOGRAM_BINS, size=num, p=confidence_KB[group])
         for confidence in ((bins + 0.5) / HISTOGRAM_BINS).tolist():
@@ -49,18 +49,18 @@ def filled(
 
 
 @pytest.mark.parametrize("num_images", [20, 200, 1000])
-def test_an_honest_stream_warns_in_at_most_the_nominal_share_of_windows(num_images: int) -> None:
+def test_without_drift_at_most_the_nominal_share_of_windows_has_warnings(num_images: int) -> None:
     rng = np.random.default_rng(0)
     num_windows = 300
     window, alarms = Window(certified(), num_images), 0
-    for _ in range(num_windows):  # each fills the window anew
+    for _ in range(num_windows):  # each iteration replaces the whole window
         alarms += bool(filled(window, num_images, rng).warnings)
-    # if the true rate is the nominal one, more than this many happen once in a thousand runs of this test
+    # if the true rate is the nominal one, this is exceeded once in a thousand runs of this test
     assert alarms <= binom.ppf(0.999, num_windows, FALSE_ALARMS)
 
 
-def test_the_baselines_own_chance_is_counted_too() -> None:
-    """A baseline of 100 images is a draw itself: held against it, an honest stream must still not warn."""
+def test_without_drift_a_small_baseline_causes_no_more_false_alarms() -> None:
+    """A baseline of 100 images is a random sample itself; its sampling error must not raise alarms."""
     rng = np.random.default_rng(1)
     num_windows, alarms = 200, 0
     for _ in range(num_windows):
@@ -68,55 +68,57 @@ def test_the_baselines_own_chance_is_counted_too() -> None:
             group.model_copy(
                 update={
                     "predicted_share": int(num) / 100,
-                    "confidence_counts": tuple(rng.multinomial(num, parts).tolist()),
+                    "confidence_counts": tuple(rng.multinomial(num, fractions).tolist()),
                 }
             )
-            for group, num, parts in zip(toy_calibration(), rng.multinomial(100, SHARES), HONEST, strict=True)
+            for group, num, fractions in zip(
+                toy_calibration(), rng.multinomial(100, SHARES), CONFIDENCE_KB, strict=True
+            )
         )
         alarms += bool(filled(Window(baseline, 200), 200, rng).warnings)
     assert alarms <= binom.ppf(0.999, num_windows, FALSE_ALARMS)  # as above
 
 
-def test_a_tail_that_vanishes_from_the_predictions_warns() -> None:
+def test_a_tail_that_vanishes_from_the_predictions_is_a_warning() -> None:
     report = filled(Window(certified(), 1000), 1000, np.random.default_rng(0), np.array([0.6, 0.37, 0.03]))
-    assert [seen.vanishing for seen in report.groups] == [False, False, True]
+    assert [group.vanishing for group in report.groups] == [False, False, True]
     assert report.warnings[0].startswith("tail is vanishing: ")
     assert "certified 20.0 %" in report.warnings[0]
 
 
-def test_a_tail_that_loses_less_than_half_its_share_is_drift_but_does_not_vanish() -> None:
+def test_a_tail_that_loses_less_than_half_of_its_share_is_not_vanishing() -> None:
     report = filled(Window(certified(), 1000), 1000, np.random.default_rng(0), np.array([0.55, 0.31, 0.14]))
-    assert not any(seen.vanishing for seen in report.groups)
+    assert not any(group.vanishing for group in report.groups)
 
 
-def test_confidence_that_moves_in_one_group_warns_of_that_group() -> None:
-    moved = HONEST.copy()
-    moved[2] = HONEST[2][::-1] * np.array([0.2] * 5 + [1.8] * 5)
-    report = filled(Window(certified(), 1000), 1000, np.random.default_rng(0), confidence_KB=moved)
-    drifts = [seen.confidence_drift for seen in report.groups]
+def test_confidence_drift_in_one_group_is_a_warning_about_that_group() -> None:
+    shifted = CONFIDENCE_KB.copy()
+    shifted[2] = CONFIDENCE_KB[2][::-1] * np.array([0.2] * 5 + [1.8] * 5)
+    report = filled(Window(certified(), 1000), 1000, np.random.default_rng(0), confidence_KB=shifted)
+    drifts = [group.confidence_drift for group in report.groups]
     assert [drift is not None and drift.drifted for drift in drifts] == [False, False, True]
-    assert report.warnings == (next(said for said in report.warnings if said.startswith("confidence in tail")),)
+    assert report.warnings == (next(text for text in report.warnings if text.startswith("confidence in tail")),)
 
 
-def test_shares_that_move_warn() -> None:
+def test_drift_of_the_shares_is_a_warning() -> None:
     report = filled(Window(certified(), 1000), 1000, np.random.default_rng(0), np.array([0.2, 0.3, 0.5]))
     assert report.share_drift is not None
     assert report.share_drift.drifted
-    assert any(said.startswith("the groups' shares have drifted") for said in report.warnings)
+    assert any(text.startswith("the groups' shares have drifted") for text in report.warnings)
 
 
-def test_a_handful_of_predictions_does_not_cry_wolf() -> None:
+def test_few_predictions_raise_no_alarm() -> None:
     window = Window(certified(), 1000)
     for _ in range(5):
         window.add(0, 0.95, abstained=False, now=0.0)
     report = window.report()
     drift = report.groups[0].confidence_drift
     assert drift is not None
-    assert drift.psi > 0.25  # a large shift by the rule of thumb that knows no sample size
+    assert drift.psi > 0.25  # a large shift by the rule of thumb, which ignores the sample size
     assert report.warnings == ()
 
 
-def test_a_large_window_does_not_warn_of_a_shift_that_matters_to_nobody() -> None:
+def test_a_significant_but_minor_shift_in_a_large_window_raises_no_alarm() -> None:
     rng = np.random.default_rng(0)
     report = filled(Window(certified(50_000), 20_000), 20_000, rng, np.array([0.52, 0.29, 0.19]))
     assert report.share_drift is not None
@@ -124,16 +126,16 @@ def test_a_large_window_does_not_warn_of_a_shift_that_matters_to_nobody() -> Non
     assert report.warnings == ()
 
 
-def test_the_window_forgets_what_is_old() -> None:
+def test_new_predictions_replace_the_oldest_ones() -> None:
     rng = np.random.default_rng(0)
     window = Window(certified(), 400)
     assert filled(window, 400, rng, np.array([0.7, 0.3, 0.0])).groups[2].vanishing
     report = filled(window, 400, rng)
     assert report.warnings == ()
-    assert report.num_images == sum(seen.predictions for seen in report.groups) == 400
+    assert report.num_images == sum(group.predictions for group in report.groups) == 400
 
 
-def test_the_window_says_since_when_it_remembers() -> None:
+def test_the_report_has_the_time_of_the_oldest_prediction() -> None:
     window = Window(certified(), 3)
     assert window.report().since is None
     oldest = []
@@ -145,16 +147,15 @@ def test_the_window_says_since_when_it_remembers() -> None:
     assert oldest == [0, 0, 0, 1, 2]
 
 
-def test_an_empty_window_knows_nothing_and_warns_of_nothing() -> None:
+def test_an_empty_window_reports_no_values_and_no_warnings() -> None:
     report = Window(certified(), 10).report()
     assert (report.num_images, report.share_drift, report.warnings) == (0, None, ())
-    for seen, name in zip(report.groups, GROUPS.names, strict=True):
-        assert (seen.group, seen.predictions, seen.share, seen.confidence, seen.confidence_drift, seen.vanishing) == (
-            name, 0, None, None, None, False,
-        )  # fmt: skip
+    for group, name in zip(report.groups, GROUPS.names, strict=True):
+        assert (group.group, group.predictions, group.vanishing) == (name, 0, False)
+        assert (group.share, group.confidence, group.confidence_drift) == (None, None, None)
 
 
-def test_each_group_has_its_share_its_quantiles_and_its_abstentions() -> None:
+def test_each_group_has_a_share_quantiles_and_abstentions() -> None:
     window = Window(certified(), 100)
     for confidence in (0.1, 0.2, 0.3, 0.4, 0.5):
         window.add(1, confidence, abstained=confidence < 0.25, now=0.0)
@@ -167,41 +168,41 @@ def test_each_group_has_its_share_its_quantiles_and_its_abstentions() -> None:
     assert head.abstentions == 0
 
 
-def test_memory_is_taken_once() -> None:
+def test_memory_does_not_grow_with_the_number_of_predictions() -> None:
     window = Window(certified(), 1000)
 
-    def held() -> int:
+    def num_bytes() -> int:
         return sum(part.__sizeof__() for part in vars(window).values())
 
-    before = held()
+    before = num_bytes()
     filled(window, 5000, np.random.default_rng(0))
-    assert held() <= before + 8  # the counter of what was seen may need one more word
+    assert num_bytes() <= before + 8  # the counter of predictions may need one more word
 
 
 @pytest.mark.parametrize(
-    ("confidence", "place"), [(0.0, 0), (0.05, 0), (0.1, 0), (0.100001, 1), (0.5, 4), (0.95, 9), (1.0, 9)]
+    ("confidence", "index"), [(0.0, 0), (0.05, 0), (0.1, 0), (0.100001, 1), (0.5, 4), (0.95, 9), (1.0, 9)]
 )
-def test_a_bin_of_confidence_holds_its_upper_end_as_the_certified_ones_do(confidence: float, place: int) -> None:
-    assert confidence_histogram(np.array([confidence])).tolist() == np.eye(HISTOGRAM_BINS)[place].tolist()
+def test_a_confidence_bin_includes_its_upper_end_as_in_certification(confidence: float, index: int) -> None:
+    assert confidence_histogram(np.array([confidence])).tolist() == np.eye(HISTOGRAM_BINS)[index].tolist()
 
 
-def test_the_index_is_zero_for_equal_histograms_and_by_hand_otherwise() -> None:
+def test_psi_is_zero_for_equal_histograms_and_as_computed_by_hand_otherwise() -> None:
     assert population_stability_index(np.array([5.0, 5.0]), np.array([5.0, 5.0])) == 0
-    # with half a count more: q = (7.5, 3.5) / 11 and p = (5.5, 5.5) / 11
+    # with half a count added to each bin: q = (7.5, 3.5) / 11 and p = (5.5, 5.5) / 11
     by_hand = (2 / 11) * np.log(7.5 / 5.5) - (2 / 11) * np.log(3.5 / 5.5)
     assert population_stability_index(np.array([7.0, 3.0]), np.array([5.0, 5.0])) == pytest.approx(by_hand, rel=1e-12)
 
 
 @pytest.mark.parametrize("num_bins", [2, 3, 4, 10])
-def test_the_level_of_chance_is_the_chi_square_quantile(num_bins: int) -> None:
+def test_the_psi_of_chance_is_the_chi_square_quantile(num_bins: int) -> None:
     level = chance_psi(num_bins, 100, 300, FALSE_ALARMS / 7)
     exact = chi2.ppf(1 - FALSE_ALARMS / 7, num_bins - 1) * (1 / 100 + 1 / 300)
-    assert 1 <= level / exact < 1.04  # Wilson and Hilferty's error so far out, towards fewer alarms
+    assert 1 <= level / exact < 1.04  # Wilson and Hilferty's error this far in the tail; it makes alarms rarer
 
 
-def test_a_model_of_one_group_has_no_shares_to_drift() -> None:
-    alone = (certified()[0].model_copy(update={"predicted_share": 1.0}),)
-    window = Window(alone, 100)
+def test_a_model_with_one_group_has_no_share_drift() -> None:
+    one_group = (certified()[0].model_copy(update={"predicted_share": 1.0}),)
+    window = Window(one_group, 100)
     for _ in range(100):
         window.add(0, 0.75, abstained=False, now=0.0)
     assert window.report().share_drift is None

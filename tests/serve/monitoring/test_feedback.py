@@ -1,11 +1,11 @@
-"""True labels that come later: which answers they can be told of, and what becomes of them."""
+"""Feedback: true labels for earlier answers, and the accuracy of each group."""
 
 import pytest
 from serve_toys import GROUPS, TASK, toy_calibration
 
 from serve.engine.messages import PredictionFacts
 from serve.monitoring.drift import Window
-from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackTaken, FeedbackWindow
+from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackReceipt, FeedbackWindow
 from serve.monitoring.prometheus import ModelLabels, Telemetry
 from serve.problems import ProblemError
 
@@ -18,97 +18,97 @@ def answered(label: int, confidence: float = 0.75) -> PredictionFacts:
     )
 
 
-def toy_ledger(max_images: int = 100) -> FeedbackWindow:
-    window = Window(toy_calibration(), 10)
-    meter = Telemetry().meter(ModelLabels("toy", "2", "fp32", "ToyProvider", "f" * 64), GROUPS.names, window)
-    return FeedbackWindow(TASK, toy_calibration(), meter, max_images)
+def toy_window(max_images: int = 100) -> FeedbackWindow:
+    labels = ModelLabels("toy", "2", "fp32", "ToyProvider", "f" * 64)
+    metrics = Telemetry().add_model(labels, GROUPS.names, Window(toy_calibration(), 10))
+    return FeedbackWindow(TASK, toy_calibration(), metrics, max_images)
 
 
-def tell(feedback: Feedback, request_id: str, label: int | str, image: int = 0) -> FeedbackTaken:
-    return feedback.take(FeedbackBody(request_id=request_id, label=label, image=image))
+def send_label(feedback: Feedback, request_id: str, label: int | str, image: int = 0) -> FeedbackReceipt:
+    return feedback.add_label(FeedbackBody(request_id=request_id, label=label, image=image))
 
 
-def refusal(feedback: Feedback, request_id: str, label: int | str = 0, image: int = 0) -> tuple[int, str]:
+def rejection(feedback: Feedback, request_id: str, label: int | str = 0, image: int = 0) -> tuple[int, str]:
     with pytest.raises(ProblemError) as caught:
-        tell(feedback, request_id, label, image)
+        send_label(feedback, request_id, label, image)
     return caught.value.problem.status, caught.value.problem.detail
 
 
-def test_a_label_is_told_by_name_or_by_index() -> None:
-    feedback, ledger = Feedback(10), toy_ledger()
-    feedback.remember("a", ledger, [answered(FOX), answered(FOX)])
-    assert tell(feedback, "a", "fox") == FeedbackTaken(
+def test_a_label_is_given_by_name_or_by_index() -> None:
+    feedback, window = Feedback(10), toy_window()
+    feedback.remember("a", window, [answered(FOX), answered(FOX)])
+    assert send_label(feedback, "a", "fox") == FeedbackReceipt(
         request_id="a", image=0, model="toy", version="2", predicted="fox", label="fox", group="tail", correct=True
     )
-    assert tell(feedback, "a", ANT, image=1) == FeedbackTaken(
+    assert send_label(feedback, "a", ANT, image=1) == FeedbackReceipt(
         request_id="a", image=1, model="toy", version="2", predicted="fox", label="ant", group="head", correct=False
     )
 
 
-def test_a_number_as_text_is_a_name() -> None:
+def test_a_number_in_a_string_is_a_class_name() -> None:
     feedback = Feedback(10)
-    feedback.remember("a", toy_ledger(), [answered(FOX)])
-    assert refusal(feedback, "a", "5")[0] == 400
+    feedback.remember("a", toy_window(), [answered(FOX)])
+    assert rejection(feedback, "a", "5")[0] == 400
 
 
-def test_an_answer_that_is_not_remembered_is_404_and_the_window_is_named() -> None:
+def test_an_answer_that_is_not_stored_is_404_and_the_message_has_the_number_of_stored_images() -> None:
     feedback = Feedback(1234)
-    status, detail = refusal(feedback, "a")
+    status, detail = rejection(feedback, "a")
     assert status == 404
     assert "1,234" in detail
 
 
-def test_the_same_image_twice_is_409_and_the_first_label_counts() -> None:
-    feedback, ledger = Feedback(10), toy_ledger()
-    feedback.remember("a", ledger, [answered(FOX)])
-    tell(feedback, "a", "fox")
-    assert refusal(feedback, "a", "ant")[0] == 409
-    assert [group.of_images.n for group in ledger.accuracy() if group.of_images] == [1]
+def test_a_second_label_for_an_image_is_409_and_the_first_one_counts() -> None:
+    feedback, window = Feedback(10), toy_window()
+    feedback.remember("a", window, [answered(FOX)])
+    send_label(feedback, "a", "fox")
+    assert rejection(feedback, "a", "ant")[0] == 409
+    assert [group.of_images.n for group in window.accuracy() if group.of_images] == [1]
 
 
 @pytest.mark.parametrize(("label", "hint"), [("foxx", "'fox'"), ("zebra", "/v1/model"), (6, "0 to 5"), (-1, "0 to 5")])
-def test_a_label_that_is_no_class_is_400_and_can_be_told_again(label: int | str, hint: str) -> None:
+def test_a_label_that_is_not_a_class_is_400_and_can_be_corrected(label: int | str, hint: str) -> None:
     feedback = Feedback(10)
-    feedback.remember("a", toy_ledger(), [answered(FOX)])
-    status, detail = refusal(feedback, "a", label)
+    feedback.remember("a", toy_window(), [answered(FOX)])
+    status, detail = rejection(feedback, "a", label)
     assert status == 400
     assert hint in detail
-    assert tell(feedback, "a", "fox").correct
+    assert send_label(feedback, "a", "fox").correct
 
 
-def test_an_image_that_was_refused_or_not_there_is_404() -> None:
+def test_an_image_that_was_rejected_or_does_not_exist_is_404() -> None:
     feedback = Feedback(10)
-    feedback.remember("a", toy_ledger(), [None, answered(FOX)])
-    assert "was refused" in refusal(feedback, "a", image=0)[1]
-    assert refusal(feedback, "a", image=2) == (404, "image is 2, but request a had 2; the first is 0.")
+    feedback.remember("a", toy_window(), [None, answered(FOX)])
+    assert "was rejected" in rejection(feedback, "a", image=0)[1]
+    assert rejection(feedback, "a", image=2) == (404, "image is 2, but request a had 2 images; the first is 0.")
 
 
-def test_the_oldest_requests_are_forgotten_first_and_memory_is_bounded_in_images() -> None:
-    feedback, ledger = Feedback(5), toy_ledger()
+def test_the_oldest_requests_are_removed_first_and_the_number_of_images_is_bounded() -> None:
+    feedback, window = Feedback(5), toy_window()
     for name in ("a", "b", "c"):
-        feedback.remember(name, ledger, [answered(FOX), answered(ANT)])
-    assert refusal(feedback, "a")[0] == 404
-    assert tell(feedback, "b", "fox").correct
-    feedback.remember("large", ledger, [answered(FOX)] * 6)  # more than can be remembered at all
-    assert {refusal(feedback, name)[0] for name in ("a", "b", "c", "large")} == {404}
+        feedback.remember(name, window, [answered(FOX), answered(ANT)])
+    assert rejection(feedback, "a")[0] == 404
+    assert send_label(feedback, "b", "fox").correct
+    feedback.remember("large", window, [answered(FOX)] * 6)  # more images than the limit
+    assert {rejection(feedback, name)[0] for name in ("a", "b", "c", "large")} == {404}
 
 
-def test_of_a_request_id_that_comes_twice_the_later_answer_is_meant() -> None:
-    feedback, ledger = Feedback(2), toy_ledger()
+def test_a_repeated_request_id_refers_to_the_latest_answer() -> None:
+    feedback, window = Feedback(2), toy_window()
     for label in (ANT, FOX, FOX, FOX):
-        feedback.remember("same", ledger, [answered(label)])
-    assert tell(feedback, "same", "fox").correct
+        feedback.remember("same", window, [answered(label)])
+    assert send_label(feedback, "same", "fox").correct
 
 
-def test_accuracy_is_told_by_true_group_and_by_predicted_group_beside_the_certified_one() -> None:
-    feedback, ledger = Feedback(100), toy_ledger()
-    told = [  # predicted, true, confidence; the toy's certified accuracy is 0.25 up to one half and 0.75 above
+def test_accuracy_is_reported_by_true_group_by_predicted_group_and_as_certified() -> None:
+    feedback, window = Feedback(100), toy_window()
+    answers = [  # predicted, true, confidence; the toy's certified accuracy is 0.25 up to one half and 0.75 above
         (ANT, ANT, 0.9), (BEE, ANT, 0.3), (ANT, ELK, 0.9), (FOX, FOX, 0.9), (ANT, BEE, 0.5),
     ]  # fmt: skip
-    for place, (predicted, true, confidence) in enumerate(told):
-        feedback.remember(str(place), ledger, [answered(predicted, confidence)])
-        tell(feedback, str(place), true)
-    head, medium, tail = ledger.accuracy()
+    for number, (predicted, true, confidence) in enumerate(answers):
+        feedback.remember(str(number), window, [answered(predicted, confidence)])
+        send_label(feedback, str(number), true)
+    head, medium, tail = window.accuracy()
     assert head.of_images is not None
     assert (head.of_images.value, head.of_images.n) == (1 / 3, 3)
     assert head.of_predictions is not None
@@ -121,18 +121,18 @@ def test_accuracy_is_told_by_true_group_and_by_predicted_group_beside_the_certif
 
 
 def test_only_the_most_recent_labels_count() -> None:
-    ledger = toy_ledger(max_images=3)
+    window = toy_window(max_images=3)
     for label in (ANT, FOX, FOX, FOX):
-        ledger.tell(answered(FOX), label)
-    head, _, tail = ledger.accuracy()
+        window.add(answered(FOX), label)
+    head, _, tail = window.accuracy()
     assert head.of_images is None
     assert tail.of_predictions is not None
     assert (tail.of_predictions.value, tail.of_predictions.n) == (1.0, 3)
 
 
-def test_feedback_on_a_model_that_was_replaced_does_not_count_for_its_successor() -> None:
-    feedback, old, new = Feedback(10), toy_ledger(), toy_ledger()
+def test_feedback_for_a_replaced_model_does_not_count_for_its_replacement() -> None:
+    feedback, old, new = Feedback(10), toy_window(), toy_window()
     feedback.remember("a", old, [answered(FOX)])
     feedback.remember("b", new, [answered(CAT)])
-    tell(feedback, "a", "ant")
+    send_label(feedback, "a", "ant")
     assert all(group.of_images is None for group in new.accuracy())

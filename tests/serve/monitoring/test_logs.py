@@ -1,4 +1,4 @@
-"""What is written down, and what ties it to a request."""
+"""Log formats, request traces and the log of the settings."""
 
 import io
 import json
@@ -24,7 +24,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture(autouse=True)
-def the_root_logger_stays_as_it_was() -> Iterator[None]:
+def restore_root_logger() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -32,14 +32,14 @@ def the_root_logger_stays_as_it_was() -> Iterator[None]:
     root.setLevel(level)
 
 
-def logged(form: LogFormat) -> io.StringIO:
+def log_stream(log_format: LogFormat) -> io.StringIO:
     stream = io.StringIO()
-    set_up_logging(form, "info", stream)
+    set_up_logging(log_format, "info", stream)
     return stream
 
 
-def test_a_request_is_one_json_object_a_line() -> None:
-    stream = logged("json")
+def test_each_request_is_one_json_object_on_one_line() -> None:
+    stream = log_stream("json")
     trace = trace_of(TRACEPARENT)
     log_request("/v1/classify", 200, 0.0123456789, "abc-1", trace, {"model": "toy", "groups": ["tail", "head"]})
     log_request("/livez", 200, 0.001, "abc-2", None, {})
@@ -62,16 +62,16 @@ def test_a_request_is_one_json_object_a_line() -> None:
     assert "trace_id" not in second
 
 
-@pytest.mark.parametrize("form", ["plain", "json"])
-def test_what_a_caller_sent_cannot_forge_a_line(form: LogFormat) -> None:
-    stream = logged(form)
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+def test_text_from_a_client_cannot_forge_a_log_line(log_format: LogFormat) -> None:
+    stream = log_stream(log_format)
     logging.getLogger("a").warning("could not read %s", "x\n2026-01-01 INFO all is well\x1b[2J")
     assert len(stream.getvalue().splitlines()) == 1
     assert "\x1b" not in stream.getvalue()
 
 
-def test_a_traceback_is_in_the_same_json_line() -> None:
-    stream = logged("json")
+def test_a_traceback_is_part_of_the_json_line() -> None:
+    stream = log_stream("json")
     try:
         raise RuntimeError("broken")
     except RuntimeError:
@@ -81,13 +81,13 @@ def test_a_traceback_is_in_the_same_json_line() -> None:
     assert json.loads(line)["exception"].endswith("RuntimeError: broken")
 
 
-def test_a_plain_line_is_for_people() -> None:
-    stream = logged("plain")
+def test_a_plain_line_has_the_values_of_the_request() -> None:
+    stream = log_stream("plain")
     log_request("/v1/classify", 429, 0.001, "abc", None, {})
     assert stream.getvalue().endswith(" INFO answered route=/v1/classify status=429 seconds=0.001 request_id=abc\n")
 
 
-def test_requests_are_not_written_down_above_their_level() -> None:
+def test_requests_are_not_logged_at_level_warning() -> None:
     stream = io.StringIO()
     set_up_logging("json", "warning", stream)
     assert not requests_log.isEnabledFor(logging.INFO)
@@ -96,7 +96,7 @@ def test_requests_are_not_written_down_above_their_level() -> None:
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["this is"]
 
 
-def test_a_trace_is_continued_with_a_span_of_our_own() -> None:
+def test_a_trace_is_continued_with_a_new_span() -> None:
     first, second = trace_of(TRACEPARENT), trace_of(TRACEPARENT)
     assert first is not None
     assert second is not None
@@ -106,7 +106,7 @@ def test_a_trace_is_continued_with_a_span_of_our_own() -> None:
     assert trace_of(first.header) is not None
 
 
-def test_only_the_flag_that_is_known_is_passed_on() -> None:
+def test_only_the_sampled_flag_is_passed_on() -> None:
     for flags, passed in (("00", "00"), ("01", "01"), ("ff", "01"), ("02", "00")):
         trace = trace_of(TRACEPARENT[:-2] + flags)
         assert trace is not None
@@ -116,7 +116,7 @@ def test_only_the_flag_that_is_known_is_passed_on() -> None:
 @pytest.mark.parametrize(
     "later", ["01" + TRACEPARENT[2:], "cc" + TRACEPARENT[2:] + "-what-the-future-brings", f" {TRACEPARENT}\t"]
 )
-def test_a_later_version_of_the_header_is_read_as_far_as_it_is_known(later: str) -> None:
+def test_a_later_version_of_the_header_is_read_as_version_00(later: str) -> None:
     assert trace_of(later) is not None
 
 
@@ -137,7 +137,7 @@ def test_a_later_version_of_the_header_is_read_as_far_as_it_is_known(later: str)
         TRACEPARENT.replace("b7", "g7"),
     ],
 )
-def test_a_header_that_is_not_valid_is_as_if_it_were_not_there(invalid: str) -> None:
+def test_an_invalid_header_is_ignored(invalid: str) -> None:
     assert trace_of(invalid) is None
 
 
@@ -145,7 +145,7 @@ class SettingsWithSecret(Settings):
     token: SecretStr = Field(default=SecretStr("hunter2"))
 
 
-def test_the_start_tells_each_setting_with_its_source_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_setting_is_listed_with_its_source_and_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LTKD_TOP_K", "LTKD_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LTKD_PORT", "9000")
@@ -159,7 +159,7 @@ def test_the_start_tells_each_setting_with_its_source_and_hides_secrets(monkeypa
     assert not any("hunter2" in line for line in lines)
 
 
-def test_the_settings_are_told_in_the_form_and_above_the_level_of_the_log() -> None:
+def test_the_settings_are_logged_in_the_log_format_at_every_level() -> None:
     stream = io.StringIO()
     set_up_logging("json", "error", stream)
     log_settings(Settings(), {})

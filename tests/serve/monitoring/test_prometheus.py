@@ -1,4 +1,4 @@
-"""What Prometheus reads, and what the dashboard shows of it."""
+"""The exported metrics, and the Grafana dashboard that uses them."""
 
 import json
 import re
@@ -20,25 +20,27 @@ TOY = ModelLabels("toy", "1", "fp32", "CPUExecutionProvider", "f" * 64)
 STAGES = {"decode": 0.002, "queue": 0.0, "infer": 0.03, "total": 0.04}
 
 
-def seen(group: int, confidence: float = 0.75, decision: Decision = "accept", set_size: int = 2) -> PredictionFacts:
+def prediction(
+    group: int, confidence: float = 0.75, decision: Decision = "accept", set_size: int = 2
+) -> PredictionFacts:
     return PredictionFacts(group=group, label=2 * group, confidence=confidence, decision=decision, set_size=set_size)
 
 
-def toy_meter(telemetry: Telemetry, labels: ModelLabels = TOY) -> ModelMetrics:
-    return telemetry.meter(labels, GROUPS.names, Window(toy_calibration(), 100))
+def toy_metrics(telemetry: Telemetry, labels: ModelLabels = TOY) -> ModelMetrics:
+    return telemetry.add_model(labels, GROUPS.names, Window(toy_calibration(), 100))
 
 
 def samples(telemetry: Telemetry) -> dict[str, float]:
-    """Every sample, under ``name{labels in order of their names}``; of the model's own labels only the version."""
+    """Every sample by ``name{labels, sorted by name}``, without the labels model and precision."""
     found = {}
     for family in text_string_to_metric_families(telemetry.exposition().decode()):
         for sample in family.samples:
-            shown = {name: value for name, value in sample.labels.items() if name not in ("model", "precision")}
-            found[f"{sample.name}{{{','.join(f'{name}={shown[name]}' for name in sorted(shown))}}}"] = sample.value
+            labels = {name: value for name, value in sample.labels.items() if name not in ("model", "precision")}
+            found[f"{sample.name}{{{','.join(f'{name}={labels[name]}' for name in sorted(labels))}}}"] = sample.value
     return found
 
 
-def test_a_histogram_is_prometheus_own() -> None:
+def test_a_histogram_equals_that_of_prometheus_client() -> None:
     bounds = (0.1, 0.25, 0.5, 1.0)
     ours = Histogram(bounds)
     theirs = prometheus_client.Histogram("h", "h", buckets=bounds, registry=None)
@@ -65,9 +67,9 @@ def test_requests_rejections_and_reloads_are_counted() -> None:
     assert (found["ltkd_reloads_total{outcome=failed}"], found["ltkd_reloads_total{outcome=replaced}"]) == (1, 0)
 
 
-def test_a_request_is_watched_by_stage_by_batch_and_by_group() -> None:
+def test_a_request_is_counted_by_stage_by_batch_and_by_group() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry).watch([seen(2, 0.31, "abstain", 4), None, seen(0)], STAGES, 8)
+    toy_metrics(telemetry).record_request([prediction(2, 0.31, "abstain", 4), None, prediction(0)], STAGES, 8)
     found = samples(telemetry)
     assert found["ltkd_stage_seconds_sum{stage=infer,version=1}"] == 0.03
     assert found["ltkd_stage_seconds_bucket{le=0.0005,stage=queue,version=1}"] == 1
@@ -83,38 +85,38 @@ def test_a_request_is_watched_by_stage_by_batch_and_by_group() -> None:
     assert found["ltkd_window_predictions{group=tail,version=1}"] == 1
 
 
-def test_groups_that_are_never_predicted_are_there_as_zero() -> None:
+def test_groups_that_are_never_predicted_are_exported_as_zero() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry)
+    toy_metrics(telemetry)
     found = samples(telemetry)
     for group in GROUPS.names:
         assert found[f"ltkd_predictions_total{{group={group},version=1}}"] == 0
         assert found[f"ltkd_group_vanishing{{group={group},version=1}}"] == 0
-    assert not any(name.startswith("ltkd_confidence_psi") for name in found)  # not known is not zero
+    assert not any(name.startswith("ltkd_confidence_psi") for name in found)  # an unknown value is not zero
 
 
-def test_depth_and_life_of_the_engine_are_asked_when_somebody_looks() -> None:
+def test_queue_depth_and_liveness_are_read_at_each_scrape() -> None:
     telemetry = Telemetry()
-    meter = toy_meter(telemetry)
-    meter.queue_depth, meter.alive = lambda: 17, lambda: False
+    metrics = toy_metrics(telemetry)
+    metrics.queue_depth, metrics.alive = lambda: 17, lambda: False
     found = samples(telemetry)
     assert (found["ltkd_queue_images{version=1}"], found["ltkd_worker_alive{version=1}"]) == (17, 0)
 
 
-def test_the_model_is_named_with_its_hash_and_its_provider() -> None:
+def test_the_model_info_has_the_hash_and_the_provider() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry)
+    toy_metrics(telemetry)
     assert samples(telemetry)[f"ltkd_model_info{{provider=CPUExecutionProvider,sha256={'f' * 64},version=1}}"] == 1
 
 
-def test_a_bundle_that_replaces_another_goes_on_with_its_counters_and_a_window_of_its_own() -> None:
+def test_a_replacement_bundle_continues_the_counters_and_starts_a_new_window() -> None:
     telemetry = Telemetry()
-    old = toy_meter(telemetry)
-    old.watch([seen(0)], STAGES, 1)
-    new = toy_meter(telemetry, TOY._replace(sha256="0" * 64))
-    telemetry.retire(old)
-    new.watch([seen(0)], STAGES, 1)
-    old.watch([seen(0)], STAGES, 1)  # what it had accepted is answered after the switch
+    old = toy_metrics(telemetry)
+    old.record_request([prediction(0)], STAGES, 1)
+    new = toy_metrics(telemetry, TOY._replace(sha256="0" * 64))
+    telemetry.remove_model(old)
+    new.record_request([prediction(0)], STAGES, 1)
+    old.record_request([prediction(0)], STAGES, 1)  # requests that it had accepted are answered after the replacement
     found = samples(telemetry)
     assert found["ltkd_predictions_total{group=head,version=1}"] == 3
     assert found["ltkd_window_predictions{group=head,version=1}"] == 1
@@ -122,26 +124,26 @@ def test_a_bundle_that_replaces_another_goes_on_with_its_counters_and_a_window_o
     assert not any("f" * 64 in name for name in found)
 
 
-def test_a_version_that_is_retired_is_shown_no_longer() -> None:
+def test_a_retired_version_is_no_longer_exported() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry)
-    telemetry.retire(toy_meter(telemetry, TOY._replace(version="2")))
+    toy_metrics(telemetry)
+    telemetry.remove_model(toy_metrics(telemetry, TOY._replace(version="2")))
     found = samples(telemetry)
     assert any("version=1" in name for name in found)
     assert not any("version=2" in name for name in found)
 
 
-def test_every_name_is_prefixed_and_in_base_units() -> None:
+def test_every_metric_name_has_the_prefix_and_a_base_unit() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry).watch([seen(0)], STAGES, 1)
+    toy_metrics(telemetry).record_request([prediction(0)], STAGES, 1)
     names = {family.name for family in text_string_to_metric_families(telemetry.exposition().decode())}
     assert all(name.startswith(("ltkd_", "process_")) for name in names)
     assert not any(re.search(r"_(ms|milliseconds|percent|kb|mb)(_|$)", name) for name in names)
 
 
-def test_what_a_model_is_called_cannot_break_the_text() -> None:
+def test_special_characters_in_a_model_name_are_escaped() -> None:
     telemetry = Telemetry()
-    toy_meter(telemetry, TOY._replace(model='a"b\nc\\d'))
+    toy_metrics(telemetry, TOY._replace(model='a"b\nc\\d'))
     (info,) = [
         family for family in text_string_to_metric_families(telemetry.exposition().decode())
         if family.name == "ltkd_model_info"
@@ -155,35 +157,35 @@ def panels_of(dashboard: dict[str, object]) -> list[dict[str, object]]:
     return panels
 
 
-def test_the_dashboard_asks_for_nothing_that_is_not_counted() -> None:
+def test_the_dashboard_uses_only_exported_metrics() -> None:
     telemetry = Telemetry()
-    meter = toy_meter(telemetry)
-    meter.watch([seen(group) for group in range(3)], STAGES, 1)
-    counted = {
+    metrics = toy_metrics(telemetry)
+    metrics.record_request([prediction(group) for group in range(3)], STAGES, 1)
+    exported = {
         sample.name
         for family in text_string_to_metric_families(telemetry.exposition().decode())
         for sample in family.samples
     } | {"ltkd_requests_total"}
     text = DASHBOARD.read_text()
-    asked = set(re.findall(r"\b(?:ltkd|process)_\w+", text))
-    assert asked <= counted
-    assert len(asked) >= 15
+    used = set(re.findall(r"\b(?:ltkd|process)_\w+", text))
+    assert used <= exported
+    assert len(used) >= 15
 
 
-def test_the_dashboard_is_one_that_grafana_can_import() -> None:
+def test_the_dashboard_has_what_grafana_needs_to_import_it() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert (dashboard["uid"], dashboard["title"]) == ("ltkd", "ltkd")
     assert len({panel["id"] for panel in panels_of(dashboard)}) == len(panels_of(dashboard))
     for panel in panels_of(dashboard):
-        place = panel["gridPos"]
-        assert isinstance(place, dict)
-        assert place["x"] + place["w"] <= 24
+        position = panel["gridPos"]
+        assert isinstance(position, dict)
+        assert position["x"] + position["w"] <= 24
     source = {"type": "prometheus", "uid": "${source}"}
     charts = [panel for panel in panels_of(dashboard) if panel["type"] != "row"]
     assert charts
     assert all(panel["datasource"] == source and panel["targets"] and panel["description"] for panel in charts)
 
 
-def test_a_stage_that_does_not_exist_is_a_defect_and_not_a_new_series() -> None:
+def test_an_unknown_stage_is_a_key_error_and_not_a_new_series() -> None:
     with pytest.raises(KeyError):
-        toy_meter(Telemetry()).watch([], {"lunch": 1.0}, 0)
+        toy_metrics(Telemetry()).record_request([], {"lunch": 1.0}, 0)

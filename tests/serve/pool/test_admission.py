@@ -9,11 +9,11 @@ NEVER = 1e9
 
 
 def refused(admission: Admission, num_images: int, now: float, deadline: float = NEVER) -> str:
-    with pytest.raises(ProblemError) as said:
+    with pytest.raises(ProblemError) as raised:
         admission.admit(num_images, now, deadline)
-    assert said.value.problem.status == 429
-    assert said.value.headers is not None
-    return said.value.headers["Retry-After"]
+    assert raised.value.problem.status == 429
+    assert raised.value.headers is not None
+    return raised.value.headers["Retry-After"]
 
 
 def test_the_bound_counts_images() -> None:
@@ -26,34 +26,34 @@ def test_the_bound_counts_images() -> None:
     assert admission.num_images == 10
 
 
-def test_the_rate_is_measured_while_there_is_a_queue_and_decides_whom_to_refuse() -> None:
+def test_the_rate_is_measured_while_there_is_a_queue_and_decides_what_is_rejected() -> None:
     admission = Admission(max_images=10_000, max_seconds=5.0)
     admission.expect({1: 0.002, 4: 0.004})
     admission.admit(1000, 0.0, NEVER)
     for number in range(1, 501):  # ten images a second
         admission.release(1, number / 10, batch_size=4)
-    # 50 s are twenty-five times what is remembered: nothing is left of the guess
+    # 50 s are twenty-five time constants: nothing is left of the first estimate
     assert admission.seconds_each == pytest.approx(0.1, rel=0.01)
     assert refused(admission, 1, 50.0) == "50"
 
 
-def test_a_machine_that_halts_for_a_moment_does_not_make_the_model_a_slow_one() -> None:
+def test_a_short_pause_of_the_machine_changes_the_rate_little() -> None:
     admission = Admission(max_images=10_000, max_seconds=5.0)
     admission.expect({1: 0.001})
     admission.admit(1000, 0.0, NEVER)
     admission.release(1, 0.2, batch_size=1)
-    assert admission.seconds_each == pytest.approx(0.001 * math.exp(0.2 / 2), rel=0.01)  # a tenth of what it remembers
+    assert admission.seconds_each == pytest.approx(0.001 * math.exp(0.2 / 2), rel=0.01)  # a tenth of the time constant
     for batch in range(1, 26):  # a thousand a second again, in batches of ten that come back together
         for _ in range(10):
             admission.release(1, 0.2 + batch / 100, batch_size=10)
     assert admission.seconds_each == pytest.approx(0.00109, rel=0.01)
 
 
-def test_small_batches_tell_how_many_came_and_not_how_fast_they_could_go() -> None:
+def test_small_batches_do_not_change_the_rate() -> None:
     admission = Admission(max_images=10_000, max_seconds=1.0)
     admission.expect({1: 0.001, 8: 0.004})
     admission.admit(1, 0.0, NEVER)
-    for number in range(1, 1000):  # the next one comes before the last one has gone, for ten seconds
+    for number in range(1, 1000):  # for ten seconds, each request arrives before the last one has left
         admission.admit(1, (number - 0.5) / 100, NEVER)
         admission.release(1, number / 100, batch_size=1 if number % 2 else 3)
     assert admission.seconds_each == 0.0005
@@ -63,11 +63,11 @@ def test_small_batches_tell_how_many_came_and_not_how_fast_they_could_go() -> No
     assert admission.seconds_each > 0.001
 
 
-def test_the_rate_is_learned_from_the_size_that_is_fastest_and_from_as_many_as_are_let_in() -> None:
+def test_the_rate_is_measured_in_batches_of_the_fastest_size_or_of_as_many_as_are_accepted() -> None:
     fastest = Admission(max_images=10_000, max_seconds=1.0)
-    fastest.expect({1: 0.01, 4: 0.02, 32: 0.32})  # a queue is worked off by fours
+    fastest.expect({1: 0.01, 4: 0.02, 32: 0.32})  # a queue is worked off in batches of four
     few = Admission(max_images=10_000, max_seconds=0.1)
-    few.expect({1: 0.01, 32: 0.32})  # ten are let in: never half of 32
+    few.expect({1: 0.01, 32: 0.32})  # ten are accepted: never half of 32
     for admission in (fastest, few):
         guess = admission.seconds_each
         admission.admit(1000, 0.0, NEVER)
@@ -76,7 +76,7 @@ def test_the_rate_is_learned_from_the_size_that_is_fastest_and_from_as_many_as_a
         assert admission.seconds_each > 2 * guess
 
 
-def test_an_answer_that_left_no_queue_says_nothing_of_the_rate() -> None:
+def test_an_answer_that_empties_the_queue_does_not_change_the_rate() -> None:
     admission = Admission(max_images=10, max_seconds=1.0)
     admission.expect({1: 0.002, 4: 0.004})
     for second in range(100):
@@ -85,7 +85,7 @@ def test_an_answer_that_left_no_queue_says_nothing_of_the_rate() -> None:
     assert admission.seconds_each == 0.001
 
 
-def test_an_answer_that_never_came_says_nothing_of_the_rate() -> None:
+def test_a_request_without_an_answer_does_not_change_the_rate() -> None:
     admission = Admission(max_images=10, max_seconds=1.0)
     admission.expect({1: 0.002, 4: 0.004})
     admission.admit(5, 0.0, NEVER)
@@ -93,15 +93,15 @@ def test_an_answer_that_never_came_says_nothing_of_the_rate() -> None:
     assert (admission.seconds_each, admission.num_images) == (0.001, 1)
 
 
-def test_by_default_nobody_waits_longer_than_ten_images_take_alone() -> None:
+def test_by_default_no_request_waits_longer_than_ten_single_images_take() -> None:
     admission = Admission(max_images=10_000, max_seconds=None)
-    admission.expect({1: 0.02, 4: 0.04})  # in fours, an image takes 0.01 s: twenty of them, 0.2 s
+    admission.expect({1: 0.02, 4: 0.04})  # in batches of four an image takes 0.01 s, and twenty of them 0.2 s
     admission.admit(20, 0.0, NEVER)
     admission.admit(1, 0.0, NEVER)
     assert refused(admission, 1, 0.0) == "1"
 
 
-def test_of_a_quick_model_the_queue_may_be_a_twentieth_of_a_second_long() -> None:
+def test_the_queue_of_a_fast_model_may_be_a_twentieth_of_a_second_long() -> None:
     admission = Admission(max_images=10_000, max_seconds=None)
     admission.expect({1: 0.001})
     admission.admit(50, 0.0, NEVER)
@@ -109,7 +109,7 @@ def test_of_a_quick_model_the_queue_may_be_a_twentieth_of_a_second_long() -> Non
     assert refused(admission, 1, 0.0) == "1"
 
 
-def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
+def test_a_request_whose_deadline_would_pass_in_the_queue_is_rejected_at_once() -> None:
     admission = Admission(max_images=10_000, max_seconds=10.0)
     admission.expect({1: 0.5})
     admission.admit(6, 0.0, NEVER)
@@ -117,11 +117,11 @@ def test_who_would_be_late_before_the_turn_comes_is_told_at_once() -> None:
     admission.admit(1, 1.0, 4.1)
 
 
-def test_while_a_process_starts_only_the_number_is_bounded() -> None:
+def test_while_admission_is_paused_only_the_number_of_images_is_bounded() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
     admission.pause_admission()
-    admission.pause_admission()  # for two reasons at once
+    admission.pause_admission()  # two processes start at once
     admission.admit(98, 0.0, NEVER)
     assert refused(admission, 3, 0.0) == "10"
     admission.resume(0.0)
@@ -129,16 +129,18 @@ def test_while_a_process_starts_only_the_number_is_bounded() -> None:
     assert refused(admission, 1, 0.0, deadline=9.9) == "10"
 
 
-def test_what_gathered_meanwhile_may_take_its_time() -> None:
+def test_the_backlog_of_a_pause_may_take_its_time() -> None:
     admission = Admission(max_images=100, max_seconds=1.0)
     admission.expect({1: 0.1})
     admission.pause_admission()
     admission.admit(80, 0.0, NEVER)  # 8 s of work
     admission.resume(10.0)
     admission.admit(1, 10.0, NEVER)
-    admission.release(21)  # 6 s of it are left
-    admission.admit(1, 10.0 + 4 * 3, NEVER)  # a quarter of the time is let go: 1 + 8 + 0.5 - 3 s may be waited for
+    admission.release(21)  # 6 s of work are left
+    admission.admit(
+        1, 10.0 + 4 * 3, NEVER
+    )  # a quarter of the time is taken off the allowance: 1 + 8 + 0.5 - 3 s may be waited for
     assert refused(admission, 1, 10.0 + 4 * 4) == "7"
     admission.release(60)
     admission.admit(20, 60.0, NEVER)
-    assert refused(admission, 1, 60.0) == "3"  # and in the end it is as it always was
+    assert refused(admission, 1, 60.0) == "3"  # and in the end the usual limit holds

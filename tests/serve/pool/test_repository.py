@@ -1,4 +1,4 @@
-"""Which bundles are served, and how one takes another's place: verified first, without a failed request, or not at all.
+"""Which bundles are served, and how one replaces another: verified first, without a failed request, or not at all.
 
 The engine processes are replaced by the real engine in this process, so bundles are verified for real.
 """
@@ -18,7 +18,7 @@ from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.errors import BundleError, UsageError
 from serve.engine.session import OnnxEngine, open_engine
 from serve.monitoring.prometheus import Telemetry
-from serve.pool.engine_process import AnswerCallback
+from serve.pool.pending_requests import AnswerCallback
 from serve.pool.repository import ModelKey, ModelRepository, Reloaded, find_bundles
 from serve.problems import ProblemError
 from serve.settings import Settings
@@ -27,7 +27,7 @@ PIXELS = toy_pixels(3)
 
 
 class InThisProcess:
-    """Answers as an engine process does, in this one; asked after its end it fails, as a process that is gone would."""
+    """Answers as an engine pool does, in this process. After its end it fails, as an ended process would."""
 
     def __init__(self, engine: OnnxEngine) -> None:
         self.manifest: Manifest = engine.manifest
@@ -36,23 +36,23 @@ class InThisProcess:
         self.alive = True
         self.on_change: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
-        self.num_waiting = self.num_eased = 0
+        self.num_waiting = self.num_pauses = 0
         self.closed_with: float | None = None
         self._engine = engine
 
     async def logits(self) -> list[float]:
         assert self.alive, "asked after its end"
         self.num_waiting += 1
-        await asyncio.sleep(0)  # the answer comes on a later turn of the loop, as from another process
+        await asyncio.sleep(0)  # the answer arrives in a later iteration of the event loop, as from another process
         self.num_waiting -= 1
         logits: list[float] = self._engine.logits(PIXELS[None])[0].tolist()
         return logits
 
     @contextmanager
     def admission_paused(self) -> Iterator[None]:
-        self.num_eased += 1
+        self.num_pauses += 1
         yield
-        self.num_eased -= 1
+        self.num_pauses -= 1
 
     async def close(self, drain_seconds: float) -> None:
         while self.num_waiting:
@@ -60,7 +60,7 @@ class InThisProcess:
         self.alive, self.closed_with = False, drain_seconds
 
 
-async def start_worker(path: Path) -> InThisProcess:
+async def start_pool(path: Path) -> InThisProcess:
     return InThisProcess(await asyncio.to_thread(lambda: open_engine(open_bundle(path), "cpu")))
 
 
@@ -69,9 +69,9 @@ Start = Callable[[Path], Awaitable[InThisProcess]]
 
 
 def running(
-    root: Path, play: Callable[[ToyModels], Awaitable[None]], start: Start = start_worker, default: str | None = None
+    root: Path, play: Callable[[ToyModels], Awaitable[None]], start: Start = start_pool, default: str | None = None
 ) -> str:
-    """Play a scene with the models of a directory; what Prometheus would read at its end."""
+    """Run a scenario with the models of a directory; returns the metrics at its end."""
     telemetry = Telemetry()
 
     async def scene() -> None:
@@ -86,10 +86,10 @@ def running(
     return telemetry.exposition().decode()
 
 
-def next_bundle(path: Path, said: str = "other images") -> Path:
-    """Another whole bundle in the same place, as an export leaves it: only what it says of itself has changed."""
+def next_bundle(path: Path, certified_on: str = "other images") -> Path:
+    """Another valid bundle in the same place, as an export leaves it; only its description differs."""
     content = json.loads((path / MANIFEST_FILE).read_text())
-    (path / MANIFEST_FILE).write_text(json.dumps(content | {"certified_on": said}))
+    (path / MANIFEST_FILE).write_text(json.dumps(content | {"certified_on": certified_on}))
     return path
 
 
@@ -124,8 +124,8 @@ def test_a_directory_of_bundles_and_of_versions(tmp_path: Path) -> None:
     }
 
 
-def test_a_directory_without_a_bundle_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="holds no bundle") as caught:
+def test_a_directory_without_a_bundle_gives_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle and has no bundle") as caught:
         find_bundles(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(BundleError, match="no such directory"):
@@ -140,13 +140,13 @@ def test_the_highest_version_answers_and_others_by_number(tmp_path: Path) -> Non
         assert models.find().key == models.find("cars").key == ("cars", "10")
         assert models.find("cars", "9").key == models.find(None, "9").key == ("cars", "9")
         assert [served.key.version for served in models.all()] == ["9", "10"]
-        assert await models.find().worker.logits() == pytest.approx(expected_logits(PIXELS[None])[0].tolist(), abs=1e-4)
+        assert await models.find().pool.logits() == pytest.approx(expected_logits(PIXELS[None])[0].tolist(), abs=1e-4)
 
     running(tmp_path, play)
 
 
 @pytest.mark.parametrize(("name", "version"), [("planes", None), ("cars", "2"), (None, "2"), ("", None)])
-def test_a_model_that_is_not_there_is_404_and_those_that_are_there_are_named(
+def test_an_unknown_model_is_404_and_the_known_ones_are_listed(
     tmp_path: Path, name: str | None, version: str | None
 ) -> None:
     write_toy_bundle(tmp_path / "cars" / "1")
@@ -159,7 +159,7 @@ def test_a_model_that_is_not_there_is_404_and_those_that_are_there_are_named(
     running(tmp_path, play)
 
 
-def test_of_several_models_one_is_named_or_the_default(tmp_path: Path) -> None:
+def test_with_several_models_a_request_names_one_or_gets_the_default(tmp_path: Path) -> None:
     for name in ("birds", "cars"):
         write_toy_bundle(tmp_path / name)
 
@@ -184,7 +184,7 @@ def test_a_bundle_that_cannot_be_served_stops_the_start_and_leaves_no_process(tm
     started: list[InThisProcess] = []
 
     async def remembering(path: Path) -> InThisProcess:
-        started.append(await start_worker(path))
+        started.append(await start_pool(path))
         return started[-1]
 
     async def play(_: ToyModels) -> None:
@@ -192,10 +192,10 @@ def test_a_bundle_that_cannot_be_served_stops_the_start_and_leaves_no_process(tm
 
     with pytest.raises(BundleError, match="golden samples"):
         running(tmp_path, play, remembering)
-    assert [worker.alive for worker in started] == [False]
+    assert [pool.alive for pool in started] == [False]
 
 
-def test_what_has_not_changed_is_not_touched(bundle: Path) -> None:
+def test_an_unchanged_bundle_is_left_alone(bundle: Path) -> None:
     async def play(models: ToyModels) -> None:
         before = models.find()
         assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
@@ -206,41 +206,41 @@ def test_what_has_not_changed_is_not_touched(bundle: Path) -> None:
     running(bundle, play)
 
 
-def test_a_new_bundle_takes_the_old_ones_place_and_the_old_process_ends(bundle: Path) -> None:
+def test_a_new_bundle_replaces_the_old_one_whose_process_ends(bundle: Path) -> None:
     async def play(models: ToyModels) -> None:
         before = models.find()
         next_bundle(bundle)
         assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
         after = models.find()
-        assert after.worker is not before.worker
-        assert after.worker.manifest.certified_on == "other images"
-        while before.worker.alive:
+        assert after.pool is not before.pool
+        assert after.pool.manifest.certified_on == "other images"
+        while before.pool.alive:
             await asyncio.sleep(0)
 
     assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, play)
 
 
-def test_while_a_process_starts_nobody_is_refused_for_the_time_that_the_others_take(bundle: Path) -> None:
+def test_while_a_process_starts_no_request_to_other_models_is_rejected_for_its_waiting_time(bundle: Path) -> None:
     admission_paused: list[int] = []
 
     async def play(models: ToyModels) -> None:
-        first = models.find().worker
+        first = models.find().pool
         watched.append(first)
         next_bundle(bundle)
         await models.reload()
-        assert models.find().worker is not first
-        assert (admission_paused, first.num_eased) == ([1], 0)
+        assert models.find().pool is not first
+        assert (admission_paused, first.num_pauses) == ([1], 0)
 
     watched: list[InThisProcess] = []
 
     async def start(path: Path) -> InThisProcess:
-        admission_paused.extend(worker.num_eased for worker in watched)
-        return await start_worker(path)
+        admission_paused.extend(pool.num_pauses for pool in watched)
+        return await start_pool(path)
 
     running(bundle, play, start)
 
 
-def test_versions_come_and_go(tmp_path: Path) -> None:
+def test_versions_are_added_and_removed(tmp_path: Path) -> None:
     write_toy_bundle(tmp_path / "cars" / "1")
 
     async def play(models: ToyModels) -> None:
@@ -277,41 +277,41 @@ def half_a_manifest(path: Path) -> None:
     (path / MANIFEST_FILE).write_bytes(whole[: len(whole) // 2])
 
 
-def gone(path: Path) -> None:
+def removed(path: Path) -> None:
     shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "reason"),
     [
         (damaged_model, "was changed after export"),
         (damaged_in_place, "was changed after export"),
-        (other_golden_samples, "give logits that differ"),
+        (other_golden_samples, "from the certified ones"),
         (newer_schema, "schema version 99"),
         (half_a_manifest, "not readable JSON"),
-        (gone, "no such directory"),
+        (removed, "no such directory"),
     ],
 )
-def test_a_bundle_that_cannot_be_proved_changes_nothing_and_the_reason_is_told(
-    bundle: Path, damage: Callable[[Path], None], said: str, caplog: pytest.LogCaptureFixture
+def test_a_bundle_that_fails_verification_changes_nothing_and_the_reason_is_given(
+    bundle: Path, damage: Callable[[Path], None], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def play(models: ToyModels) -> None:
         before = models.find()
         damage(bundle)
         (done,) = (await models.reload()).models
         assert (done.name, done.version, done.outcome) == ("toy", "1", "failed")
-        assert said in done.reason
+        assert reason in done.reason
         assert models.find() is before
-        await before.worker.logits()
+        await before.pool.logits()
         assert models.ready
 
     metrics = running(bundle, play)
     assert 'ltkd_reloads_total{outcome="failed"} 1.0' in metrics
-    assert "it stays as it was" in caplog.text
-    assert said in caplog.text
+    assert "the earlier version stays" in caplog.text
+    assert reason in caplog.text
 
 
-def test_after_a_failed_reload_a_whole_bundle_is_taken(bundle: Path) -> None:
+def test_after_a_failed_reload_a_valid_bundle_is_loaded(bundle: Path) -> None:
     async def play(models: ToyModels) -> None:
         other_golden_samples(bundle)
         assert outcomes(await models.reload()) == {("toy", "1"): "failed"}
@@ -321,19 +321,19 @@ def test_after_a_failed_reload_a_whole_bundle_is_taken(bundle: Path) -> None:
     running(bundle, play)
 
 
-def test_nothing_is_retired_while_what_may_replace_it_fails(tmp_path: Path) -> None:
+def test_no_model_is_retired_in_a_reload_with_a_failure(tmp_path: Path) -> None:
     write_toy_bundle(tmp_path / "cars")
 
     async def play(models: ToyModels) -> None:
         (tmp_path / "cars").rename(tmp_path / "autos")
         other_golden_samples(tmp_path / "autos")
         assert outcomes(await models.reload()) == {("autos", "1"): "failed"}
-        await models.find("cars").worker.logits()
+        await models.find("cars").pool.logits()
 
     running(tmp_path, play)
 
 
-def test_a_reload_that_would_lose_the_default_model_is_refused(tmp_path: Path) -> None:
+def test_a_reload_that_would_remove_the_default_model_fails(tmp_path: Path) -> None:
     for name in ("birds", "cars"):
         write_toy_bundle(tmp_path / name)
 
@@ -342,21 +342,21 @@ def test_a_reload_that_would_lose_the_default_model_is_refused(tmp_path: Path) -
         reloaded = await models.reload()
         assert set(outcomes(reloaded).values()) == {"failed"}
         assert "the default model is cars" in reloaded.models[0].reason
-        await models.find().worker.logits()
+        await models.find().pool.logits()
 
     running(tmp_path, play, default="cars")
 
 
-def test_two_reloads_at_once_are_made_one_after_the_other(bundle: Path) -> None:
+def test_two_reloads_at_once_run_one_after_the_other(bundle: Path) -> None:
     starting = most = 0
 
     async def counting(path: Path) -> InThisProcess:
         nonlocal starting, most
         starting += 1
         most = max(most, starting)
-        worker = await start_worker(path)
+        pool = await start_pool(path)
         starting -= 1
-        return worker
+        return pool
 
     async def play(models: ToyModels) -> None:
         next_bundle(bundle)
@@ -378,10 +378,10 @@ def test_no_request_fails_over_twenty_reloads_under_load(bundle: Path) -> None:
             nonlocal answered
             while not enough.is_set():
                 served = models.find()
-                with served.held():
-                    await asyncio.sleep(0)  # as while the rest of the body arrives
+                with served.in_use():
+                    await asyncio.sleep(0)  # as if the rest of the body arrived now
                     # float32 sums of 192 terms in another order: 1e-4 is far above rounding
-                    np.testing.assert_allclose(await served.worker.logits(), expected, atol=1e-4)
+                    np.testing.assert_allclose(await served.pool.logits(), expected, atol=1e-4)
                 answered += 1
 
         clients = [asyncio.create_task(client()) for _ in range(8)]
@@ -395,41 +395,41 @@ def test_no_request_fails_over_twenty_reloads_under_load(bundle: Path) -> None:
     assert answered > 20
 
 
-def test_who_holds_a_model_can_still_ask_it_after_a_reload(bundle: Path) -> None:
+def test_a_request_that_holds_a_model_can_still_use_it_after_a_reload(bundle: Path) -> None:
     async def play(models: ToyModels) -> None:
         before = models.find()
-        with before.held():
+        with before.in_use():
             next_bundle(bundle)
             assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
-            for _ in range(100):  # whatever the reload left to do has had its turn
+            for _ in range(100):  # so that every task the reload started has run
                 await asyncio.sleep(0)
-            await before.worker.logits()
-        while before.worker.alive:
+            await before.pool.logits()
+        while before.pool.alive:
             await asyncio.sleep(0)
 
     running(bundle, play)
 
 
-def test_a_holder_that_never_lets_go_is_waited_for_only_so_long(bundle: Path) -> None:
+def test_the_wait_for_a_request_that_holds_a_model_is_bounded(bundle: Path) -> None:
     async def scene() -> None:
-        models = ModelRepository(bundle, start_worker, Telemetry(), Settings(drain_seconds=1))
+        models = ModelRepository(bundle, start_pool, Telemetry(), Settings(drain_seconds=1))
         await models.start()
-        worker = models.find().worker
-        with models.find().held():
+        pool = models.find().pool
+        with models.find().in_use():
             await models.close()
-        assert worker.closed_with == 0
+        assert pool.closed_with == 0
 
     asyncio.run(scene())
 
 
-def test_a_caller_who_leaves_does_not_leave_half_a_reload(bundle: Path) -> None:
+def test_a_client_that_disconnects_does_not_leave_half_a_reload(bundle: Path) -> None:
     going = asyncio.Event()
     go_on = asyncio.Event()
 
     async def slow(path: Path) -> InThisProcess:
         going.set()
         await go_on.wait()
-        return await start_worker(path)
+        return await start_pool(path)
 
     async def play(models: ToyModels) -> None:
         next_bundle(bundle)
@@ -442,13 +442,13 @@ def test_a_caller_who_leaves_does_not_leave_half_a_reload(bundle: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await caller
         assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
-        assert models.find().worker.manifest.certified_on == "other images"
+        assert models.find().pool.manifest.certified_on == "other images"
 
     go_on.set()
     running(bundle, play, slow)
 
 
-def test_the_end_does_not_wait_for_a_reload(bundle: Path) -> None:
+def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
     started: list[InThisProcess] = []
     stuck = asyncio.Event()
 
@@ -456,7 +456,7 @@ def test_the_end_does_not_wait_for_a_reload(bundle: Path) -> None:
         if started:
             stuck.set()
             await asyncio.Event().wait()
-        started.append(await start_worker(path))
+        started.append(await start_pool(path))
         return started[-1]
 
     async def play(models: ToyModels) -> None:
@@ -468,18 +468,18 @@ def test_the_end_does_not_wait_for_a_reload(bundle: Path) -> None:
             await reload
 
     running(bundle, play, stuck_later)
-    assert [worker.alive for worker in started] == [False]
+    assert [pool.alive for pool in started] == [False]
 
 
-def test_a_process_that_was_replaced_is_counted_and_while_it_is_gone_the_service_is_not_ready(bundle: Path) -> None:
+def test_a_replaced_process_is_counted_and_the_service_is_not_ready_meanwhile(bundle: Path) -> None:
     async def play(models: ToyModels) -> None:
-        worker = models.find().worker
+        pool = models.find().pool
         assert models.ready
         for alive in (False, True):
-            worker.alive = alive
-            assert worker.on_change is not None
-            worker.on_change()
+            pool.alive = alive
+            assert pool.on_change is not None
+            pool.on_change()
             assert models.ready is alive
-        assert models.find().meter.counts.restarts == 1
+        assert models.find().metrics.counts.restarts == 1
 
     running(bundle, play)

@@ -1,17 +1,17 @@
-"""The three workloads by name: what is asked of a service. benchmarks/workloads.py makes them; this needs no torch."""
+"""The three workloads of the service benchmarks. benchmarks/workloads.py makes them; this module needs no torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked for.
+    """A network and the images sent to it.
 
     Attributes:
-        network: As ``ltkd train`` names it.
+        network: Name of the network, as in ``ltkd train``.
         input_px: Side of its input.
-        media_type: Of the images.
-        slo_s: An answer that takes longer is of no use.
+        media_type: Media type of the images.
+        slo_s: A response with a higher latency does not count as goodput.
     """
 
     network: str

@@ -1,4 +1,4 @@
-"""What a figure is worth nothing without: the command, the commit, the day, the kind of machine, the versions."""
+"""The metadata of every benchmark record: command, commit, date, kind of machine and package versions."""
 
 import datetime
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def circumstances(command: str, packages: Sequence[str]) -> dict[str, object]:
-    """The beginning of every record; nothing in it names this machine.
+def run_metadata(command: str, packages: Sequence[str]) -> dict[str, object]:
+    """The metadata at the start of every record. It contains no host name and no path.
 
     Args:
-        command: What makes the figures.
-        packages: Whose versions matter; one that is not installed is left out.
+        command: The command that produces the values.
+        packages: Packages whose versions are recorded; those that are not installed are omitted.
     """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -34,17 +34,17 @@ def circumstances(command: str, packages: Sequence[str]) -> dict[str, object]:
 
 
 def hardware() -> str:
-    """The kind of machine."""
+    """The processor model and the number of cores."""
     try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         cores = len(os.sched_getaffinity(0))
     except (OSError, AttributeError):  # not Linux
-        found, cores = None, os.cpu_count() or 1
-    return f"{found[1].strip() if found else platform.machine()}, {cores} cores"
+        model, cores = None, os.cpu_count() or 1
+    return f"{model[1].strip() if model else platform.machine()}, {cores} cores"
 
 
 def spread(values: Sequence[float]) -> dict[str, object]:
-    """Every value, with their median, lowest and highest."""
+    """All values, with their median, lowest and highest."""
     return {
         "median": statistics.median(values),
         "lowest": min(values),

@@ -1,0 +1,96 @@
+"""Requests that were accepted and have no result yet, and the results they get."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from serve.engine.messages import EngineResponse, PredictionFacts
+from serve.problems import Problem, ProblemError, make_problem
+
+if TYPE_CHECKING:
+    from serve.pool.engine_process import EngineProcess
+
+
+class RequestResult(NamedTuple):
+    """The result of one request.
+
+    Attributes:
+        results: One per image, in the order of the request: the answer in JSON (or logits, float32 [C]), or the problem
+            that prevented an answer.
+        facts: The prediction facts of each answered image; None for a rejected one.
+        stage_seconds: ``decode``, ``queue`` and ``infer``, of the slowest image.
+        batch_size: Size of the last batch that contained one of the images; 0 if none was run.
+    """
+
+    results: list[bytes | Problem]
+    facts: list[PredictionFacts | None]
+    stage_seconds: dict[str, float]
+    batch_size: int
+
+
+ResultCallback = Callable[[RequestResult | ProblemError], None]
+"""Called once per request with its result."""
+AnswerCallback = Callable[[Sequence[PredictionFacts | None], Mapping[str, float], int], None]
+"""Called for every answered request with its ``facts``, ``stage_seconds`` and ``batch_size``."""
+
+
+@dataclass(slots=True, eq=False)
+class PendingRequest:
+    """A request that was accepted and has no result yet.
+
+    Attributes:
+        number: Identifies it in the messages to and from the engine process.
+        process: The engine process it was sent to, or the queue it waits in for one.
+        problems: Problems of the images that were not sent, by position.
+        num_images: Number of images that were sent.
+        sent_at: Time of sending, on the clock of ``time.monotonic``.
+        on_result: Called with the result; None once it was called, or when the request was cancelled.
+    """
+
+    number: int
+    process: "EngineProcess | PendingQueue"
+    problems: dict[int, Problem]
+    num_images: int
+    sent_at: float
+    on_result: ResultCallback | None
+
+
+class PendingQueue:
+    """Requests that wait while no engine process is running. It takes messages as an engine process does.
+
+    Attributes:
+        requests: The waiting requests, by number.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[int, PendingRequest] = {}
+        self._messages: list[bytes] = []
+
+    def write(self, message: bytes) -> None:
+        """Keep a message for the next engine process."""
+        self._messages.append(message)
+
+    def move_to(self, process: "EngineProcess") -> None:
+        """Send all waiting requests to an engine process."""
+        for request in self.requests.values():
+            request.process = process
+        process.requests.update(self.requests)
+        process.write(b"".join(self._messages))
+
+
+def request_result(response: EngineResponse, problems: Mapping[int, Problem]) -> RequestResult:
+    """An engine process's response, with the problems of images that were not sent inserted at their positions."""
+    _, decode_seconds, queue_seconds, infer_seconds, batch_size, image_results = response
+    results: list[bytes | Problem] = []
+    facts: list[PredictionFacts | None] = []
+    for status, payload, prediction in image_results:
+        results.append(make_problem(status, payload.decode()) if status else payload)
+        facts.append(prediction)
+    for position in sorted(problems):
+        results.insert(position, problems[position])
+        facts.insert(position, None)
+    stage_seconds = {"decode": decode_seconds}
+    if batch_size:
+        stage_seconds["queue"] = queue_seconds
+        stage_seconds["infer"] = infer_seconds
+    return RequestResult(results, facts, stage_seconds, batch_size)

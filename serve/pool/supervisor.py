@@ -1,0 +1,149 @@
+"""Keeps the engine processes of one model version running: starts them, replaces those that end, kills stalled ones.
+
+It knows nothing of requests' meaning: the dispatcher hands it callbacks and decides what happens to requests.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ltkd.contract.bundle import Manifest
+from ltkd.errors import BundleError, LtkdError
+from serve.engine.messages import EngineConfig, EngineReady, EngineResponse
+from serve.pool.engine_process import ChildProcess, EngineProcess
+from serve.pool.pending_requests import PendingRequest
+from serve.settings import Settings
+
+_BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_STABLE_SECONDS = 30.0  # a process that ran for this long has a new reason to end: the back-off starts again
+
+_log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """The running engine processes of one model version. All of it runs in the event loop's thread.
+
+    Args:
+        start_process: Starts one engine process.
+        on_response: Called with a request and the response to it.
+        on_ready: Called when a process can take requests.
+        on_lost: Called when a process that was ready has ended, before its replacement is started.
+        on_not_replaced: Called after each failed attempt to replace a process.
+        while_replacing: A context manager that is entered for each attempt to replace a process.
+
+    Attributes:
+        processes: The processes that are ready.
+        started_in_seconds: How long the last one took to get ready.
+    """
+
+    def __init__(
+        self,
+        start_process: Callable[[], ChildProcess],
+        *,
+        on_response: Callable[[PendingRequest, EngineResponse], None],
+        on_ready: Callable[[EngineProcess, EngineReady], None],
+        on_lost: Callable[[EngineProcess], None],
+        on_not_replaced: Callable[[], None],
+        while_replacing: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self.processes: list[EngineProcess] = []
+        self.started_in_seconds = 1.0
+        self._start_process = start_process
+        self._on_response = on_response
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._on_not_replaced = on_not_replaced
+        self._while_replacing = while_replacing
+        self._manifest: Manifest | None = None
+        self._replacing = True
+        self._replacements: set[asyncio.Task[None]] = set()
+
+    async def start(self, num_processes: int) -> None:
+        """Start the processes side by side, and wait until all are ready.
+
+        Raises:
+            LtkdError: One of them could not get ready. The others may be running: close ends them.
+        """
+        starts = [self._start_one() for _ in range(num_processes)]
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def stop_replacing(self) -> None:
+        """From now on, let processes that end stay ended."""
+        self._replacing = False
+
+    async def close(self) -> None:
+        """Give up replacements under way, and end all processes."""
+        self.stop_replacing()
+        for task in self._replacements:
+            task.cancel()
+        await asyncio.gather(*self._replacements, return_exceptions=True)
+        await asyncio.gather(*(process.end() for process in list(self.processes)))
+
+    def kill_stalled(self, stall_seconds: float) -> None:
+        """Kill each process that has had work and sent no message for longer than ``stall_seconds``."""
+        now = time.monotonic()
+        for process in list(self.processes):
+            if process.requests:
+                oldest = next(iter(process.requests.values()))
+                silent_seconds = now - max(process.last_message_at, oldest.sent_at)
+                if silent_seconds > stall_seconds:
+                    _log.error("an engine process with work sent nothing for %.1f s; killing it", silent_seconds)
+                    process.kill()
+
+    async def _start_one(self) -> None:
+        """Start an engine process and wait until it is ready."""
+        began = time.monotonic()
+        process = EngineProcess(self._start_process(), self._on_response, self._lost)
+        ready = await process.open()
+        if self._manifest not in (None, ready.manifest):
+            await process.end()
+            raise BundleError("the bundle on disk is not the one that was served; reload to serve it.")
+        self._manifest = ready.manifest
+        self.started_in_seconds = time.monotonic() - began
+        process.ready = True
+        self.processes.append(process)
+        self._on_ready(process, ready)
+
+    def _lost(self, process: EngineProcess) -> None:
+        """A process has ended by itself or was killed."""
+        self.processes.remove(process)
+        num_requests = len(process.requests)
+        self._on_lost(process)
+        if not self._replacing:
+            return
+        _log.error("an engine process died with %d requests under way; starting another one", num_requests)
+        task = asyncio.get_running_loop().create_task(self._replace(process))
+        self._replacements.add(task)
+        task.add_done_callback(self._replacements.discard)
+
+    async def _replace(self, lost: EngineProcess) -> None:
+        """Start engine processes until one is ready, with growing pauses."""
+        attempt = 0 if time.monotonic() - lost.ready_since > _STABLE_SECONDS else 1
+        while True:
+            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+            attempt += 1
+            try:
+                with self._while_replacing():
+                    await self._start_one()
+                return
+            except (LtkdError, OSError) as error:
+                _log.error("no engine process could be started: %s", error)
+                self._on_not_replaced()
+
+
+def engine_config(bundle: Path, settings: Settings) -> EngineConfig:
+    """The configuration of a bundle's engine processes."""
+    return EngineConfig(
+        bundle=bundle.resolve(),
+        device=settings.device,
+        precision=settings.precision,
+        max_batch=settings.max_batch,
+        max_wait_ms=settings.max_wait_ms,
+        max_pixels=settings.max_pixels,
+        processes=settings.processes,
+    )

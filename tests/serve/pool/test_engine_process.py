@@ -1,0 +1,59 @@
+"""A real engine process: its priority while it starts, and how it ends."""
+
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serve_toys import (
+    toy_bundle,
+)
+
+from serve.pool.engine_process import ChildProcess
+from tests.serve.pool.test_dispatcher import real_process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority per thread")
+def test_on_one_core_a_process_starts_at_low_priority_and_answers_at_normal_priority() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # the process started now stays on it
+    try:
+        started = real_process(toy_bundle(), [])()
+    finally:
+        os.sched_setaffinity(0, cores)
+    try:
+        started.connection.settimeout(60)
+        started.connection.recv(1)  # it is ready
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        threads = [int(folder.name) for folder in Path(f"/proc/{started.pid}/task").iterdir()]
+        of_thread = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        assert of_thread[started.pid] > own
+        assert own in of_thread.values()
+    finally:
+        started.kill()
+        started.connection.close()
+
+
+@pytest.fixture
+def engine_process() -> Iterator[ChildProcess]:
+    started = real_process(toy_bundle(), [])()
+    yield started
+    started.kill()
+    started.connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_ends_with_its_connection_and_ignores_signals_meant_for_the_server(
+    engine_process: ChildProcess, number: int
+) -> None:
+    engine_process.connection.settimeout(60)
+    (length, kind) = struct.unpack("<IB", engine_process.connection.recv(5, socket.MSG_WAITALL))
+    assert kind == 3  # HELLO
+    engine_process.connection.recv(length - 1, socket.MSG_WAITALL)
+    os.kill(engine_process.pid, number)
+    engine_process.connection.shutdown(socket.SHUT_WR)
+    assert engine_process.connection.recv(1) == b""  # it closed its end, so it was still running
