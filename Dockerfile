@@ -1,11 +1,11 @@
-# The service alone: no torch, no compiler, no shell tools needed, nothing written at run time.
+# An image with the service only. It contains no torch and no compiler, and writes no files at run time.
 #
 #   docker build -t ltkd .
-#   docker run --rm -p 8000:8000 --read-only --cap-drop ALL -v "$PWD/bundle:/bundle:ro" ltkd
+#   docker run --rm -p 8000:8000 --read-only --cap-drop ALL -v "$PWD/bundles/demo:/bundle:ro" ltkd
 #
-# After SIGTERM it is not ready for LTKD_DELAY_SECONDS (0.5 by default), then drains for at most LTKD_DRAIN_SECONDS (8);
-# whoever stops the container must wait longer than both, as docker stop does with its 10 s. Every setting of the
-# service is an LTKD_ variable.
+# After SIGTERM the service reports that it is not ready for LTKD_DELAY_SECONDS (0.5 by default), then drains for at most
+# LTKD_DRAIN_SECONDS (8). The stop timeout of the container must be longer than both together; that of docker stop is
+# 10 s. Every setting of the service can be given as an LTKD_ variable.
 
 FROM python:3.11-slim AS build
 WORKDIR /src

@@ -3,7 +3,7 @@
     python -m benchmarks.ceiling MODEL SIZE_PX SECONDS IMAGE...
 
 Prints JSON with the images per second for every batch size. The best batch size is measured a second time, because the
-maximum of several noisy values is biased upwards. It also has the latency with arrivals at 80 % of that speed.
+maximum of several noisy values is biased upwards. The JSON also has the latency with arrivals at 80 % of that speed.
 The loop does what a service must do for each image if requests cost nothing: decode the images one by one, stack them,
 run the session. benchmarks/serving.py compares the service with it.
 """

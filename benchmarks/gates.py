@@ -5,7 +5,8 @@
 Prints a table and writes docs/benchmarks/gates.json. Each certification calls ``compare`` and ``task_accuracy`` with
 three groups of equal size. There are three kinds of candidates: one loses nothing, one loses exactly the margin in one
 group, and one loses exactly the overall margin in every group. A false alarm is a FAIL of the first kind. A false pass
-is a PASS of the other kinds. The nominal probability of each is 5 %. INCONCLUSIVE is no error: it certifies nothing.
+is a PASS of the other kinds. The nominal probability of each is 5 %. INCONCLUSIVE is not an error, because it
+certifies nothing.
 
 The table also has the exact probability that the damaged row alone passes, by enumeration, with Tango's upper limit and
 with the upper limit that the gate uses.

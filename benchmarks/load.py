@@ -1,7 +1,7 @@
 """A load generator for HTTP/1.1 on localhost: closed loop, open loop, clients that disconnect, and slow clients.
 
 It is one thread with plain sockets and epoll (Linux). Event-loop timers have a resolution of milliseconds, so the last
-two milliseconds before a request is due are spent in a busy loop. Run it on a core of its own. The number of
+two milliseconds before a request is due are spent in a busy loop. Run it on its own core. The number of
 connections, the sending time and the timeout of the last requests are bounded. Every response is checked.
 
 Latency is measured from the time at which a request was *due*, not from the time at which it was sent. Otherwise the

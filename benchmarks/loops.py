@@ -6,7 +6,7 @@ times one of them in its own process. LOOP is JSON, and the result is printed as
 two epochs: the first is warm-up (threads, workers, compilation, cached logits) and shows the memory, the second is
 timed as a whole. The networks are untrained, because the duration of a step does not depend on the weights.
 
-Shape legend: N images, B of them in a batch, S pixels a side, C classes.
+Shape legend: N images, B of them in a batch, S side in pixels, C classes.
 """
 
 import json

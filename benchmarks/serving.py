@@ -277,7 +277,7 @@ def measure_offered_load(
 
 
 def measure_ceiling(inputs: WorkloadInputs, model: str, plan: Plan) -> Ceiling:
-    """What can be done in a process of its own on the server's core."""
+    """What can be done in a separate process on the server's core."""
     arguments = [str(inputs.folder / model), str(inputs.workload.input_px), str(plan.ceiling_s)]
     images = [str(path) for path in sorted((inputs.folder / "images").iterdir())]
     with pinned_to_core(SERVER_CORE):

@@ -13,7 +13,7 @@ because the duration of a response does not depend on the weights. Batch statist
 images, so that activations have a usual range and different images get different classes. The bundles are not
 certified, and their manifests state it. The same call makes the same bytes.
 
-Shape legend: N images, S pixels a side, C classes.
+Shape legend: N images, S side in pixels, C classes.
 """
 
 import argparse

@@ -152,7 +152,7 @@ def _open_run_model(path: Path, task: Task) -> ComparedModel:
     _check_classes(path, run.task.class_names, task, RunError)
     if run.task.input_px != task.input_px:
         raise RunError(
-            f"the input of {path} has {run.task.input_px} pixels a side, the images have {task.input_px}; "
+            f"the side of the input of {path} is {run.task.input_px} pixels, that of the images {task.input_px}; "
             f"use --input-px {run.task.input_px}."
         )
     network = run.load_network()

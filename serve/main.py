@@ -1,4 +1,4 @@
-"""The command ``ltkd serve``: opens the port, starts the first engine process and runs the server.
+"""The command ``ltkd serve``: open the port, start the first engine process and run the server.
 
 Nothing heavy is imported at the top of this module. The engine process of the bundle is started first; while it
 verifies and warms up the model, this process imports the web framework (serve/server.py).

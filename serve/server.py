@@ -1,4 +1,4 @@
-"""Runs the server process: starts the models, serves HTTP with uvicorn and shuts down gracefully on SIGTERM.
+"""Run the server process: start the models, serve HTTP with uvicorn and shut down gracefully on SIGTERM.
 
 serve/main.py calls it with an open socket; serve/api/app.py has the routes.
 """

@@ -1,6 +1,6 @@
-"""What holds for every test: one thread for every library, and logging that ends with the test that set it up.
+"""Settings of all tests: libraries use one thread, and changes to the logging are undone after each test.
 
-The toys are tiny, and threads that wait for each other on a busy machine are slow.
+The test networks are so small that threads on a busy machine mostly wait for each other.
 """
 
 import logging
@@ -12,9 +12,18 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files whose tests may take longest first, so that two workers end at nearly the same time."""
+    allowed_seconds: dict[object, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        allowed_seconds[item.path] = max(allowed_seconds.get(item.path, 0), marker.args[0] if marker else 0)
+    items.sort(key=lambda item: -allowed_seconds[item.path])
+
+
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """The command sets up logging for its whole process, which here lives on with a stream that is closed."""
+def restore_logging() -> Iterator[None]:
+    """Remove the log handlers of a command, which configures logging for its process; here that runs further tests."""
     root = logging.getLogger()
     level = root.level
     yield

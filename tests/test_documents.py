@@ -1,6 +1,6 @@
-"""The documents are true: links lead somewhere, commands and options exist, generated tables are current.
+"""The documents are correct: links have targets, commands and options exist, generated tables are current.
 
-PYTHONPATH=tests python tests/test_documents.py      writes the table of settings
+To update the table of settings: PYTHONPATH=tests python tests/test_documents.py
 """
 
 import inspect
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SERVICE = ROOT / "docs" / "service.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
-PROPER_HOSTS = ("https://arxiv.org/", "https://doi.org/", "#")
+ALLOWED_ADDRESSES = ("https://arxiv.org/", "https://doi.org/", "#")
 
 
 def settings_table() -> str:
@@ -33,7 +33,7 @@ def settings_table() -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every ``ltkd`` command in code blocks, lines joined at backslashes."""
+    """The words of every ``ltkd`` command in code blocks; lines that end with a backslash are joined."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     blocks += re.findall(r"(?:^    \S.*\n)+", text, flags=re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -49,7 +49,7 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_target_of_every_link_exists(document: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
-        assert target.startswith(PROPER_HOSTS) or (document.parent / target.partition("#")[0]).exists(), target
+        assert target.startswith(ALLOWED_ADDRESSES) or (document.parent / target.partition("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_every_command_and_option_exists(document: Path) -> None:
             assert {word for word in words[1:] if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= options, words
 
 
-def test_documents_show_commands() -> None:
+def test_the_documents_show_every_command() -> None:
     shown = [words for document in DOCUMENTS for words in commands(document.read_text())]
     assert {words[0] for words in shown if words} >= set(cli.commands) - {"pipeline"}
-    assert ["distill", "runs/teacher", "--out", "runs/student"] in shown  # behind torchrun, too
+    assert ["distill", "runs/teacher", "--out", "runs/student"] in shown  # also after torchrun
 
 
-def test_the_table_of_settings_is_that_of_the_code() -> None:
+def test_the_table_of_settings_agrees_with_the_code() -> None:
     written = SERVICE.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert written == settings_table(), "run: PYTHONPATH=tests python tests/test_documents.py"
 

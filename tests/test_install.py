@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_an_install_of_the_service_has_no_torch_and_serves(tmp_path: Path) -> None:
     uv = shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
-        pytest.skip("uv is not beside this Python; `make install` puts it there")
+        pytest.skip("uv is not installed; `make install` installs it")
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"

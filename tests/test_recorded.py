@@ -1,8 +1,8 @@
-"""Runs and bundles made by an earlier version open and answer as they did.
+"""Runs and bundles of an earlier version can be opened and give the same results.
 
-``recorded/`` holds a run and a bundle of the demo as commit 5c949bc made them, the service's responses to the requests
-below, and the losses and gradients of every method. Figures are compared within rounding, since kernels differ between
-processors; everything else exactly.
+``recorded/`` contains a run and a bundle of the demo made by commit 5c949bc, the responses of the service to the
+requests below, and the losses and gradients of every method. Numbers are compared with a tolerance for rounding,
+because kernels differ between processors. Everything else must be equal.
 """
 
 import base64
@@ -30,9 +30,9 @@ from ltkd.training.run_folder import open_run
 
 RECORDED = Path(__file__).parent / "recorded"
 RUN, BUNDLE = RECORDED / "run", RECORDED / "demo"
-# of float32 sums of some hundred terms in another order
+# rounding of float32 sums of some hundred terms in another order
 CLOSE = {"rel": 1e-3, "abs": 1e-5}
-# differ from one request or version to the next, or are sentences for people
+# these differ between requests or versions, or are sentences for people
 CHANGING = {"id", "since", "version", "request_id", "detail", "error", "title"}
 
 
@@ -49,13 +49,13 @@ def images() -> list[bytes]:
 
 
 def responses(address: str) -> dict[str, tuple[int, object]]:
-    """Status and body of a fixed list of requests, good ones and bad ones."""
+    """Status and body of the response to each of a fixed list of requests, some of them invalid."""
     files = images()
     png, text = {"Content-Type": "image/png"}, {"Content-Type": "text/plain"}
     as_json = {"images": [base64.b64encode(file).decode() for file in files]}
     tensor = {"name": "image_bytes", "shape": [1], "datatype": "BYTES", "data": [as_json["images"][0]]}
     with httpx.Client(base_url=address, timeout=30) as client:
-        asked = {
+        received = {
             "one image": client.post("/v1/classify", content=files[0], headers=png),
             "three classes": client.post("/v1/classify?top_k=3", content=files[1], headers=png),
             "a form": client.post("/v1/classify", files=[("image", ("a.png", file, "image/png")) for file in files]),
@@ -75,18 +75,18 @@ def responses(address: str) -> dict[str, tuple[int, object]]:
             "v2 inference": client.post("/v2/models/demo/infer", json={"inputs": [tensor]}),
             "v2 without inputs": client.post("/v2/models/demo/infer", json={"inputs": []}),
         }
-    return {name: (response.status_code, _stable(response.json())) for name, response in asked.items()}
+    return {name: (response.status_code, _stable(response.json())) for name, response in received.items()}
 
 
 def _stable(value: object) -> object:
-    """A response with the kind in place of the value where values differ each time."""
+    """Replace values that differ between requests with the names of their types."""
     if isinstance(value, dict):
         return {name: type(each).__name__ if name in CHANGING else _stable(each) for name, each in value.items()}
     return [_stable(each) for each in value] if isinstance(value, list) else value
 
 
 def differences(now: object, then: object, where: str = "") -> list[str]:
-    """Where two responses differ by more than rounding."""
+    """Describe where two responses differ by more than rounding."""
     if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
         return [found for name in then for found in differences(now[name], then[name], f"{where}.{name}")]
     if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
@@ -132,7 +132,7 @@ def test_the_service_gives_the_recorded_responses(address: str) -> None:
     assert differences(now, then) == []
 
 
-def test_another_figure_status_or_field_would_be_seen() -> None:
+def test_a_changed_number_status_or_field_is_detected() -> None:
     then = json.loads((RECORDED / "responses.json").read_text())
     for change in (
         lambda body: body["one image"].__setitem__(0, 201),
@@ -155,12 +155,12 @@ def test_the_run_opens_and_gives_the_logits_of_its_bundle() -> None:
     with np.load(BUNDLE / "golden.npz") as golden:
         pixels_NSS3, expected_NC = golden["images"], golden["logits_fp32"]
     session = open_session(to_onnx(opened.load_network(), opened.task))
-    # the network, exported anew; logits are of order 10
+    # the network is exported again; its logits are of order 10
     np.testing.assert_allclose(run(session, pixels_NSS3), expected_NC, atol=1e-3)
 
 
 def losses() -> dict[str, list[float]]:
-    """Every method's loss and the norm of its gradient, early, late and after deferred re-weighting has begun."""
+    """The loss of every method and the norm of its gradient: early, late, and after deferred re-weighting has begun."""
     task = open_run(RUN).task
     num_classes = len(task.class_names)
     random = torch.Generator().manual_seed(0)

@@ -1,1 +1,1 @@
-"""Tests whether a converted model kept its accuracy in every class group: splits, statistics, gates, calibration."""
+"""Test whether a converted model kept its accuracy in every class group: splits, statistics, gates, calibration."""

@@ -1,4 +1,4 @@
-"""Fits the calibration of each class group: temperature, expected accuracy, abstention threshold, prediction sets.
+"""Fit the calibration of each class group: temperature, expected accuracy, abstention threshold, prediction sets.
 
 Pure functions of logits and labels. The temperatures must be fitted on other images than the remaining three.
 ``certify_confidence`` fits all four and measures them on certification images; ``ltkd.contract.calibration`` defines
@@ -35,7 +35,7 @@ from ltkd.errors import DataError
 
 PRIOR_IMAGES = 50
 """Weight of all images together when the temperature of one group is fitted, in images."""
-IMAGES_A_BIN = 50
+IMAGES_PER_BIN = 50
 """The minimum of images per bin. With 50 images, the interval of an expected accuracy is already up to 0.29 wide."""
 MOST_BINS = 10
 ABSTENTION_STEPS = 20
@@ -83,18 +83,18 @@ def fit_temperatures(
 def accuracy_bins(confidence_M: NDArray[np.float64], right_M: NDArray[np.bool_]) -> tuple[ConfidenceBin, ...]:
     """Measure the accuracy of predictions in bins of confidence that cover 0 to 1 without gaps.
 
-    Bins contain about equally many images, at least IMAGES_A_BIN if there are that many, and equal confidences share a
+    Bins contain about equally many images, at least IMAGES_PER_BIN if there are that many. Equal confidences share a
     bin. If the accuracy falls from one bin to the next, the two are pooled (pool adjacent violators), so a higher
     confidence never has a lower expected accuracy. The accuracy of a pooled bin is as valid, only coarser.
     """
     if not len(confidence_M):
         return ()
-    num_bins = min(max(len(confidence_M) // IMAGES_A_BIN, 1), MOST_BINS)
+    num_bins = min(max(len(confidence_M) // IMAGES_PER_BIN, 1), MOST_BINS)
     value_V, first_V = np.unique(np.sort(confidence_M), return_index=True)
     edges, start = [0.0], 0
     for value, end in zip(value_V[:-1], first_V[1:], strict=True):
         full = end >= len(edges) * len(confidence_M) / num_bins
-        if full and min(end - start, len(confidence_M) - end) >= IMAGES_A_BIN:
+        if full and min(end - start, len(confidence_M) - end) >= IMAGES_PER_BIN:
             edges.append(float(value))
             start = end
     bin_M = np.searchsorted(edges[1:], confidence_M, side="left")

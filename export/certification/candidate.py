@@ -1,4 +1,4 @@
-"""Runs one candidate ONNX file through the gates and collects the results in its report.
+"""Run one candidate ONNX file through the gates and collect the results in its report.
 
 ``certify`` calls this module for each precision. ``ltkd parity`` calls ``apply_gates`` to compare any two models.
 

@@ -1,4 +1,4 @@
-"""Converts a network to every precision that this machine can certify, and certifies each one.
+"""Convert a network to every precision that this machine can certify, and certify each one.
 
 For each precision, ``certify`` converts the network (``export.conversion``), runs the gates (candidate), calibrates
 confidence (calibration) and measures latency. ``export.bundling`` writes the result as a bundle.

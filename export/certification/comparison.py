@@ -1,4 +1,4 @@
-"""Compares the logits of a candidate with those of its reference, image by image.
+"""Compare the logits of a candidate with those of its reference, image by image.
 
 The results (accuracy, class changes and confidence, by group and by class) are what the gates decide on.
 

@@ -1,4 +1,4 @@
-"""Measures the latency of several models in turn, so that other load on the machine affects all of them equally.
+"""Measure the latency of several models in turn, so that other load on the machine affects all of them equally.
 
 Shape legend: N images, B in the batch, S side in pixels.
 """

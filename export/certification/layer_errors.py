@@ -1,4 +1,4 @@
-"""Locates the layers in which a candidate ONNX file differs from its reference.
+"""Locate the layers in which a candidate ONNX file differs from its reference.
 
 Used when a gate fails, to name the layer that causes the difference. An activation is the output tensor of a layer.
 

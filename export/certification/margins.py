@@ -1,4 +1,4 @@
-"""Defines the margins: how much accuracy each class group may lose, by precision."""
+"""The margins: how much accuracy each class group may lose, by precision."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Runs the original network in PyTorch to compute the reference logits that candidates are compared with.
+"""Run the original network in PyTorch to compute the reference logits that candidates are compared with.
 
 Shape legend: N images, S side in pixels, C classes.
 """

@@ -1,4 +1,4 @@
-"""Divides the test images into disjoint splits, stratified by class, each with one purpose.
+"""Divide the test images into disjoint splits, stratified by class, each with one purpose.
 
     quantisation  10 %   measures the range of every activation for int8
     selection     20 %   selects the int8 configuration and fits the temperatures
@@ -10,7 +10,7 @@ and assigned to the splits in turn. Equal images have equal hashes, so no image 
 out. A test image that occurs twice is used once, because otherwise one observation would be counted twice. A test image
 that is also a training image is not used at all, because the network was trained on it.
 
-Shape legend: N images, B of them, S pixels a side.
+Shape legend: N images, B of them, S side in pixels.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from export.certification.views import topped_up
+from export.certification.views import add_views
 from export.schema import DataRecord, Margins, SplitRecord
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.task import Task
@@ -149,7 +149,7 @@ def split_test_images(data: Dataset, margins: Margins) -> Splits:
         rows = np.sort(rows_N[turn_N == turn])
         parts[name] = LabelledImages(Subset(data.test_images, rows), data.test_labels[rows])
     certify = parts["certify"]
-    images, labels, num_views = topped_up(certify.images, certify.labels_N, groups, margins, mirror=data.mirror)
+    images, labels, num_views = add_views(certify.images, certify.labels_N, groups, margins, mirror=data.mirror)
     parts["certify"] = LabelledImages(images, labels)
     return Splits(**parts, num_views=num_views, num_duplicates=num_duplicates)
 

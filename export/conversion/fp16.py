@@ -1,4 +1,4 @@
-"""Converts an fp32 ONNX file to fp16: half the bytes, and much faster on GPUs with fp16 arithmetic.
+"""Convert an fp32 ONNX file to fp16: half the bytes, and much faster on GPUs with fp16 arithmetic.
 
 Half precision has a largest value of 65,504 and eleven significant bits. Pixels are therefore normalised in float32,
 and the classifier (a few thousandths of the computation) stays float32, because logits rounded to eleven bits would
@@ -29,7 +29,7 @@ def to_fp16(fp32: bytes) -> bytes:
     with_graphs = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
     if any(attribute.type in with_graphs for node in graph.node for attribute in node.attribute):
         raise BundleError(
-            "the model has control flow, which cannot be converted to fp16; export without fp16: --precision fp32."
+            "the model has control flow, which cannot be converted to fp16; export without fp16: --precisions int8."
         )
     float_names = _float_tensors(graph)
     half = _half_nodes(graph, float_names)

@@ -1,4 +1,4 @@
-"""Converts a PyTorch network and its task to one self-contained fp32 ONNX file: uint8 pixels in, logits out.
+"""Convert a PyTorch network and its task to one self-contained fp32 ONNX file: uint8 pixels in, logits out.
 
 The modules fp16 and int8 start from this file.
 

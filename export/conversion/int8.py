@@ -1,4 +1,4 @@
-"""Searches for the int8 configuration of a network that loses least accuracy in its worst class group.
+"""Search for the int8 configuration of a network that loses least accuracy in its worst class group.
 
 int8_ranges measures the activations, int8_graph writes the quantised file, and this module chooses between the
 configurations. It chooses on the selection images and never uses the certification images.

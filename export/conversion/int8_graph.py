@@ -1,4 +1,4 @@
-"""Writes the int8 form of an fp32 ONNX file, with pairs of QuantizeLinear and DequantizeLinear nodes.
+"""Write the int8 form of an fp32 ONNX file, with pairs of QuantizeLinear and DequantizeLinear nodes.
 
 Activations are unsigned and weights are signed, the combination that ONNX Runtime multiplies fastest on x86. Weights
 use seven bits, -64 to 64: a processor without VNNI adds two products in 16 bits, which eight-bit weights would

@@ -1,4 +1,4 @@
-"""Measures the activations of a network and computes the range that an 8-bit integer should cover for each.
+"""Measure the activations of a network and compute the range that an 8-bit integer should cover for each.
 
 An activation is the output tensor of a layer. int8 calls this module on the calibration images; int8_graph turns the
 ranges into scales and zero points.

@@ -1,4 +1,4 @@
-"""Opens ONNX models and runs them: metadata, validation, ONNX Runtime sessions on a named provider, batches.
+"""Open ONNX models and run them: metadata, validation, ONNX Runtime sessions on a named provider, batches.
 
 The converters write the metadata defined here. The gates, ``ltkd parity`` and ``ltkd verify`` read and run models
 through this module.

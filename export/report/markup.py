@@ -2,23 +2,23 @@
 
 import html
 
-_EMPTY = ("meta",)  # elements that have no end
+_EMPTY = ("meta",)  # elements without an end tag
 
 
 class Markup(str):
-    """Text that is markup already; every other text is escaped where it is put into an element."""
+    """Text that is already markup. Any other text is escaped when it is inserted into an element."""
 
     __slots__ = ()
 
 
 def element(name: str, /, *content: str, **attributes: str | float) -> Markup:
-    """One element with its content.
+    """Build an element with its content.
 
     Args:
-        name: Such as ``table``.
+        name: Name of the element, such as ``table``.
         content: Markup stays as it is, other text is escaped.
-        attributes: Underscores become hyphens, and one at the end is dropped: ``class_``, ``stroke_width``. Numbers
-            are rounded to two places, which is far below a pixel.
+        attributes: Underscores in names become hyphens, and an underscore at the end is removed: ``stroke_width``,
+            ``class_``. Numbers are rounded to two places, which is far below a pixel.
     """
     given = "".join(f' {_hyphened(key)}="{_value(value)}"' for key, value in attributes.items())
     if name in _EMPTY:
@@ -27,7 +27,7 @@ def element(name: str, /, *content: str, **attributes: str | float) -> Markup:
 
 
 def joined(*content: str) -> Markup:
-    """Several pieces, one after the other."""
+    """Concatenate pieces of markup and text."""
     return Markup("".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in content))
 
 

@@ -1,4 +1,4 @@
-"""The tables of parity.html. The page itself is put together in ``html``."""
+"""Build the tables of parity.html. The module ``html`` puts the page together."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ _MARKS: dict[Verdict, tuple[str, str]] = {"PASS": ("pass", "✓"), "FAIL": ("fai
 
 
 def verdict_mark(verdict: Verdict) -> Markup:
-    """A verdict in words, with a sign and a colour."""
+    """Render a verdict with its sign and its colour."""
     tone, sign = _MARKS[verdict]
     return element("span", f"{sign} {verdict}", class_=f"verdict {tone}")
 
 
 def group_table(candidate: CandidateReport) -> Markup:
-    """Accuracy of every group: the core of the report."""
+    """Tabulate the accuracy of every group. This is the main table of the report."""
     headings = (
         "group", "verdict", "images", "reference %", "candidate %", "right to wrong", "wrong to right", "loss pp",
         "at most pp", "margin pp", "changed class",
@@ -35,7 +35,7 @@ def group_table(candidate: CandidateReport) -> Markup:
 
 
 def gate_table(gates: Sequence[Gate]) -> Markup:
-    """What every gate says; on a phone a finding stands below its gate."""
+    """Tabulate the verdict and the findings of every gate. On narrow screens the findings are below their gate."""
     rows = [(gate.name, verdict_mark(gate.verdict), _findings(gate.findings)) for gate in gates]
     return element(
         "div", _table("The gates, in order.", ("gate", "verdict", "findings"), rows, words=(1, 2)), class_="gates"
@@ -43,51 +43,57 @@ def gate_table(gates: Sequence[Gate]) -> Markup:
 
 
 def abstention_table(candidate: CandidateReport) -> Markup:
-    """Temperature, and from which confidence on a prediction can be trusted, by predicted group."""
+    """Tabulate temperature and confidence threshold by predicted group."""
     headings = (
-        "predicted group", "share of predictions %", "temperature", "trusted from confidence %", "answers kept %",
-        "of these right %", "95 % interval", "images",
+        "predicted group", "share of predictions %", "temperature", "confidence threshold %", "accepted %",
+        "accuracy of these %", "95 % interval", "images",
     )  # fmt: skip
     rows = [
-        (group.group, percent(group.predicted_share, 1), f"{group.temperature:.2f}", *_trust(group))
+        (group.group, percent(group.predicted_share, 1), f"{group.temperature:.2f}", *_abstention(group))
         for group in _calibration(candidate)
     ]
     targets = {f"{100 * group.abstention.target_precision:g} %" for group in _calibration(candidate)}
-    caption = f"When to trust a prediction: {' or '.join(sorted(targets))} of the trusted ones shall be right."
+    caption = f"Abstention: {' or '.join(sorted(targets))} of the accepted predictions should be correct."
     return _table(caption, headings, rows)
 
 
 def set_table(candidate: CandidateReport) -> Markup:
-    """Coverage of the prediction sets, by true group."""
+    """Tabulate the coverage of the prediction sets by true group."""
     headings = (
-        "true group", "wanted %", "fitted on", "expected between %", "covered %", "95 % interval", "images",
+        "true group", "target %", "fitted on", "expected between %", "covered %", "95 % interval", "images",
     )  # fmt: skip
     rows = []
     for group in _calibration(candidate):
-        kept = group.prediction_set
-        band = f"{percent(kept.low, 1)} to {percent(kept.high, 1)}"
+        fitted = group.prediction_set
+        band = f"{percent(fitted.low, 1)} to {percent(fitted.high, 1)}"
         rows.append(
-            (group.group, percent(kept.target_coverage, 1), f"{kept.num_images:,}", band, *_seen(kept.coverage))
+            (
+                group.group,
+                percent(fitted.target_coverage, 1),
+                f"{fitted.num_images:,}",
+                band,
+                *_measured(fitted.coverage),
+            )
         )
-    return _table("Prediction sets: how often the true class is among those named.", headings, rows)
+    return _table("Prediction sets: how often the set contains the true class.", headings, rows)
 
 
 def expected_accuracy_table(candidate: CandidateReport) -> Markup:
-    """How often predictions were right, by predicted group and confidence."""
+    """Tabulate the accuracy of predictions by predicted group and confidence."""
     rows = [
-        (group.group, f"{percent(part.above, 0)} to {percent(part.up_to, 0)}", *_seen(part.accuracy))
+        (group.group, f"{percent(part.above, 0)} to {percent(part.up_to, 0)}", *_measured(part.accuracy))
         for group in _calibration(candidate)
         for part in group.expected_accuracy
     ]
-    headings = ("predicted group", "confidence %", "right %", "95 % interval", "images")
-    return _table("Expected accuracy: what the service says of a confidence.", headings, rows)
+    headings = ("predicted group", "confidence %", "accuracy %", "95 % interval", "images")
+    return _table("Expected accuracy that the service reports for a confidence.", headings, rows)
 
 
 def probability_table(candidate: CandidateReport) -> Markup:
-    """How far probabilities moved, by true group."""
+    """Tabulate the changes of the probabilities by true group."""
     headings = (
-        "group", "divergence, nats", "confidence moved pp", "NLL change", "Brier change", "ECE reference %",
-        "ECE candidate %", "ECE if perfect %",
+        "group", "divergence, nats", "confidence change pp", "NLL change", "Brier change", "ECE reference %",
+        "ECE candidate %", "ECE if calibrated %",
     )  # fmt: skip
     rows = [
         (
@@ -99,7 +105,7 @@ def probability_table(candidate: CandidateReport) -> Markup:
     ]  # fmt: skip
     kinds = ["all" if row.group == ALL else "" for row in candidate.confidence]
     return _table(
-        "How far the probabilities moved, before any calibration; below a change its 95 % interval.",
+        "Changes of the probabilities before calibration, with 95 % intervals.",
         headings,
         rows,
         kinds,
@@ -107,9 +113,9 @@ def probability_table(candidate: CandidateReport) -> Markup:
 
 
 def class_table(caption: str, classes: Sequence[ClassParity]) -> Markup:
-    """Accuracy of single classes."""
+    """Tabulate the accuracy of single classes."""
     headings = (
-        "class", "group", "training images", "images", "reference %", "candidate %", "p of a loss", "flagged",
+        "class", "group", "training images", "images", "reference %", "candidate %", "p-value", "flagged",
     )  # fmt: skip
     rows = [
         (
@@ -122,12 +128,12 @@ def class_table(caption: str, classes: Sequence[ClassParity]) -> Markup:
 
 
 def trial_table(candidate: CandidateReport) -> Markup:
-    """The configurations of int8 that were tried."""
+    """Tabulate the int8 configurations that were tried."""
     headings = (
         "configuration",
         "layers kept in float",
         "worst group",
-        "its loss pp",
+        "loss of this group pp",
         "overall loss pp",
         "divergence, nats",
     )
@@ -136,21 +142,23 @@ def trial_table(candidate: CandidateReport) -> Markup:
     for trial in candidate.quantisation:
         name = joined(trial.configuration, element("strong", " — chosen")) if trial.chosen else trial.configuration
         loss = joined(points(trial.worst_group_loss), _share(trial.worst_group_loss, most))
-        layers = ", ".join(trial.float_layers) or "none beyond the first and the last"
+        layers = ", ".join(trial.float_layers) or "only the first and the last"
         rows.append((name, layers, trial.worst_group, loss, points(trial.overall_loss), scientific(trial.kl)))
     kinds = ["chosen" if trial.chosen else "" for trial in candidate.quantisation]
-    return _table("Tried on the selection images, which certify nothing.", headings, rows, kinds, words=(1, 2))
+    return _table(
+        "Measured on the selection images, which are not used for certification.", headings, rows, kinds, words=(1, 2)
+    )
 
 
 def layer_table(candidate: CandidateReport) -> Markup:
-    """How far every layer's output is from the reference's."""
+    """Tabulate the error of each layer's output."""
     most = max(layer.error for layer in candidate.layers)
     rows = [
         (layer.layer, layer.operator, joined(f"{layer.error:.2g}", _share(layer.error, most)))
         for layer in candidate.layers
     ]
     return _table(
-        "Error of every layer's output, as a share of the output, in the order of the graph.",
+        "Error of each layer's output, relative to the output, in the order of the graph.",
         ("layer", "operator", "error"),
         rows,
         words=(1,),
@@ -158,22 +166,27 @@ def layer_table(candidate: CandidateReport) -> Markup:
 
 
 def split_table(report: ParityReport) -> Markup:
-    """The parts of the images and what each was used for."""
-    headings = ("part", "images", *report.groups, "sha256 of images and labels")
+    """Tabulate the splits of the images."""
+    headings = ("split", "images", *report.groups, "sha256 of images and labels")
     rows = [
         (part.name, f"{part.num_images:,}", *(f"{num:,}" for num in part.per_group), part.sha256)
         for part in report.data.splits
     ]
-    return _table("Parts that share no image; certify chose nothing.", headings, rows, hashes=len(headings) - 1)
+    return _table(
+        "The splits share no image. The certify split was not used to choose anything.",
+        headings,
+        rows,
+        hashes=len(headings) - 1,
+    )
 
 
 def file_table(report: ParityReport) -> Markup:
-    """The files that were held against the reference."""
+    """Tabulate the candidate files and the runtime of each."""
     headings = ("file", "bytes", "provider", "ONNX Runtime", "instructions", "TF32", "sha256")
     rows = []
     for candidate in report.candidates:
         runtime = candidate.runtime
-        tf32 = {None: "no such thing", True: "on", False: "off"}[runtime.tf32]
+        tf32 = {None: "not available", True: "on", False: "off"}[runtime.tf32]
         rows.append(
             (
                 candidate.file,
@@ -185,26 +198,30 @@ def file_table(report: ParityReport) -> Markup:
                 candidate.sha256,
             )
         )
-    return _table("Files, and what ran them.", headings, rows, hashes=len(headings) - 1)
+    return _table(
+        "Candidate files, and the runtime on which each was measured.", headings, rows, hashes=len(headings) - 1
+    )
 
 
 def version_table(report: ParityReport) -> Markup:
-    """The packages that converted and certified."""
-    return _table("Packages that converted and certified.", ("package", "version"), list(report.versions.items()))
+    """Tabulate the versions of the packages that converted and certified."""
+    return _table(
+        "Packages that converted and certified the models.", ("package", "version"), list(report.versions.items())
+    )
 
 
 def percent(fraction: float | None, places: int = 2) -> str:
-    """A fraction as a cell in per cent."""
+    """Format a fraction in per cent for a cell."""
     return _UNKNOWN if fraction is None else f"{100 * fraction:.{places}f}"
 
 
 def points(fraction: float | None, places: int = 2) -> str:
-    """A difference of fractions as a cell in percentage points, with a true minus sign."""
+    """Format a difference of fractions in percentage points for a cell, with a minus sign instead of a hyphen."""
     return percent(fraction, places).replace("-", _MINUS)
 
 
 def scientific(value: float | None) -> str:
-    """A quantity of any size as a cell."""
+    """Format a number of any magnitude for a cell."""
     return _UNKNOWN if value is None else f"{value:.2g}".replace("-", _MINUS)
 
 
@@ -216,7 +233,7 @@ def _table(
     words: Sequence[int] = (),
     hashes: int | None = None,
 ) -> Markup:
-    """A table in a box of its own that scrolls; the first cell of a row is its heading."""
+    """Build a table in a box that scrolls horizontally. The first cell of each row is its heading."""
     looks = dict.fromkeys(words, "words") | ({} if hashes is None else {hashes: "hash"})
 
     def cell(column: int, content: str) -> Markup:
@@ -248,14 +265,14 @@ def _calibration(candidate: CandidateReport) -> tuple[GroupCalibration, ...]:
     return candidate.certificate.calibration if candidate.certificate else ()
 
 
-def _trust(group: GroupCalibration) -> tuple[str, ...]:
+def _abstention(group: GroupCalibration) -> tuple[str, ...]:
     abstention = group.abstention
     if abstention.threshold is None:
         return ("no guarantee", _UNKNOWN, _UNKNOWN, _UNKNOWN, _UNKNOWN)
-    return (percent(abstention.threshold, 1), percent(abstention.coverage, 1), *_seen(abstention.precision))
+    return (percent(abstention.threshold, 1), percent(abstention.coverage, 1), *_measured(abstention.precision))
 
 
-def _seen(share: Proportion | None) -> tuple[str, str, str]:
+def _measured(share: Proportion | None) -> tuple[str, str, str]:
     if share is None:
         return (_UNKNOWN, _UNKNOWN, "0")
     return (percent(share.value, 1), f"{percent(share.low, 1)} to {percent(share.high, 1)}", f"{share.n:,}")

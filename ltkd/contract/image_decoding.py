@@ -181,7 +181,7 @@ def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _check_parts(content: bytes) -> None:
-    """Reject a file with so many parts that decoding could take minutes, whatever its size in pixels."""
+    """Reject a file with so many parts that decoding could take minutes, even if it has few pixels."""
     if content.startswith(b"\x89PNG"):
         chunks = list(islice(_png_chunks(content), MAX_PARTS + 1))
         _check_count(len(chunks), MAX_PARTS, "chunks")

@@ -3,7 +3,7 @@
 Small images are held in memory and cropped from a black border, a batch at a time (``augment``). Large images stay on
 disk and are cropped to a random box while they are decoded (``RandomCropBox``, used by ``streaming``).
 
-Shape legend: B images in the batch, N images, S pixels a side.
+Shape legend: B images in the batch, N images, S side in pixels.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 The images of a batch are a function of the seed, the epoch and the step alone. ``make_batches`` takes images from
 memory, augmented on the device, or large images from disk, which ``streaming`` decodes in worker processes.
 
-Shape legend: B images in the batch, N images in the set, S pixels a side.
+Shape legend: B images in the batch, N images in the set, S side in pixels.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 ``load_dataset`` finds the images (``formats``), draws the long-tailed subset (``long_tail``), decodes every file once
 (``image_files``) and groups the classes. ``batches`` turns the result into training batches.
 
-Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
+Shape legend: N images, B of them, S side in pixels, L = 256 levels of a channel.
 """
 
 import math

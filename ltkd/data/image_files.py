@@ -2,7 +2,7 @@
 
 ``datasets`` checks the files and keeps small images in memory; ``streaming`` decodes large ones during the training.
 
-Shape legend: N images, B of them, S pixels a side, L = 256 levels of a channel.
+Shape legend: N images, B of them, S side in pixels, L = 256 levels of a channel.
 """
 
 import hashlib

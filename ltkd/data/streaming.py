@@ -3,7 +3,7 @@
 ``CropDataset`` makes one batch; ``BatchLoader`` runs it in worker processes. ``batches`` chooses the order of the
 images and uses this module for data sets that are too large to hold in memory.
 
-Shape legend: B images in the batch, S pixels a side.
+Shape legend: B images in the batch, S side in pixels.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Comparison of methods: trains teachers and students for several gammas and seeds and collects the results.
+"""Comparison of methods: train teachers and students for several gammas and seeds and collect the results.
 
 The trainings are ordinary runs (``training.run``). ``results`` has the records and tables, ``plots`` the plots.
 """
@@ -69,7 +69,7 @@ class Experiment:
     Attributes:
         data: The images; ``gamma`` in it is not used.
         methods: The students' methods.
-        gammas: Imbalance factors of the training images; None uses all training images.
+        gammas: Imbalance ratios of the training images; None uses all training images.
     """
 
     data: DataConfig
@@ -92,8 +92,8 @@ def compare(
     """Train a teacher and one student per method, for every gamma and seed, in folders below ``out``.
 
     Complete runs are reused, so an interrupted comparison is resumed. compare.json is written again after every run,
-    the plots after every seed. The students of a seed share the cached logits of their teacher. Every epoch has a view
-    of its own, so the cache does not change the students' images.
+    the plots after every seed. The students of a seed share the cached logits of their teacher. Every epoch has its own
+    view, so the cache does not change the students' images.
 
     Raises:
         UsageError: A model does not exist, or a method is given twice.

@@ -26,7 +26,7 @@ class RunResult(Record):
 
     Attributes:
         network: ``teacher``, or the student's method as given to the comparison.
-        gamma: Imbalance factor of the training images; None if all training images were used.
+        gamma: Imbalance ratio of the training images; None if all training images were used.
         run: Run folder, relative to the folder of the comparison.
         accuracy: Test accuracy after the last epoch, a fraction, by group and over all.
         accuracy_by_count: The same by many / medium / few (> 100, 20-100, < 20 training images).

@@ -2,7 +2,7 @@
 
 ``run`` calls it and writes the run folder.
 
-Shape legend: B images in the batch, N images in the set, S pixels a side, C classes.
+Shape legend: B images in the batch, N images in the set, S side in pixels, C classes.
 """
 
 import time

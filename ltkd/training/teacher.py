@@ -1,6 +1,6 @@
 """The teacher's forward pass in a training step: frozen weights, evaluation mode, optionally with cached logits.
 
-Shape legend: B images in the batch, N images in the set, S pixels a side, C classes.
+Shape legend: B images in the batch, N images in the set, S side in pixels, C classes.
 """
 
 from collections.abc import Sequence

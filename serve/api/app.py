@@ -1,4 +1,4 @@
-"""Builds the FastAPI application from the routes of this package and the service (serve/http/service.py)."""
+"""Build the FastAPI application from the routes of this package and the service (serve/http/service.py)."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager

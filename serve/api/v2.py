@@ -54,9 +54,9 @@ class Engine(Protocol):
         """The manifest of the bundle."""
 
     async def infer(
-        self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float
+        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
     ) -> RequestResult:
-        """Compute the output that ``wanted`` names for each image; ``deadline`` is a time of ``time.monotonic``.
+        """Compute the output that ``output`` names for each image; ``deadline`` is a time of ``time.monotonic``.
 
         Raises:
             ProblemError: The request was rejected or could not be answered.

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: parses the bytes of a request and builds the bytes of a response.
+"""Tensors of the Open Inference Protocol: parse the bytes of a request and build the bytes of a response.
 
 The routes are in serve/api/v2.py; this module does not depend on HTTP. A request or response is JSON, or JSON followed
 by the bytes of its tensors (the binary tensor data extension). A model has two alternative inputs and one output:

@@ -1,1 +1,1 @@
-"""The code of an engine process: it decodes images, batches them, runs the model and builds the answers."""
+"""The code of an engine process: decode images, batch them, run the model and build the answers."""

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-_START_NICENESS = 10  # a tenth of the time of a process that serves requests, and whatever time that one leaves idle
+_START_NICENESS = 10  # about a tenth of the processor time while another process uses the rest
 
 
 def main() -> None:
@@ -28,10 +28,10 @@ def main() -> None:
     serving = threading.Thread(target=serve, name="serving")
     serving.start()
     try:
-        from ltkd.contract.resources import num_cores  # noqa: PLC0415 - after the thread is created
+        from ltkd.contract.resources import num_cores  # noqa: PLC0415 - imported after the thread is created
 
-        if sys.platform == "linux" and num_cores() == 1:  # else a session's threads would inherit it
-            os.nice(_START_NICENESS)  # of this thread alone, relative to the priority of the service
+        if sys.platform == "linux" and num_cores() == 1:  # with more cores, the threads of the session would inherit it
+            os.nice(_START_NICENESS)  # applies to this thread only, relative to the priority of the service
         from serve.engine.message_loop import prepare  # noqa: PLC0415 - the slowest part of the start
 
         ready.put(prepare(int(sys.argv[1]), sys.argv[2]))

@@ -3,13 +3,13 @@
 ``serve.pool.engine_process`` is the server process's end of the socket, ``serve.engine.message_loop`` the other one. An
 ``EngineConfig`` is passed on the command line. Every message has a length, a kind and a content, all little-endian:
 
-    server to engine   WORK    an EngineRequest: number, deadline, output kind, top_k, lengths and bytes of the images
-                       CANCEL  the number of a request whose results are no longer needed
+    server to engine   REQUEST   an EngineRequest: number, deadline, output kind, top_k, lengths and bytes of images
+                       CANCEL    the number of a request whose results are no longer needed
                        (end of stream: finish the requests received so far, then exit)
-    engine to server   HELLO   an EngineReady, in JSON
-                       FAILED  a Failed, in JSON: why the engine cannot start
-                       LOG     the traceback of an unexpected exception, as text
-                       DONE    an EngineResponse: number, stage seconds; per image its facts and its answer or problem
+    engine to server   READY     an EngineReady, in JSON
+                       FAILED    a Failed, in JSON: why the engine cannot start
+                       LOG       the traceback of an unexpected exception, as text
+                       RESPONSE  an EngineResponse: number, stage seconds; per image its facts and its answer or problem
 
 Deadlines are on the clock of ``time.monotonic``, which all processes of a machine share.
 """
@@ -182,7 +182,7 @@ _NUMBER_OF_DECISION = {decision: number for number, decision in enumerate(DECISI
 
 
 def pack_request(request: EngineRequest) -> bytes:
-    """A WORK message."""
+    """A REQUEST message."""
     number, deadline, output_kind, top_k, contents = request
     lengths = b"".join([_LENGTH.pack(len(content)) for content in contents])
     size = _WORK.size - 4 + len(lengths) + sum(map(len, contents))
@@ -191,7 +191,7 @@ def pack_request(request: EngineRequest) -> bytes:
 
 
 def unpack_request(message: memoryview) -> EngineRequest:
-    """The request in a WORK message."""
+    """The request in a REQUEST message."""
     _, _, number, deadline, output_kind, top_k, num = _WORK.unpack_from(message)
     start = _WORK.size + 4 * num
     contents = []
@@ -213,18 +213,18 @@ def unpack_cancel(message: memoryview) -> int:
 
 
 def pack_text(kind: Kind, text: str) -> bytes:
-    """A HELLO, FAILED or LOG message."""
+    """A READY, FAILED or LOG message."""
     content = text.encode()
     return _HEAD.pack(1 + len(content), kind) + content
 
 
 def unpack_text(message: memoryview) -> str:
-    """The content of a HELLO, FAILED or LOG message."""
+    """The content of a READY, FAILED or LOG message."""
     return bytes(message[_HEAD.size :]).decode()
 
 
 def pack_response(response: EngineResponse) -> bytes:
-    """A DONE message."""
+    """A RESPONSE message."""
     *head, results = response
     parts = [b""]
     for status, payload, facts in results:
@@ -240,7 +240,7 @@ def pack_response(response: EngineResponse) -> bytes:
 
 
 def unpack_response(message: memoryview) -> EngineResponse:
-    """The response in a DONE message."""
+    """The response in a RESPONSE message."""
     _, _, number, decode, queue, infer, batch_size, num = _DONE.unpack_from(message)
     start = _DONE.size
     results = []

@@ -1,7 +1,7 @@
-"""Reads request bodies, with limits on size and time, and extracts images from raw, multipart and JSON bodies.
+"""Read request bodies, with limits on size and time, and extract images from raw, multipart and JSON bodies.
 
 Bytes are counted while they arrive and again while they are decompressed. A body that is too large is therefore never
-held in memory, whatever its Content-Length and its compression ratio are.
+held in memory, even if its Content-Length is wrong or its compression ratio is high.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Middleware around all routes: adds response headers, counts requests and turns errors into problems.
+"""Middleware around all routes: add response headers, count requests and turn errors into problems.
 
 When a client disconnects, its request is cancelled, so that no work is done for it.
 """

@@ -174,7 +174,7 @@ class Feedback:
         """Count one true label.
 
         Raises:
-            ProblemError: 404 if the answer is not stored, 409 if it already has a label, 400 if the label is no
+            ProblemError: 404 if the answer is not stored, 409 if it already has a label, 400 if the label is not a
                 class of the model.
         """
         request = self._answered.get(body.request_id)

@@ -1,4 +1,4 @@
-"""Admission control: which requests are accepted, given the queue's length and how long it takes to work it off."""
+"""Admission control: decide which requests are accepted, by the length of the queue and the measured speed."""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from serve.problems import ProblemError, make_problem
 
 _MEMORY_SECONDS = 2.0  # time constant of the measured rate; pauses of the machine should not count for long
 _MAX_QUEUE_RUNS, _MIN_QUEUE_SECONDS = 10, 0.05
-_CATCH_UP_SHARE = 0.25  # of each second after a pause: the backlog shrinks at up to three quarters of full load
+_CATCH_UP_SHARE = 0.25  # of each second after a pause: with up to three quarters of full load the backlog shrinks
 _COLD_SECONDS = 0.5  # the first answers of a process are slow
 
 
 class Admission:
-    """Counts the accepted images, measures the rate at which they are answered, and rejects what would wait too long.
+    """Counts accepted images, measures the rate at which they are answered, and rejects those that would wait too long.
 
-    A long queue does not help under overload: it stays full, and every answer is late by the whole queue.
+    A long queue does not help under overload: it stays full, and every answer is late by the time of the whole queue.
 
     Attributes:
         num_images: Images that were accepted and have no result yet.
@@ -50,7 +50,7 @@ class Admission:
         if self._max_seconds is None:
             self._max_seconds = max(_MIN_QUEUE_SECONDS, _MAX_QUEUE_RUNS * seconds_of[min(seconds_of)])
 
-    def refusal(self, num_images: int, now: float, deadline: float) -> ProblemError | None:
+    def rejection(self, num_images: int, now: float, deadline: float) -> ProblemError | None:
         """Why a request is rejected: 429, with the seconds after which the queue should have room. None accepts it."""
         wait = self.num_images * self.seconds_each
         if (
@@ -65,10 +65,10 @@ class Admission:
         """Accept a request.
 
         Raises:
-            ProblemError: As ``refusal``.
+            ProblemError: As ``rejection``.
         """
-        if refusal := self.refusal(num_images, now, deadline):
-            raise ProblemError(refusal.problem, refusal.headers)  # a copy: each raise adds a traceback
+        if rejection := self.rejection(num_images, now, deadline):
+            raise ProblemError(rejection.problem, rejection.headers)  # a copy: each raise adds a traceback
         if not self.num_images:
             self._busy_since = now
         self.num_images += num_images
@@ -87,7 +87,7 @@ class Admission:
             return
         if self.num_images and self.seconds_each and self._is_full(batch_size):
             # the last request of a burst runs in a small batch, which does not show the rate; and the requests of one
-            # batch come back together, so the first accounts for the whole time and the others for none
+            # batch end together, so the first one accounts for the whole time and the others for none
             elapsed = now - self._busy_since
             kept = math.exp(-elapsed / _MEMORY_SECONDS)
             gained = (1 - kept) / elapsed if elapsed > 0 else 1 / _MEMORY_SECONDS
@@ -100,11 +100,11 @@ class Admission:
         return 2 * batch_size >= min(self._full_batch, max_accepted / 2)
 
     def pause_admission(self) -> None:
-        """Until ``resume``, bound only the number of images: a starting process slows answers now, not the load."""
+        """Until ``resume``, limit only the number of images: answers are slow because a process is starting."""
         self._num_pauses += 1
 
     def resume(self, now: float) -> None:
-        """End a pause. The backlog that it left does not cause rejections while it is worked off."""
+        """End a pause. The backlog that it left does not cause rejections while it is processed."""
         self._num_pauses -= 1
         self._busy_since = self._resumed = now
         self._backlog = self.num_images
@@ -118,6 +118,6 @@ class Admission:
 
 @lru_cache
 def _full(num_images: int, retry_seconds: int) -> ProblemError:
-    """The rejection, cached: under overload the same one is sent thousands of times a second."""
+    """The rejection, cached: under overload the same one is sent thousands of times per second."""
     detail = f"{num_images} images are waiting, and more would not be answered in time; try again in {retry_seconds} s."
     return ProblemError(make_problem(429, detail), {"Retry-After": str(retry_seconds)})

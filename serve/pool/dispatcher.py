@@ -1,4 +1,4 @@
-"""Sends requests to a model's engine processes, and makes sure that each gets exactly one result.
+"""Send requests to a model's engine processes, and make sure that each gets exactly one result.
 
 A request is admitted, sent to the process with the fewest requests, and gets its result when the response arrives, when
 its deadline passes, or when the process dies, whichever is first. Work for requests that were cancelled is cancelled in
@@ -42,7 +42,7 @@ class EnginePool:
     Attributes:
         manifest: The manifest of its bundle.
         precision: Which of the bundle's models runs.
-        provider: The execution provider that runs it, as ONNX Runtime names it.
+        provider: The execution provider that runs it, by ONNX Runtime's name.
         alive: Whether at least one engine process is ready.
         on_change: Called when ``alive`` changes.
         on_answer: Called for every answered request that was not cancelled, of /v1 and of /v2.
@@ -66,8 +66,8 @@ class EnginePool:
             on_not_replaced=self._reject_pending,
             while_replacing=self.admission_paused,
         )
-        self._pending: PendingQueue | None = None  # while no process is running
-        self._paused_while_away = contextlib.ExitStack()
+        self._pending: PendingQueue | None = None  # only while no process is running
+        self._paused_without_process = contextlib.ExitStack()
         self._deadlines: list[tuple[float, int, PendingRequest]] = []
         self._next_number = 0
         self._closing = False
@@ -110,9 +110,9 @@ class EnginePool:
         """Images that were accepted and have no result yet."""
         return self._admission.num_images
 
-    def refusal(self) -> ProblemError | None:
+    def rejection(self) -> ProblemError | None:
         """Why a request of one image would be rejected now; None if it would be accepted."""
-        return self._admission.refusal(1, time.monotonic(), math.inf)
+        return self._admission.rejection(1, time.monotonic(), math.inf)
 
     def submit(
         self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float, on_result: ResultCallback
@@ -225,7 +225,7 @@ class EnginePool:
         raise ProblemError(make_problem(503, f"{detail}; try again."), self._retry_after())
 
     def _on_response(self, request: PendingRequest, response: EngineResponse) -> None:
-        """Give a request its result."""
+        """Pass the result to the request."""
         self._release(request, time.monotonic(), response.batch_size)
         if on_result := request.on_result:
             request.on_result = None
@@ -235,20 +235,20 @@ class EnginePool:
             on_result(result)
 
     def _on_ready(self, process: EngineProcess, ready: EngineReady) -> None:
-        """Use a process that can take requests, and send it those that waited for one."""
+        """Use a process that has become ready, and send it the requests that waited for one."""
         self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
         self._admission.expect(ready.seconds_of)
-        self._paused_while_away.close()
+        self._paused_without_process.close()
         pending, self._pending = self._pending, None
         if pending:
             pending.move_to(process)
         self._note_change()
 
     def _on_lost(self, process: EngineProcess) -> None:
-        """Answer 503 to the requests of a process that has ended; queue what comes until there is another one."""
+        """Answer 503 to the requests of a process that has ended; queue new requests until there is another one."""
         if not self._supervisor.processes and not self._closing:
             self._pending = PendingQueue()
-            self._paused_while_away.enter_context(self.admission_paused())
+            self._paused_without_process.enter_context(self.admission_paused())
         self._note_change()
         self._fail(process, "the engine process that had the request died and is being replaced; try again.")
 

@@ -1,4 +1,4 @@
-"""One engine process as the server process sees it: starting it, exchanging messages with it, ending it."""
+"""The server process's side of one engine process: start it, exchange messages with it, end it."""
 
 import asyncio
 import contextlib
@@ -28,8 +28,8 @@ from serve.engine.messages import (
 from serve.pool.pending_requests import PendingRequest
 
 _START_SECONDS = 300.0
-_END_SECONDS = 2.0  # for a process that has no work left
-_SOCKET_BUFFER_BYTES = 2**20  # so that neither side blocks on the other's reading while it has work
+_END_SECONDS = 2.0  # for a process without requests
+_SOCKET_BUFFER_BYTES = 2**20  # large enough that neither process waits for the other to read
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +39,7 @@ class ChildProcess:
 
     Attributes:
         connection: The server process's end of the socket pair.
-        kill: Kills the process; harmless when it has ended.
+        kill: Kills the process; has no effect if it has ended.
         pid: Its process id.
     """
 
@@ -58,13 +58,15 @@ def launch(config: EngineConfig) -> ChildProcess:
         raise UsageError("the service needs Linux or macOS; on Windows, run it in WSL or a container.")
     ours, theirs = connected_sockets()
     with theirs:
-        process = subprocess.Popen(  # noqa: S603 - this very interpreter, and arguments of our own
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, with arguments of this module
             [sys.executable, "-P", "-m", "serve.engine", str(theirs.fileno()), config.model_dump_json()],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-    threading.Thread(target=process.wait, name=f"wait-{process.pid}", daemon=True).start()  # leaves no zombie
+    threading.Thread(
+        target=process.wait, name=f"wait-{process.pid}", daemon=True
+    ).start()  # so that it does not stay a zombie
     return ChildProcess(ours, process.kill, process.pid)
 
 
@@ -115,7 +117,7 @@ class EngineProcess(asyncio.Protocol):
         """Connect, and wait until the process reports that it is ready.
 
         Raises:
-            LtkdError: The process could not get ready.
+            LtkdError: The process could not become ready.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -132,7 +134,7 @@ class EngineProcess(asyncio.Protocol):
         return ready
 
     def write(self, message: bytes) -> None:
-        """Send a message. All messages of one iteration of the event loop go out in one write."""
+        """Send a message. All messages of one iteration of the event loop are sent in one write."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
@@ -160,8 +162,8 @@ class EngineProcess(asyncio.Protocol):
         self._child.kill()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport of the connection."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
+        """Store the transport of the connection."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's has the same methods but another base class
 
     def data_received(self, data: bytes) -> None:
         """Handle every message that has arrived completely."""
@@ -179,11 +181,11 @@ class EngineProcess(asyncio.Protocol):
                 self._is_ready.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Note that the process has ended."""
+        """Handle the end of the process."""
         self._ended.set()
         if not self._is_ready.done():
             self._is_ready.set_exception(
-                DeviceError("the engine process ended before it was ready; its own output above says why.")
+                DeviceError("the engine process ended before it was ready; its output above has the reason.")
             )
         was_ready, self.ready = self.ready, False
         self._child.kill()

@@ -1,12 +1,13 @@
-"""The models that are served: finding their bundles, choosing the version that answers, reloading them.
+"""The models that are served: find their bundles, choose the version that answers a request, and reload bundles.
 
-    DIR/manifest.json           one bundle: its name is the manifest's, its version 1
-    DIR/NAME/manifest.json      several bundles: each has its directory's name and version 1
-    DIR/NAME/2/manifest.json    several versions: the highest answers requests that name none
+    DIR/manifest.json           one bundle: the name is that of its manifest, the version is 1
+    DIR/NAME/manifest.json      several bundles: the name is that of the directory, the version is 1
+    DIR/NAME/2/manifest.json    several versions: the highest answers requests without a version
 
-A reload reads the directory again. A new bundle is verified and warmed up in an engine process of its own while the old
-one answers. Then requests go to the new one, and the old one ends when it has answered the requests it had accepted. A
-bundle that fails changes nothing: the old one stays. A bundle that has not changed is left alone.
+A reload reads the directory again. A new bundle is verified and warmed up in a new engine process while the old bundle
+is still served. Then new requests are sent to the new process, and the old one ends when it has answered the requests
+that it had accepted. If the new bundle fails, the old one stays in service. A bundle that has not changed is not loaded
+again.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineClient(Protocol):
-    """What this module needs of an engine pool; the routes need more."""
+    """The part of EnginePool that this module uses."""
 
     manifest: Manifest
     precision: Precision
@@ -48,10 +49,10 @@ class EngineClient(Protocol):
         """Images that were accepted and have no result yet."""
 
     def admission_paused(self) -> AbstractContextManager[None]:
-        """Reject no request for its waiting time: another model is being started on the same cores."""
+        """Reject no request for its waiting time while another model is started on the same cores."""
 
     async def close(self, drain_seconds: float) -> None:
-        """Answer the accepted requests, then end."""
+        """Answer the accepted requests, then end the engine processes."""
 
 
 AnyEngineClient = TypeVar("AnyEngineClient", bound=EngineClient)
@@ -66,11 +67,11 @@ class ModelKey(NamedTuple):
 
 @dataclass(eq=False)
 class ServedModel(Generic[AnyEngineClient]):
-    """A model version that answers.
+    """A model version that is served.
 
     Attributes:
         key: Its name and version.
-        fingerprint: SHA-256 of its manifest, which holds the hash of every other file of the bundle.
+        fingerprint: SHA-256 of its manifest, which contains the hash of every other file of the bundle.
         pool: Its engine processes.
         metrics: Its Prometheus metrics.
         feedback: The true labels that clients have sent for its answers.
@@ -86,7 +87,7 @@ class ServedModel(Generic[AnyEngineClient]):
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep a reload from ending this model between the moment a request finds it and the moment it is submitted."""
+        """Keep this version running until the block ends, even if a reload replaces it."""
         self._num_holders += 1
         try:
             yield
@@ -110,10 +111,10 @@ class ModelReloaded(Record):
     """The outcome of a reload for one model version.
 
     Attributes:
-        name: Of the model.
-        version: Of the model.
-        outcome: ``loaded``, ``replaced``, ``retired``, ``unchanged``, or ``failed``, which leaves everything as it was.
-        reason: Why it failed; empty otherwise.
+        name: Name of the model.
+        version: Version of the model.
+        outcome: ``loaded``, ``replaced``, ``retired``, ``unchanged``, or ``failed``, which changes nothing.
+        reason: The error of a failed reload; empty otherwise.
     """
 
     name: str
@@ -133,7 +134,7 @@ StartPool = Callable[[Path], Awaitable[AnyEngineClient]]
 
 
 class ModelRepository(Generic[AnyEngineClient]):
-    """The model versions that answer, and their reloading. All of it runs in the event loop's thread.
+    """The model versions that are served, and their reloads. All of it runs in the event loop's thread.
 
     Args:
         root: A bundle, or a directory of bundles or of versions.
@@ -150,8 +151,10 @@ class ModelRepository(Generic[AnyEngineClient]):
         self._telemetry = telemetry
         self._settings = settings
         self._served: dict[ModelKey, ServedModel[AnyEngineClient]] = {}
-        self._current: dict[str | None, ServedModel[AnyEngineClient]] = {}  # by name, and by None where none is needed
-        self._one_at_a_time = asyncio.Lock()
+        self._defaults: dict[
+            str | None, ServedModel[AnyEngineClient]
+        ] = {}  # by name; None is the key of the default model
+        self._reload_lock = asyncio.Lock()
         self._reloads: set[asyncio.Task[Reloaded]] = set()
         self._ends: set[asyncio.Task[None]] = set()
 
@@ -169,24 +172,24 @@ class ModelRepository(Generic[AnyEngineClient]):
             raise
 
     def find(self, name: str | None = None, version: str | None = None) -> ServedModel[AnyEngineClient]:
-        """The model version that answers: the highest if no version is given, the default model if no name is given.
+        """Find a model version: by default the highest version of the default model.
 
         Raises:
-            ProblemError: 404 if there is no such model; 400 if a name is needed: several models and no default.
+            ProblemError: 404 if there is no such model; 400 without a name, if there are several models and no default.
         """
-        current = self._current.get(name)
+        current = self._defaults.get(name)
         if current is None or version is not None:
             current = self._served.get(ModelKey(current.key.name, version)) if current and version else None
         if current is not None:
             return current
         have = ", ".join(f"{served.key.name} version {served.key.version}" for served in self.all())
-        if name is None and None not in self._current and self._served:
+        if name is None and None not in self._defaults and self._served:
             raise ProblemError(make_problem(400, f"there are several models: {have}; name one with ?model=NAME."))
-        wanted = f"model {name or 'by default'}" + (f" version {version}" if version else "")
-        raise ProblemError(make_problem(404, f"there is no {wanted}; there is: {have or 'none'}."))
+        missing = f"model {name or 'by default'}" + (f" version {version}" if version else "")
+        raise ProblemError(make_problem(404, f"there is no {missing}; there is: {have or 'none'}."))
 
     def all(self) -> list[ServedModel[AnyEngineClient]]:
-        """Every model version that answers, ordered by name and version."""
+        """Every model version that is served, ordered by name and version."""
         return [self._served[key] for key in sorted(self._served, key=_by_name_and_number)]
 
     @property
@@ -195,9 +198,9 @@ class ModelRepository(Generic[AnyEngineClient]):
         return bool(self._served) and all(served.pool.alive for served in self._served.values())
 
     async def reload(self) -> Reloaded:
-        """Read the directory again. A second reload waits for the first to end.
+        """Read the directory again. A second reload waits until the first has ended.
 
-        A reload continues when its caller is cancelled: a client that disconnects must not leave half of a reload.
+        A reload continues if its caller is cancelled, so a client that disconnects does not interrupt it.
         """
         task = asyncio.get_running_loop().create_task(self._reload())
         self._reloads.add(task)
@@ -205,18 +208,18 @@ class ModelRepository(Generic[AnyEngineClient]):
         return await asyncio.shield(task)
 
     async def close(self) -> None:
-        """End every engine pool once it has answered the requests it accepted; cancel a reload under way."""
+        """Cancel a reload that is in progress, and end every engine pool when it has answered its accepted requests."""
         for task in self._reloads:
             task.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
         for key in list(self._served):
             self._end(self._served.pop(key))
-        self._choose_current()
+        self._update_defaults()
         while self._ends:
             await asyncio.gather(*self._ends)
 
     async def _reload(self) -> Reloaded:
-        async with self._one_at_a_time:
+        async with self._reload_lock:
             try:
                 offered = await asyncio.to_thread(self._offered)
             except LtkdError as reason:
@@ -224,10 +227,10 @@ class ModelRepository(Generic[AnyEngineClient]):
             done = [await self._reload_one(key, path) for key, path in offered.items()]
             gone = sorted(self._served.keys() - offered.keys(), key=_by_name_and_number)
             if any(model.outcome == "failed" for model in done):
-                gone = []  # a missing bundle may be one that failed to be replaced
+                gone = []  # the bundle may have been renamed, and its new name failed to load
             for key in gone:
                 before = self._served.pop(key)
-                self._choose_current()
+                self._update_defaults()
                 self._end(before)
                 done.append(self._outcome(key, "retired"))
             return Reloaded(models=tuple(done))
@@ -235,7 +238,9 @@ class ModelRepository(Generic[AnyEngineClient]):
     async def _reload_one(self, key: ModelKey, path: Path) -> ModelReloaded:
         before = self._served.get(key)
         try:
-            await asyncio.to_thread(open_bundle, path)  # report a damaged file now, not when it is needed
+            await asyncio.to_thread(
+                open_bundle, path
+            )  # reports a damaged file before the new engine process is started
             if before and before.fingerprint == fingerprint_of(path):
                 return self._outcome(key, "unchanged")
             await self._begin(key, path)
@@ -246,7 +251,7 @@ class ModelRepository(Generic[AnyEngineClient]):
         return self._outcome(key, "replaced" if before else "loaded")
 
     async def _begin(self, key: ModelKey, path: Path) -> None:
-        """Start the engine processes of a bundle, and let them answer."""
+        """Start the engine processes of a bundle, and send them requests."""
         fingerprint = fingerprint_of(path)
         with contextlib.ExitStack() as admission_paused:
             for served in self._served.values():
@@ -261,29 +266,31 @@ class ModelRepository(Generic[AnyEngineClient]):
         pool.on_change = lambda: metrics.count_restart() if pool.alive else None
         feedback = FeedbackWindow(task, certified.calibration, metrics, self._settings.feedback_images)
         self._served[key] = ServedModel(key, fingerprint, pool, metrics, feedback)
-        self._choose_current()
+        self._update_defaults()
 
     def _end(self, served: ServedModel[AnyEngineClient]) -> None:
-        """End a model version in the background, once it has answered the requests it accepted."""
+        """End a model version in the background when it has answered its accepted requests."""
         self._telemetry.remove_model(served.metrics)
         served.pool.on_change = None
         task = asyncio.get_running_loop().create_task(served.end(self._settings.drain_seconds))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 
-    def _choose_current(self) -> None:
-        """Decide which version answers requests that name a model, and which those that name none."""
+    def _update_defaults(self) -> None:
+        """Choose the version that answers requests without a version, and the model for requests without a name."""
         highest: dict[str | None, ServedModel[AnyEngineClient]] = {served.key.name: served for served in self.all()}
         default = self._settings.default_model or (next(iter(highest)) if len(highest) == 1 else None)
         if default in highest:
             highest[None] = highest[default]
-        self._current = highest
+        self._defaults = highest
 
     def _offered(self) -> dict[ModelKey, Path]:
         offered = find_bundles(self._root)
         default, names = self._settings.default_model, sorted({key.name for key in offered})
         if default is not None and default not in names:
-            raise UsageError(f"the default model is {default}, but {self._root} has {', '.join(names)}; name one.")
+            raise UsageError(
+                f"the default model is {default}, but {self._root} has {', '.join(names)}; choose one of these."
+            )
         return offered
 
     def _outcome(self, key: ModelKey, outcome: Outcome, reason: str = "") -> ModelReloaded:
@@ -301,14 +308,14 @@ def _by_name_and_number(key: ModelKey) -> tuple[str, int]:
 
 
 def find_bundles(root: Path) -> dict[ModelKey, Path]:
-    """The bundles below a directory. Names that begin with a dot are unfinished or withdrawn, and ignored.
+    """The bundles below a directory. Names that begin with a dot, such as those of unfinished bundles, are ignored.
 
     Raises:
-        BundleError: There is none.
+        BundleError: There are no bundles.
     """
     if (root / MANIFEST_FILE).exists() or not root.is_dir():
         if not root.is_dir():
-            open_bundle(root)  # its error says what is wrong
+            open_bundle(root)  # raises the error for a path that is not a bundle
         return {ModelKey(read_record(root / MANIFEST_FILE, Manifest, BundleError).name, ONLY_VERSION): root}
     found: dict[ModelKey, Path] = {}
     for path in sorted(root.iterdir()):
@@ -330,10 +337,10 @@ def find_bundles(root: Path) -> dict[ModelKey, Path]:
 
 
 def fingerprint_of(path: Path) -> str:
-    """The SHA-256 of a bundle's manifest, which holds the hash of every other file.
+    """The SHA-256 of a bundle's manifest, which contains the hash of every other file.
 
     Raises:
-        BundleError: The bundle is no longer there.
+        BundleError: There is no bundle at the path any more.
     """
     try:
         return sha256_of(path / MANIFEST_FILE)

@@ -1,6 +1,6 @@
-"""Keeps the engine processes of one model version running: starts them, replaces those that end, kills stalled ones.
+"""Keep the engine processes of one model version running: start them, replace those that end, kill stalled ones.
 
-It knows nothing of requests' meaning: the dispatcher hands it callbacks and decides what happens to requests.
+The supervisor does not handle requests. The dispatcher passes callbacks to it and decides what happens to requests.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from serve.pool.pending_requests import PendingRequest
 from serve.settings import Settings
 
 _BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_STABLE_SECONDS = 30.0  # a process that ran for this long has a new reason to end: the back-off starts again
+_STABLE_SECONDS = 30.0  # if a process ran for this long before it ended, its replacement starts without a pause
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Supervisor:
 
     Attributes:
         processes: The processes that are ready.
-        started_in_seconds: How long the last one took to get ready.
+        started_in_seconds: How long the last process took to become ready.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Supervisor:
         self._replacements: set[asyncio.Task[None]] = set()
 
     async def start(self, num_processes: int) -> None:
-        """Start the processes side by side, and wait until all are ready.
+        """Start all processes at the same time, and wait until they are ready.
 
         Raises:
-            LtkdError: One of them could not get ready. The others may be running: close ends them.
+            LtkdError: A process could not become ready. The others may be running; ``close`` ends them.
         """
         starts = [self._start_one() for _ in range(num_processes)]
         for outcome in await asyncio.gather(*starts, return_exceptions=True):
@@ -73,11 +73,11 @@ class Supervisor:
                 raise outcome
 
     def stop_replacing(self) -> None:
-        """From now on, let processes that end stay ended."""
+        """Do not replace processes that end from now on."""
         self._replacing = False
 
     async def close(self) -> None:
-        """Give up replacements under way, and end all processes."""
+        """Cancel replacements that are in progress, and end all processes."""
         self.stop_replacing()
         for task in self._replacements:
             task.cancel()
@@ -85,14 +85,16 @@ class Supervisor:
         await asyncio.gather(*(process.end() for process in list(self.processes)))
 
     def kill_stalled(self, stall_seconds: float) -> None:
-        """Kill each process that has had work and sent no message for longer than ``stall_seconds``."""
+        """Kill each process that has had requests and sent no message for longer than ``stall_seconds``."""
         now = time.monotonic()
         for process in list(self.processes):
             if process.requests:
                 oldest = next(iter(process.requests.values()))
-                silent_seconds = now - max(process.last_message_at, oldest.sent_at)
-                if silent_seconds > stall_seconds:
-                    _log.error("an engine process with work sent nothing for %.1f s; killing it", silent_seconds)
+                stalled_seconds = now - max(process.last_message_at, oldest.sent_at)
+                if stalled_seconds > stall_seconds:
+                    _log.error(
+                        "an engine process with requests sent no message for %.1f s; killing it", stalled_seconds
+                    )
                     process.kill()
 
     async def _start_one(self) -> None:
@@ -102,7 +104,7 @@ class Supervisor:
         ready = await process.open()
         if self._manifest not in (None, ready.manifest):
             await process.end()
-            raise BundleError("the bundle on disk is not the one that was served; reload to serve it.")
+            raise BundleError("the bundle on disk differs from the one that was served; reload to serve it.")
         self._manifest = ready.manifest
         self.started_in_seconds = time.monotonic() - began
         process.ready = True
@@ -110,19 +112,19 @@ class Supervisor:
         self._on_ready(process, ready)
 
     def _lost(self, process: EngineProcess) -> None:
-        """A process has ended by itself or was killed."""
+        """Handle the end of a process; start a replacement unless the pool is closing."""
         self.processes.remove(process)
         num_requests = len(process.requests)
         self._on_lost(process)
         if not self._replacing:
             return
-        _log.error("an engine process died with %d requests under way; starting another one", num_requests)
+        _log.error("an engine process died with %d requests in progress; starting another one", num_requests)
         task = asyncio.get_running_loop().create_task(self._replace(process))
         self._replacements.add(task)
         task.add_done_callback(self._replacements.discard)
 
     async def _replace(self, lost: EngineProcess) -> None:
-        """Start engine processes until one is ready, with growing pauses."""
+        """Try to start an engine process until one is ready, with increasing pauses."""
         attempt = 0 if time.monotonic() - lost.ready_since > _STABLE_SECONDS else 1
         while True:
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])

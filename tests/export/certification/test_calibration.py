@@ -16,7 +16,7 @@ from scipy.stats import beta, binom
 from statsmodels.stats.proportion import proportion_confint
 
 from export.certification.calibration import (
-    IMAGES_A_BIN,
+    IMAGES_PER_BIN,
     MOST_BINS,
     PRIOR_IMAGES,
     abstention_threshold,
@@ -168,7 +168,7 @@ def test_bins_have_no_gaps_contain_every_image_once_and_never_decrease(num: int,
     assert all(low.accuracy.value <= high.accuracy.value for low, high in pairwise(bins))
     for number, bin_ in enumerate(bins):
         inside = (confidence_M > bin_.above) & (confidence_M <= bin_.up_to)
-        assert bin_.accuracy.n == inside.sum() >= (IMAGES_A_BIN if len(bins) > 1 else 1)
+        assert bin_.accuracy.n == inside.sum() >= (IMAGES_PER_BIN if len(bins) > 1 else 1)
         assert bin_.accuracy.value == right_M[inside].mean(), number
 
 

@@ -93,7 +93,7 @@ def test_a_resumed_epoch_gives_the_remaining_batches(views: int | None) -> None:
         assert same(list(in_memory(views=views).epoch(2, first_step)), whole[first_step:])
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 @pytest.mark.parametrize("views", [None, 2])
 def test_ranks_together_train_on_the_images_of_one_process(world_size: int, views: int | None) -> None:
     batches_of_ranks = [in_memory(shard=Shard(rank, world_size), views=views) for rank in range(world_size)]

@@ -234,10 +234,10 @@ class ToyPool:
     seconds_left: list[float] = field(default_factory=list)
 
     async def infer(
-        self, contents: Sequence[Content], wanted: OutputKind, top_k: int, deadline: float
+        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
     ) -> RequestResult:
         self.seconds_left.append(deadline - time.monotonic())
-        if wanted == OutputKind.LOGITS_OF_PIXELS:
+        if output == OutputKind.LOGITS_OF_PIXELS:
             images_NSS3 = np.frombuffer(b"".join(map(_bytes, contents)), np.uint8).reshape(-1, SIZE_PX, SIZE_PX, 3)
             return _result([row_C.tobytes() for row_C in expected_logits(images_NSS3)])
         return _result([_logits_of_file(_bytes(content)) for content in contents])

@@ -1,6 +1,6 @@
 """Requests to engine processes: each gets exactly one result, whatever happens to the process.
 
-Most engine processes here are threads that a test can hold; some are real ones, to be killed.
+Most engine processes here are threads that a test can block; some are real processes, which a test can kill.
 """
 
 import asyncio
@@ -98,11 +98,11 @@ def test_logits_arrive_unchanged(num: int = 5) -> None:
         async with toy_pool() as pool:
             pixels = [pixels_SS3.tobytes() for pixels_SS3 in images]
             of_pixels = (await pool.infer(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline())).results
-            (row, refused) = (await pool.infer([PNG, b"junk"], OutputKind.LOGITS, 1, deadline())).results
+            (row, rejected) = (await pool.infer([PNG, b"junk"], OutputKind.LOGITS, 1, deadline())).results
         assert of_pixels == [row_C.tobytes() for row_C in expected_logits(images)]
-        assert isinstance(refused, Problem)
+        assert isinstance(rejected, Problem)
         assert isinstance(row, bytes)
-        # a matmul of another number of rows: float32 sums of 192 terms of size 1
+        # a product with another number of rows: float32 sums of 192 terms of size 1
         np.testing.assert_allclose(np.frombuffer(row, np.float32), expected_logits(toy_pixels(3)[None])[0], atol=1e-4)
 
     run(test)
@@ -137,7 +137,7 @@ def test_a_late_request_gets_504_at_once_and_is_never_run() -> None:
             await until(engine.begun.is_set)
             late = await problem_of_request(pool.classify([PNG] * 3, 1, deadline(0.05)))
             past = await problem_of_request(pool.classify([PNG], 1, deadline(-1)))
-            assert not first.done()  # the model is still held: the 504 did not wait for it
+            assert not first.done()  # the engine is still blocked: the 504 did not wait for it
             engine.go.set()
             await first
         assert (late.status, past.status) == (504, 504)
@@ -149,7 +149,7 @@ def test_a_late_request_gets_504_at_once_and_is_never_run() -> None:
 def test_a_request_beyond_the_queue_time_gets_429_with_the_seconds_that_the_queue_takes() -> None:
     async def test() -> None:
         engine = blocked_engine()
-        engine.seconds_of = {1: 3.0, 4: 12.0}  # its reported time per image: 3 s
+        engine.seconds_of = {1: 3.0, 4: 12.0}  # the reported time per image is 3 s
         async with toy_pool(engine, Settings(max_queue_images=100, max_queue_seconds=10)) as pool:
             requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(4)]
             await until(lambda: pool.num_waiting == 4)
@@ -159,7 +159,7 @@ def test_a_request_beyond_the_queue_time_gets_429_with_the_seconds_that_the_queu
             assert raised.value.headers == {"Retry-After": "12"}
             engine.go.set()
             await asyncio.gather(*requests)
-            await pool.classify([PNG], 1, deadline())  # there is room again
+            await pool.classify([PNG], 1, deadline())  # accepted again
 
     run(test)
 
@@ -208,11 +208,12 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
     async def test() -> None:
         started: list[ChildProcess] = []
         changes: list[bool] = []
-        pool = await EnginePool.start_with(real_process(toy_bundle(), started), Settings())
+        settings = Settings(max_queue_seconds=SOON)  # a busy machine must not reject the requests
+        pool = await EnginePool.start_with(real_process(toy_bundle(), started), settings)
         pool.on_change = lambda: changes.append(pool.alive)
         try:
             before = await pool.classify([PNG], 1, deadline())
-            os.kill(started[0].pid, signal.SIGSTOP)  # so that it still has the requests when it is killed
+            os.kill(started[0].pid, signal.SIGSTOP)  # it still has the requests when it is killed
             requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(5)]
             await until(lambda: pool.num_waiting == 5)
             os.kill(started[0].pid, signal.SIGKILL)
@@ -259,9 +260,7 @@ def test_requests_that_arrive_while_no_process_runs_wait_for_the_next_one() -> N
     async def test() -> None:
         engine = blocked_engine()
         engine.go.set()
-        settings = Settings(
-            max_queue_seconds=1e-9
-        )  # at other times a request that had to wait at all would be rejected
+        settings = Settings(max_queue_seconds=1e-9)  # otherwise every request that has to wait would be rejected
         async with between_two_processes(lambda: toy_process(engine), settings) as (pool, may_start):
             requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(20)]
             cancelled = asyncio.create_task(pool.classify([PNG] * 3, 1, deadline()))
@@ -273,7 +272,7 @@ def test_requests_that_arrive_while_no_process_runs_wait_for_the_next_one() -> N
             assert [len((await request).results) for request in requests] == [1] * 20
             await until(lambda: pool.num_waiting == 0)
         assert late.status == 504
-        assert sum(engine.sizes) == 20  # neither the late one nor the cancelled one
+        assert sum(engine.sizes) == 20  # neither the late request nor the cancelled one
 
     run(test)
 

@@ -20,14 +20,14 @@ from tests.serve.pool.test_dispatcher import real_process
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority per thread")
 def test_on_one_core_a_process_starts_at_low_priority_and_answers_at_normal_priority() -> None:
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})  # the process started now stays on it
+    os.sched_setaffinity(0, {min(cores)})  # a process started now inherits the affinity
     try:
         started = real_process(toy_bundle(), [])()
     finally:
         os.sched_setaffinity(0, cores)
     try:
         started.connection.settimeout(60)
-        started.connection.recv(1)  # it is ready
+        started.connection.recv(1)  # the first byte arrives when the process is ready
         own = os.getpriority(os.PRIO_PROCESS, 0)
         threads = [int(folder.name) for folder in Path(f"/proc/{started.pid}/task").iterdir()]
         of_thread = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
@@ -52,8 +52,10 @@ def test_a_process_ends_with_its_connection_and_ignores_signals_meant_for_the_se
 ) -> None:
     engine_process.connection.settimeout(60)
     (length, kind) = struct.unpack("<IB", engine_process.connection.recv(5, socket.MSG_WAITALL))
-    assert kind == 3  # HELLO
+    assert kind == 3  # READY
     engine_process.connection.recv(length - 1, socket.MSG_WAITALL)
     os.kill(engine_process.pid, number)
     engine_process.connection.shutdown(socket.SHUT_WR)
-    assert engine_process.connection.recv(1) == b""  # it closed its end, so it was still running
+    assert (
+        engine_process.connection.recv(1) == b""
+    )  # the end of the stream: the process was still running and closed its socket

@@ -1,6 +1,6 @@
-"""Which bundles are served, and how one replaces another: verified first, without a failed request, or not at all.
+"""Which bundles are served, and how a reload replaces them: verified first, and without a failed request.
 
-The engine processes are replaced by the real engine in this process, so bundles are verified for real.
+The real engine runs in this process instead of in engine processes, so bundles are really verified.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ PIXELS = toy_pixels(3)
 
 
 class InThisProcess:
-    """Answers as an engine pool does, in this process. After its end it fails, as an ended process would."""
+    """An engine pool that answers in this process. After ``close`` it fails, like a process that has ended."""
 
     def __init__(self, engine: OnnxEngine) -> None:
         self.manifest: Manifest = engine.manifest
@@ -41,7 +41,7 @@ class InThisProcess:
         self._engine = engine
 
     async def logits(self) -> list[float]:
-        assert self.alive, "asked after its end"
+        assert self.alive, "used after its end"
         self.num_waiting += 1
         await asyncio.sleep(0)  # the answer arrives in a later iteration of the event loop, as from another process
         self.num_waiting -= 1
@@ -69,25 +69,25 @@ Start = Callable[[Path], Awaitable[InThisProcess]]
 
 
 def running(
-    root: Path, play: Callable[[ToyModels], Awaitable[None]], start: Start = start_pool, default: str | None = None
+    root: Path, scenario: Callable[[ToyModels], Awaitable[None]], start: Start = start_pool, default: str | None = None
 ) -> str:
     """Run a scenario with the models of a directory; returns the metrics at its end."""
     telemetry = Telemetry()
 
-    async def scene() -> None:
+    async def run_scenario() -> None:
         models = ModelRepository(root, start, telemetry, Settings(default_model=default))
         await models.start()
         try:
-            await play(models)
+            await scenario(models)
         finally:
             await models.close()
 
-    asyncio.run(scene())
+    asyncio.run(run_scenario())
     return telemetry.exposition().decode()
 
 
 def next_bundle(path: Path, certified_on: str = "other images") -> Path:
-    """Another valid bundle in the same place, as an export leaves it; only its description differs."""
+    """Another valid bundle in the same place, as written by another export; only its description differs."""
     content = json.loads((path / MANIFEST_FILE).read_text())
     (path / MANIFEST_FILE).write_text(json.dumps(content | {"certified_on": certified_on}))
     return path
@@ -108,11 +108,11 @@ def bundle(tmp_path: Path) -> Path:
     return write_toy_bundle(tmp_path / "toy")
 
 
-def test_a_bundle_alone_has_its_own_name_and_version_1(bundle: Path) -> None:
+def test_a_single_bundle_has_the_name_of_its_manifest_and_version_1(bundle: Path) -> None:
     assert find_bundles(bundle) == {ModelKey("toy", "1"): bundle}
 
 
-def test_a_directory_of_bundles_and_of_versions(tmp_path: Path) -> None:
+def test_the_bundles_and_versions_in_a_directory_are_found(tmp_path: Path) -> None:
     for name in ("birds", "cars/2", "cars/10", "cars/.3.part", ".hidden", "cars/old"):
         write_toy_bundle(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not a bundle")
@@ -132,17 +132,17 @@ def test_a_directory_without_a_bundle_gives_an_error_of_one_line(tmp_path: Path)
         find_bundles(tmp_path / "nowhere")
 
 
-def test_the_highest_version_answers_and_others_by_number(tmp_path: Path) -> None:
+def test_the_highest_version_is_the_default_and_others_are_found_by_number(tmp_path: Path) -> None:
     for version in ("9", "10"):
         write_toy_bundle(tmp_path / "cars" / version)
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         assert models.find().key == models.find("cars").key == ("cars", "10")
         assert models.find("cars", "9").key == models.find(None, "9").key == ("cars", "9")
         assert [served.key.version for served in models.all()] == ["9", "10"]
         assert await models.find().pool.logits() == pytest.approx(expected_logits(PIXELS[None])[0].tolist(), abs=1e-4)
 
-    running(tmp_path, play)
+    running(tmp_path, scenario)
 
 
 @pytest.mark.parametrize(("name", "version"), [("planes", None), ("cars", "2"), (None, "2"), ("", None)])
@@ -151,12 +151,12 @@ def test_an_unknown_model_is_404_and_the_known_ones_are_listed(
 ) -> None:
     write_toy_bundle(tmp_path / "cars" / "1")
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         with pytest.raises(ProblemError, match="there is: cars version 1") as caught:
             models.find(name, version)
         assert caught.value.problem.status == 404
 
-    running(tmp_path, play)
+    running(tmp_path, scenario)
 
 
 def test_with_several_models_a_request_names_one_or_gets_the_default(tmp_path: Path) -> None:
@@ -183,31 +183,31 @@ def test_a_bundle_that_cannot_be_served_stops_the_start_and_leaves_no_process(tm
     write_toy_bundle(tmp_path / "b", golden_shift=1.0)
     started: list[InThisProcess] = []
 
-    async def remembering(path: Path) -> InThisProcess:
+    async def recording(path: Path) -> InThisProcess:
         started.append(await start_pool(path))
         return started[-1]
 
-    async def play(_: ToyModels) -> None:
+    async def scenario(_: ToyModels) -> None:
         raise AssertionError("it must not start")
 
     with pytest.raises(BundleError, match="golden samples"):
-        running(tmp_path, play, remembering)
+        running(tmp_path, scenario, recording)
     assert [pool.alive for pool in started] == [False]
 
 
-def test_an_unchanged_bundle_is_left_alone(bundle: Path) -> None:
-    async def play(models: ToyModels) -> None:
+def test_an_unchanged_bundle_is_not_loaded_again(bundle: Path) -> None:
+    async def scenario(models: ToyModels) -> None:
         before = models.find()
         assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
         write_toy_bundle(bundle)  # exported again, to the same bytes
         assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
         assert models.find() is before
 
-    running(bundle, play)
+    running(bundle, scenario)
 
 
-def test_a_new_bundle_replaces_the_old_one_whose_process_ends(bundle: Path) -> None:
-    async def play(models: ToyModels) -> None:
+def test_a_new_bundle_replaces_the_old_one_and_the_old_process_ends(bundle: Path) -> None:
+    async def scenario(models: ToyModels) -> None:
         before = models.find()
         next_bundle(bundle)
         assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
@@ -217,13 +217,13 @@ def test_a_new_bundle_replaces_the_old_one_whose_process_ends(bundle: Path) -> N
         while before.pool.alive:
             await asyncio.sleep(0)
 
-    assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, play)
+    assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, scenario)
 
 
 def test_while_a_process_starts_no_request_to_other_models_is_rejected_for_its_waiting_time(bundle: Path) -> None:
     admission_paused: list[int] = []
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         first = models.find().pool
         watched.append(first)
         next_bundle(bundle)
@@ -237,13 +237,13 @@ def test_while_a_process_starts_no_request_to_other_models_is_rejected_for_its_w
         admission_paused.extend(pool.num_pauses for pool in watched)
         return await start_pool(path)
 
-    running(bundle, play, start)
+    running(bundle, scenario, start)
 
 
 def test_versions_are_added_and_removed(tmp_path: Path) -> None:
     write_toy_bundle(tmp_path / "cars" / "1")
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         write_toy_bundle(tmp_path / "cars" / "2")
         assert outcomes(await models.reload()) == {("cars", "1"): "unchanged", ("cars", "2"): "loaded"}
         assert models.find().key.version == "2"
@@ -251,7 +251,7 @@ def test_versions_are_added_and_removed(tmp_path: Path) -> None:
         assert outcomes(await models.reload()) == {("cars", "1"): "unchanged", ("cars", "2"): "retired"}
         assert models.find().key.version == "1"
 
-    running(tmp_path, play)
+    running(tmp_path, scenario)
 
 
 def damaged_model(path: Path) -> None:
@@ -295,7 +295,7 @@ def removed(path: Path) -> None:
 def test_a_bundle_that_fails_verification_changes_nothing_and_the_reason_is_given(
     bundle: Path, damage: Callable[[Path], None], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         before = models.find()
         damage(bundle)
         (done,) = (await models.reload()).models
@@ -305,46 +305,46 @@ def test_a_bundle_that_fails_verification_changes_nothing_and_the_reason_is_give
         await before.pool.logits()
         assert models.ready
 
-    metrics = running(bundle, play)
+    metrics = running(bundle, scenario)
     assert 'ltkd_reloads_total{outcome="failed"} 1.0' in metrics
     assert "the earlier version stays" in caplog.text
     assert reason in caplog.text
 
 
 def test_after_a_failed_reload_a_valid_bundle_is_loaded(bundle: Path) -> None:
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         other_golden_samples(bundle)
         assert outcomes(await models.reload()) == {("toy", "1"): "failed"}
         next_bundle(write_toy_bundle(bundle))
         assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
 
-    running(bundle, play)
+    running(bundle, scenario)
 
 
 def test_no_model_is_retired_in_a_reload_with_a_failure(tmp_path: Path) -> None:
     write_toy_bundle(tmp_path / "cars")
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         (tmp_path / "cars").rename(tmp_path / "autos")
         other_golden_samples(tmp_path / "autos")
         assert outcomes(await models.reload()) == {("autos", "1"): "failed"}
         await models.find("cars").pool.logits()
 
-    running(tmp_path, play)
+    running(tmp_path, scenario)
 
 
 def test_a_reload_that_would_remove_the_default_model_fails(tmp_path: Path) -> None:
     for name in ("birds", "cars"):
         write_toy_bundle(tmp_path / name)
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         shutil.rmtree(tmp_path / "cars")
         reloaded = await models.reload()
         assert set(outcomes(reloaded).values()) == {"failed"}
         assert "the default model is cars" in reloaded.models[0].reason
         await models.find().pool.logits()
 
-    running(tmp_path, play, default="cars")
+    running(tmp_path, scenario, default="cars")
 
 
 def test_two_reloads_at_once_run_one_after_the_other(bundle: Path) -> None:
@@ -358,12 +358,12 @@ def test_two_reloads_at_once_run_one_after_the_other(bundle: Path) -> None:
         starting -= 1
         return pool
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         next_bundle(bundle)
         first, second = await asyncio.gather(models.reload(), models.reload())
         assert [outcomes(first), outcomes(second)] == [{("toy", "1"): "replaced"}, {("toy", "1"): "unchanged"}]
 
-    running(bundle, play, counting)
+    running(bundle, scenario, counting)
     assert most == 1
 
 
@@ -371,7 +371,7 @@ def test_no_request_fails_over_twenty_reloads_under_load(bundle: Path) -> None:
     answered = 0
     expected = expected_logits(PIXELS[None])[0]
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         enough = asyncio.Event()
 
         async def client() -> None:
@@ -391,27 +391,27 @@ def test_no_request_fails_over_twenty_reloads_under_load(bundle: Path) -> None:
         enough.set()
         await asyncio.gather(*clients)
 
-    running(bundle, play)
+    running(bundle, scenario)
     assert answered > 20
 
 
 def test_a_request_that_holds_a_model_can_still_use_it_after_a_reload(bundle: Path) -> None:
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         before = models.find()
         with before.in_use():
             next_bundle(bundle)
             assert outcomes(await models.reload()) == {("toy", "1"): "replaced"}
-            for _ in range(100):  # so that every task the reload started has run
+            for _ in range(100):  # lets every task run that the reload started
                 await asyncio.sleep(0)
             await before.pool.logits()
         while before.pool.alive:
             await asyncio.sleep(0)
 
-    running(bundle, play)
+    running(bundle, scenario)
 
 
 def test_the_wait_for_a_request_that_holds_a_model_is_bounded(bundle: Path) -> None:
-    async def scene() -> None:
+    async def run_scenario() -> None:
         models = ModelRepository(bundle, start_pool, Telemetry(), Settings(drain_seconds=1))
         await models.start()
         pool = models.find().pool
@@ -419,33 +419,33 @@ def test_the_wait_for_a_request_that_holds_a_model_is_bounded(bundle: Path) -> N
             await models.close()
         assert pool.closed_with == 0
 
-    asyncio.run(scene())
+    asyncio.run(run_scenario())
 
 
-def test_a_client_that_disconnects_does_not_leave_half_a_reload(bundle: Path) -> None:
-    going = asyncio.Event()
-    go_on = asyncio.Event()
+def test_a_client_that_disconnects_does_not_interrupt_a_reload(bundle: Path) -> None:
+    begun = asyncio.Event()
+    may_continue = asyncio.Event()
 
     async def slow(path: Path) -> InThisProcess:
-        going.set()
-        await go_on.wait()
+        begun.set()
+        await may_continue.wait()
         return await start_pool(path)
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         next_bundle(bundle)
-        going.clear()
-        go_on.clear()
+        begun.clear()
+        may_continue.clear()
         caller = asyncio.create_task(models.reload())
-        await going.wait()
+        await begun.wait()
         caller.cancel()
-        go_on.set()
+        may_continue.set()
         with pytest.raises(asyncio.CancelledError):
             await caller
         assert outcomes(await models.reload()) == {("toy", "1"): "unchanged"}
         assert models.find().pool.manifest.certified_on == "other images"
 
-    go_on.set()
-    running(bundle, play, slow)
+    may_continue.set()
+    running(bundle, scenario, slow)
 
 
 def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
@@ -459,7 +459,7 @@ def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
         started.append(await start_pool(path))
         return started[-1]
 
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         next_bundle(bundle)
         reload = asyncio.create_task(models.reload())
         await stuck.wait()
@@ -467,12 +467,12 @@ def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await reload
 
-    running(bundle, play, stuck_later)
+    running(bundle, scenario, stuck_later)
     assert [pool.alive for pool in started] == [False]
 
 
 def test_a_replaced_process_is_counted_and_the_service_is_not_ready_meanwhile(bundle: Path) -> None:
-    async def play(models: ToyModels) -> None:
+    async def scenario(models: ToyModels) -> None:
         pool = models.find().pool
         assert models.ready
         for alive in (False, True):
@@ -482,4 +482,4 @@ def test_a_replaced_process_is_counted_and_the_service_is_not_ready_meanwhile(bu
             assert models.ready is alive
         assert models.find().metrics.counts.restarts == 1
 
-    running(bundle, play)
+    running(bundle, scenario)

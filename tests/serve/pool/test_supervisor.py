@@ -30,7 +30,7 @@ def test_with_two_processes_the_other_one_keeps_answering() -> None:
         try:
             os.kill(started[0].pid, signal.SIGKILL)
             statuses = set()
-            while len(started) < 3:  # until its death is noticed, the dead one may still get requests
+            while len(started) < 3:  # until its end is detected, the killed process may still get requests
                 results = await asyncio.gather(pool.classify([PNG], 1, deadline()), return_exceptions=True)
                 statuses |= {one.problem.status for one in results if isinstance(one, ProblemError)}
                 assert pool.alive
@@ -47,7 +47,7 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
         started: list[ChildProcess] = []
         pool = await EnginePool.start_with(real_process(toy_bundle(), started), Settings(stall_seconds=0.3))
         try:
-            os.kill(started[0].pid, signal.SIGSTOP)  # looks like a run that never ends
+            os.kill(started[0].pid, signal.SIGSTOP)  # as in a run that never ends
             assert (await problem_of_request(pool.classify([PNG], 1, deadline()))).status == 503
             await pool.classify([PNG], 1, deadline())
             assert len(started) == 2
@@ -55,7 +55,7 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
             await pool.close(5)
 
     run(test)
-    assert "with work sent nothing for" in caplog.text
+    assert "with requests sent no message for" in caplog.text
 
 
 def test_a_bundle_that_cannot_be_served_gives_the_reason_and_leaves_no_process(tmp_path: Path) -> None:
@@ -115,4 +115,4 @@ def test_a_replacement_that_serves_another_bundle_is_not_used(caplog: pytest.Log
             await pool.close(5)
 
     run(test)
-    assert "the bundle on disk is not the one that was served" in caplog.text
+    assert "the bundle on disk differs from the one that was served" in caplog.text
