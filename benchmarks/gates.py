@@ -31,9 +31,9 @@ from rich.table import Table
 from scipy.stats import binom
 
 from benchmarks.run_metadata import run_metadata
+from export.certification.accuracy_margins import MARGINS
 from export.certification.comparison import compare
 from export.certification.gates import task_accuracy
-from export.certification.margins import MARGINS
 from export.certification.statistics import clopper_pearson, images_needed, loss_upper, tango_upper
 from export.schema import ALL, Verdict
 from ltkd.contract.bundle import Precision

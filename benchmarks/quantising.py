@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from export.certification.margins import margins_for
+from export.certification.accuracy_margins import margins_for
 from export.certification.splits import split_test_images
 from export.conversion.fp32 import to_onnx
 from export.conversion.int8 import Int8Config, balanced_rows, collect_ranges

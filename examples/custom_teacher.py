@@ -16,11 +16,12 @@ from custom_dataset import waves  # the small data set of another example
 from rich.console import Console
 from torch import nn
 
-from ltkd.config import DataConfig, Execution, Recipe, find_recipe
+from ltkd.config import DataConfig, Execution, Recipe
 from ltkd.data.datasets import Dataset, load_dataset
 from ltkd.data.formats import DATASETS
 from ltkd.methods.registry import method_config
 from ltkd.models.registry import Normalise
+from ltkd.recipes import find_recipe
 from ltkd.training.run import run_config, train_run
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.certification.accuracy_margins import margins_for
 from export.certification.certify import Certification, ExportRequirements, certify, discard_message
-from export.certification.margins import margins_for
 from export.certification.splits import split_test_images
 from export.report.html import parity_html, write_report
 from export.report.model_card import model_card

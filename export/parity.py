@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from onnxruntime import InferenceSession
 
+from export.certification.accuracy_margins import margins_for
 from export.certification.candidate import apply_gates
-from export.certification.margins import margins_for
 from export.certification.reference import BATCH_SIZE, Reference, torch_logits
 from export.certification.splits import split_record, unsplit_test_images
 from export.certification.statistics import CONFIDENCE

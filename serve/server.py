@@ -22,7 +22,7 @@ from serve.http.fast_path import Connection
 from serve.http.service import Service
 from serve.monitoring.logs import log_settings, set_up_logging
 from serve.pool.dispatcher import EnginePool
-from serve.pool.repository import StartPool
+from serve.pool.model_repository import StartPool
 from serve.settings import Settings
 
 

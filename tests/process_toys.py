@@ -28,7 +28,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-import ltkd.config
+import ltkd.recipes
 import ltkd.training.run as run_module
 from ltkd.cli.main import main
 from ltkd.config import Recipe
@@ -190,7 +190,7 @@ def _run_command(folder: Path, words: list[str], variables: dict[str, str], log:
 
 def run_main() -> None:
     """Run the command line of this process with the toy recipe and the settings from the environment variables."""
-    ltkd.config.RECIPES["toy"] = lambda: RECIPE
+    ltkd.recipes.RECIPES["toy"] = lambda: RECIPE
     run_module.SAVE_EVERY_S = float(os.environ.get("TOY_SAVE_EVERY_S", "0"))
     run_module.AGREE_EVERY = 1
     # initially too large, so that the scale changes soon and steps are skipped

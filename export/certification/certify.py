@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from torch import nn
 
+from export.certification.accuracy_margins import margins_for
 from export.certification.calibration import certify_confidence
 from export.certification.candidate import assess_candidate
 from export.certification.gates import combine_verdicts, host
 from export.certification.latency import measure
-from export.certification.margins import margins_for
 from export.certification.reference import reference_of, spread_over_groups
 from export.certification.splits import Splits
 from export.certification.statistics import CONFIDENCE

@@ -60,7 +60,7 @@ def export(
     did not pass are written to the directory rejected/ beside the bundle.
 
     Exit codes: 0 PASS, 1 FAIL, 2 error in usage or input, 3 INCONCLUSIVE (too few images). The exit code depends on
-    the precisions given with --precisions, else on fp32.
+    fp32 and on the precisions given with --precisions.
 
     With --triton and without --out, RUN is an existing bundle.
     """
@@ -76,7 +76,7 @@ def export(
     if out is not None:
         required = None if precisions is None else parse_precisions(precisions)
         policy = ExportRequirements(required, parse_margins(margins), target_precision, target_coverage)
-        print_verdicts(export_run(run, out, policy, on_message=make_console().print), required)
+        print_verdicts(export_run(run, out, policy, on_message=make_console().print), required or ())
     if triton is not None:
         click.echo(f"model repository: {write_triton(open_bundle(out or run), triton)}")
 
@@ -154,12 +154,12 @@ def inspect(bundle: Path) -> None:
     make_console().print(bundle_summary(opened, read_report(opened)))
 
 
-def print_verdicts(export: "Export", required: "tuple[ModelPrecision, ...] | None" = None) -> None:
-    """Print the verdict of every precision; exit with a code other than 0 unless all required precisions passed.
+def print_verdicts(export: "Export", required: "tuple[ModelPrecision, ...]" = ()) -> None:
+    """Print the verdict of every precision; exit with a code other than 0 unless fp32 and all required ones passed.
 
     Args:
         export: The result of an export.
-        required: The precisions that decide the exit code; None requires fp32.
+        required: The precisions that decide the exit code beside fp32, without which no other one is tried.
     """
     from export.certification.gates import combine_verdicts
     from export.report.console import print_report
@@ -171,6 +171,6 @@ def print_verdicts(export: "Export", required: "tuple[ModelPrecision, ...] | Non
         click.echo(f"did not pass: {export.rejected}")
     if export.bundle:
         click.echo(f"certified: {export.bundle}")
-    verdicts = [report.verdict for report in export.report.candidates if report.precision in (required or ("fp32",))]
+    verdicts = [report.verdict for report in export.report.candidates if report.precision in ("fp32", *required)]
     if code := EXIT_CODES[combine_verdicts(verdicts)]:
         sys.exit(code)

@@ -62,11 +62,11 @@ def pipeline(
     import numpy as np
 
     from export.bundling import export_run
-    from ltkd.config import find_recipe
     from ltkd.contract.image_decoding import save_image
     from ltkd.evaluation.compare import Experiment, parse_method
     from ltkd.evaluation.compare import compare as run_comparison
     from ltkd.evaluation.results import comparison_tables
+    from ltkd.recipes import find_recipe
     from ltkd.training.progress import load_with_progress
     from serve.classify_files import classify_files
 

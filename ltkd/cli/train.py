@@ -56,8 +56,8 @@ def train(
     To train on several devices of one machine, here four:
         torchrun --nproc-per-node 4 -m ltkd train ...
     """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b
-    from ltkd.config import find_recipe
     from ltkd.methods.registry import method_config
+    from ltkd.recipes import find_recipe
     from ltkd.training.distributed import init_distributed
     from ltkd.training.run import run_config
 
@@ -115,8 +115,8 @@ def distill(
     To train on several devices of one machine, here four:
         torchrun --nproc-per-node 4 -m ltkd distill TEACHER ...
     """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b
-    from ltkd.config import find_recipe
     from ltkd.methods.registry import method_config
+    from ltkd.recipes import find_recipe
     from ltkd.training.distributed import init_distributed
     from ltkd.training.run import run_config
     from ltkd.training.run_folder import open_run
@@ -178,10 +178,10 @@ def compare(
     The results are tables, plots and the file compare.json. To resume an interrupted comparison, run the same command
     again.
     """
-    from ltkd.config import find_recipe
     from ltkd.evaluation.compare import Experiment, parse_method
     from ltkd.evaluation.compare import compare as run_comparison
     from ltkd.evaluation.results import comparison_tables
+    from ltkd.recipes import find_recipe
 
     console = make_console()
     experiment = Experiment(

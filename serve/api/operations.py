@@ -14,7 +14,7 @@ from serve.http.api_keys import Keys
 from serve.monitoring.drift import WindowReport
 from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackReceipt, GroupAccuracy
 from serve.monitoring.prometheus import MEDIA_TYPE, Telemetry
-from serve.pool.repository import AnyEngineClient, ModelReloaded, ModelRepository, Reloaded
+from serve.pool.model_repository import AnyEngineClient, ModelReloaded, ModelRepository, Reloaded
 from serve.problems import ProblemError, make_problem
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
 from serve.pool.dispatcher import EnginePool
+from serve.pool.model_repository import ModelRepository, ServedModel, StartPool
 from serve.pool.pending_requests import RequestResult
-from serve.pool.repository import ModelRepository, ServedModel, StartPool
 from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 

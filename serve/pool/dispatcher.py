@@ -289,7 +289,9 @@ class EnginePool:
         """Answer 504 to requests whose deadline has passed, and kill stalled processes."""
         now = time.monotonic()
         late = ProblemError(
-            make_problem(504, "there was no answer within the deadline; send fewer, or allow more time.")
+            make_problem(
+                504, "there was no answer within the deadline; send fewer images per request, or allow more time."
+            )
         )
         while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].on_result):
             _, _, request = heapq.heappop(self._deadlines)

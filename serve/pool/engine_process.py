@@ -175,9 +175,9 @@ class EngineProcess(asyncio.Protocol):
                     self._on_response(request, response)
             elif kind == Kind.LOG:
                 _log.error("in the engine process: %s", unpack_text(message).rstrip())
-            elif kind == Kind.READY:
+            elif kind == Kind.READY and not self._is_ready.done():  # cancelled if the pool is closing
                 self._is_ready.set_result(EngineReady.model_validate_json(unpack_text(message)))
-            elif kind == Kind.FAILED:
+            elif kind == Kind.FAILED and not self._is_ready.done():
                 self._is_ready.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
-from ltkd.config import RECIPES, find_recipe
 from ltkd.errors import UsageError
+from ltkd.recipes import RECIPES, find_recipe
 
 
 def test_every_recipe_is_named_by_its_key_and_lowers_its_learning_rate_before_the_last_epoch() -> None:

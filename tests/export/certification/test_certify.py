@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from export import bundling as bundling_module
 from export.bundling import Export, export_run
 from export.certification import certify as certify_module
+from export.certification.accuracy_margins import margins_for
 from export.certification.candidate import assess_candidate
 from export.certification.certify import Certification, ExportRequirements, certify
-from export.certification.margins import margins_for
 from export.certification.reference import reference_of, spread_over_groups
 from export.certification.splits import Splits, split_test_images
 from export.conversion.fp32 import to_onnx

@@ -16,9 +16,9 @@ from scipy.stats import entropy
 from torch import nn
 from training_toys import toy_data
 
+from export.certification.accuracy_margins import MARGINS, margins_for
 from export.certification.comparison import compare, compare_classes, compare_confidence, flips_by_margin
 from export.certification.gates import ROUNDING_SHARE, confidence, decisions, host, numeric, structure, task_accuracy
-from export.certification.margins import MARGINS, margins_for
 from export.certification.reference import torch_logits
 from export.certification.splits import find_duplicates, split_test_images
 from export.conversion.fp16 import to_fp16

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from training_toys import toy_data, write_tree
 
 import ltkd.data.datasets
-from export.certification.margins import MARGINS
+from export.certification.accuracy_margins import MARGINS
 from export.certification.splits import Subset, find_duplicates, split_test_images
 from export.schema import Margins
 from ltkd.data.datasets import Dataset, data_config, load_dataset

@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 from training_toys import toy_data
 
-from export.certification.margins import MARGINS
+from export.certification.accuracy_margins import MARGINS
 from export.certification.views import ImagesWithViews, add_views
 from export.schema import Margins
 from ltkd.data.datasets import Dataset

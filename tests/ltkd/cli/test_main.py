@@ -11,7 +11,7 @@ import torch
 from training_toys import write_tree
 
 from export import bundling
-from export.certification.margins import margins_for
+from export.certification.accuracy_margins import margins_for
 from export.certification.splits import split_test_images
 from ltkd.cli import main as cli
 from ltkd.contract.class_groups import groups_by_share
@@ -242,6 +242,8 @@ def test_an_inconclusive_export_exits_with_code_3_and_writes_no_bundle(
     rejected = tmp_path / "bundles" / "rejected" / "b"
     assert json.loads((rejected / "parity.json").read_text())["verdict"] == "INCONCLUSIVE"
     assert not list(rejected.glob("model*"))
+    # int8 is not even tried then, which is no success
+    assert ltkd("export", run, "--out", tmp_path / "bundles" / "b", "--precisions", "int8")[0] == 3
 
 
 def test_forty_images_with_a_class_of_two_are_distilled_exported_and_classified_with_the_defaults(

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from training_toys import CPU, RECIPE, ToyNet, toy_data, toy_train_state, toy_training
 
-from ltkd.config import RECIPES, ComputePrecision, Execution, Recipe
+from ltkd.config import ComputePrecision, Execution, Recipe
 from ltkd.errors import DeviceError, TrainingError
 from ltkd.methods.registry import BKD, CE, KD, LTKD, LossInputs, LTKDPlus, Method
 from ltkd.models.registry import Normalise
+from ltkd.recipes import RECIPES
 from ltkd.training.loop import EpochReport, predict
 from ltkd.training.run import resolve_device
 from ltkd.training.schedules import learning_rate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_toys import RECIPE, write_tree
 
-from ltkd import config as recipes
+from ltkd import recipes
 from ltkd.cli.main import cli
 from ltkd.contract.records import read_record
 from ltkd.errors import RunError

@@ -20,11 +20,11 @@ from serve.http.api_keys import Keys, make_key
 from serve.http.middleware import answer_problem, answer_validation
 from serve.monitoring.feedback import Feedback
 from serve.monitoring.prometheus import Telemetry
-from serve.pool.repository import ModelRepository
+from serve.pool.model_repository import ModelRepository
 from serve.problems import ProblemError
 from serve.settings import Settings
 from tests.serve.http.test_bodies import problem
-from tests.serve.pool.test_repository import (
+from tests.serve.pool.test_model_repository import (
     ToyModels,
     damaged_in_place,
     next_bundle,

@@ -1,5 +1,6 @@
-"""A real engine process: its priority while it starts, and how it ends."""
+"""One engine process: its priority while it starts, and how it ends."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve_toys import (
-    toy_bundle,
-)
+from serve_toys import toy_bundle
 
-from serve.pool.engine_process import ChildProcess
-from tests.serve.pool.test_dispatcher import real_process
+from serve.engine.messages import Kind, pack_text
+from serve.pool.engine_process import ChildProcess, EngineProcess
+from tests.serve.pool.test_dispatcher import real_process, run, until
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority per thread")
@@ -59,3 +59,21 @@ def test_a_process_ends_with_its_connection_and_ignores_signals_meant_for_the_se
     assert (
         engine_process.connection.recv(1) == b""
     )  # the end of the stream: the process was still running and closed its socket
+
+
+def test_a_process_that_gets_ready_while_its_start_is_cancelled_causes_no_error() -> None:
+    async def test() -> None:
+        errors: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        ours, theirs = socket.socketpair()
+        process = EngineProcess(ChildProcess(ours, lambda: None, 0), lambda *_: None, lambda _: None)
+        opening = asyncio.create_task(process.open())
+        await until(lambda: hasattr(process, "transport"))
+        opening.cancel()
+        with theirs:
+            theirs.sendall(pack_text(Kind.READY, "{}") + pack_text(Kind.FAILED, "{}"))
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert errors == []
+
+    run(test)

@@ -18,8 +18,8 @@ from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.errors import BundleError, UsageError
 from serve.engine.session import OnnxEngine, open_engine
 from serve.monitoring.prometheus import Telemetry
+from serve.pool.model_repository import ModelKey, ModelRepository, Reloaded, find_bundles
 from serve.pool.pending_requests import AnswerCallback
-from serve.pool.repository import ModelKey, ModelRepository, Reloaded, find_bundles
 from serve.problems import ProblemError
 from serve.settings import Settings
 
