@@ -33,6 +33,7 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation page loads scripts from another host; /openapi.json is served
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would point to whatever host the request names
         exception_handlers={
             ProblemError: answer_problem,
             HTTPException: answer_http,
@@ -42,7 +43,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestMiddleware, service=service)
     app.include_router(classify_routes(service))
     app.include_router(model_routes(service))
-    app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys))
+    app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys, service.settings))
     key = Depends(service.keys.requires("classify"))
     app.include_router(
         open_inference(

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.api.v2_tensors import FILES, LOGITS, InferBody, InferReply
 from serve.http.bodies import ANY_BYTES, JSON, MULTIPART, ImagesBody
+from serve.monitoring.feedback import FeedbackBody
 from serve.problems import MEDIA_TYPE, Problem, make_problem
 
 EXAMPLE_PNG = (
@@ -39,6 +40,19 @@ CLASSIFY_BODY: dict[str, Any] = {
             JSON: {
                 "schema": {"$ref": _COMPONENTS.format(model=ImagesBody.__name__)},
                 "example": {"images": [EXAMPLE_PNG]},
+            },
+        },
+    },
+}
+
+FEEDBACK_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "At most 4 KiB.",
+        "content": {
+            JSON: {
+                "schema": {"$ref": _COMPONENTS.format(model=FeedbackBody.__name__)},
+                "example": {"request_id": "order-4711", "image": 0, "label": "crow"},
             },
         },
     },
@@ -88,7 +102,7 @@ _EXAMPLES = {
     404: "there is no model bird; there is: birds version 1.",
     408: "the body did not arrive within 10 s; send a smaller body or use a faster connection.",
     409: "image 0 of request order-4711 already has a true label; the first label counts.",
-    413: "the body is larger than 20,971,520 bytes; send fewer or smaller images.",
+    413: "the body is larger than 20,971,520 bytes; send a smaller one, for example with fewer or smaller images.",
     415: "the file is not a JPEG, PNG or WebP image (it begins with b'hello'); convert it to one.",
     422: "the image is damaged or truncated (image file is truncated); send the whole file.",
     429: "32 images are waiting, and more would not be answered in time; try again in 1 s.",
@@ -165,6 +179,7 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
         [
             (Problem, "serialization"),
             (ImagesBody, "validation"),
+            (FeedbackBody, "validation"),
             (InferBody, "validation"),
             (InferReply, "serialization"),
         ],

@@ -5,12 +5,13 @@ import logging
 import signal
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from ltkd.contract.records import Record
 from ltkd.errors import LtkdError
-from serve.api.openapi import problem_responses
+from serve.api.openapi import FEEDBACK_BODY, problem_responses
 from serve.http.api_keys import Keys
+from serve.http.bodies import BodyLimits, read_record
 from serve.monitoring.drift import WindowReport
 from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackReceipt, GroupAccuracy
 from serve.monitoring.prometheus import MEDIA_TYPE, Telemetry
@@ -37,7 +38,7 @@ class GroupsReport(Record):
 
 
 def operations(
-    models: ModelRepository[AnyEngineClient], telemetry: Telemetry, feedback: Feedback, keys: Keys
+    models: ModelRepository[AnyEngineClient], telemetry: Telemetry, feedback: Feedback, keys: Keys, limits: BodyLimits
 ) -> APIRouter:
     """Create the routes for operators."""
     router = APIRouter(tags=["operate"])
@@ -75,10 +76,11 @@ def operations(
         description="The service keeps request id, predicted class, group and confidence of the most recent answers in "
         "memory. It does not keep images.",
         dependencies=[any_key],
-        responses=problem_responses(400, 401, 404, 409),
+        openapi_extra=FEEDBACK_BODY,
+        responses=problem_responses(400, 401, 404, 408, 409, 413, 415),
     )
-    async def tell(body: FeedbackBody) -> FeedbackReceipt:
-        return feedback.add_label(body)
+    async def tell(request: Request) -> FeedbackReceipt:
+        return feedback.add_label(await read_record(request, FeedbackBody, limits))
 
     @router.post(
         "/v1/admin/reload",

@@ -10,7 +10,7 @@ import binascii
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from pydantic import Field, ValidationError
@@ -24,7 +24,11 @@ MULTIPART, JSON, ANY_BYTES = "multipart/form-data", "application/json", "applica
 BASE64 = "base64-image"  # the OpenAPI format of images in JSON
 _SUPPORTED_TYPES = f"image/jpeg, image/png, image/webp, {ANY_BYTES}, {MULTIPART} and {JSON}"
 _STEP_BYTES = 2**18
+_MAX_RECORD_BYTES = 4096
 _GZIP_OR_ZLIB = zlib.MAX_WBITS + 32
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class BodyLimits(Protocol):
@@ -68,10 +72,34 @@ async def read_images(request: Request, limits: BodyLimits) -> list[Content]:
             contents: list[Content] = [*await form_files(request.headers["content-type"], body, limits.max_images)]
         else:
             whole = b"".join([chunk async for chunk in body])
-            contents = await asyncio.to_thread(json_images, whole) if media_type == JSON else [whole]
+            contents = [whole]
+            if media_type == JSON:
+                _check_size_of_list(whole, limits.max_images)
+                contents = await asyncio.to_thread(json_images, whole)
     if len(contents) > limits.max_images:
         raise ProblemError(make_problem(400, too_many_images(limits.max_images)))
     return contents
+
+
+async def read_record(request: Request, kind: type[AnyRecord], limits: BodyLimits) -> AnyRecord:
+    """Read a small JSON body.
+
+    A route calls this instead of declaring the body to FastAPI, which would read it before the API key is checked, and
+    without a limit on its size.
+
+    Raises:
+        ProblemError: 400 malformed, 408 too slow, 413 larger than 4 KiB.
+    """
+    async with decoded_chunks(request, limits, _MAX_RECORD_BYTES) as body:
+        whole = b"".join([chunk async for chunk in body])
+    try:
+        return kind.model_validate_json(whole)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        fields = ", ".join(kind.model_fields)
+        detail = f"{_shortened(where)}: {first['msg']}; expected a JSON object with the fields {fields}."
+        raise ProblemError(make_problem(400, detail)) from None
 
 
 async def read_whole(request: Request, limits: BodyLimits) -> bytes:
@@ -90,17 +118,20 @@ def media_type_of(request: Request) -> str:
 
 
 @asynccontextmanager
-async def decoded_chunks(request: Request, limits: BodyLimits) -> AsyncGenerator[AsyncIterator[bytes], None]:
-    """Give the decompressed chunks of a body, and enforce the limits on size and time.
+async def decoded_chunks(
+    request: Request, limits: BodyLimits, max_bytes: int | None = None
+) -> AsyncGenerator[AsyncIterator[bytes], None]:
+    """Give the decompressed chunks of a body, and enforce the limits on time and size (``max_bytes``, if given).
 
     Raises:
         ProblemError: The body is too large, too slow or cannot be decompressed.
     """
+    max_bytes = max_bytes or limits.max_body_bytes
     try:
         async with (
             asyncio.timeout(limits.body_seconds),
-            aclosing(limited(request, limits.max_body_bytes)) as chunks,
-            aclosing(decompressed(chunks, request.headers.get("content-encoding", ""), limits.max_body_bytes)) as body,
+            aclosing(limited(request, max_bytes)) as chunks,
+            aclosing(decompressed(chunks, request.headers.get("content-encoding", ""), max_bytes)) as body,
         ):
             yield body
     except TimeoutError:
@@ -165,6 +196,19 @@ async def decompressed(chunks: AsyncIterator[bytes], encoding: str, max_bytes: i
         raise ProblemError(make_problem(400, f"the {encoding} stream is incomplete; send all of it."))
 
 
+def _check_size_of_list(body: bytes, max_images: int) -> None:
+    """Reject a JSON body with more values than images are allowed, before it is parsed.
+
+    Parsing needs some hundred bytes of memory per value, so that millions of tiny ones would fill it. Base64 contains
+    no commas; a data URL, which is rejected later, has one.
+
+    Raises:
+        ProblemError: 400, there are too many values.
+    """
+    if body.count(b",") > 2 * max_images:
+        raise ProblemError(make_problem(400, too_many_images(max_images)))
+
+
 def json_images(body: bytes) -> list[Content]:
     """Extract the images of a JSON body.
 
@@ -192,9 +236,8 @@ def base64_bytes(text: str) -> Content:
 
 
 def _too_large(max_bytes: int, when: str = "") -> ProblemError:
-    return ProblemError(
-        make_problem(413, f"the body is larger than {max_bytes:,} bytes{when}; send fewer or smaller images.")
-    )
+    advice = "send a smaller one, for example with fewer or smaller images."
+    return ProblemError(make_problem(413, f"the body is larger than {max_bytes:,} bytes{when}; {advice}"))
 
 
 def _shortened(text: str) -> str:

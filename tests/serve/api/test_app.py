@@ -70,6 +70,14 @@ def test_a_path_that_does_not_exist_is_a_problem(client: httpx.Client) -> None:
     assert "/v1/clasify" in problem(client.post("/v1/clasify", content=PNG), 404)
 
 
+def test_a_path_with_a_slash_at_its_end_is_not_redirected_to_the_host_that_the_request_names(
+    client: httpx.Client,
+) -> None:
+    response = client.post("/v1/classify/", content=encoded(toy_pixels(1)), headers={"Host": "elsewhere.example"})
+    problem(response, 404)
+    assert "location" not in response.headers
+
+
 def test_a_method_that_is_not_allowed_is_a_problem_that_names_the_allowed_one(client: httpx.Client) -> None:
     response = client.get("/v1/classify")
     assert "it allows POST" in problem(response, 405)

@@ -1,8 +1,10 @@
 """The routes for operators, over real sockets. The last test uses real engine processes."""
 
 import asyncio
+import gzip
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -56,7 +58,7 @@ class OperatorApp:
             lifespan=lifespan,
             exception_handlers={ProblemError: answer_problem, RequestValidationError: answer_validation},
         )
-        self.app.include_router(operations(self.models, telemetry, self.feedback, self.keys))
+        self.app.include_router(operations(self.models, telemetry, self.feedback, self.keys, Settings()))
 
     def answer_a_fox(self, request_id: str) -> None:
         """Record an answer as the service does."""
@@ -122,6 +124,27 @@ def test_invalid_feedback_is_a_problem(bundle: Path) -> None:
         problem(client.post("/v1/feedback", json={"request_id": "abc", "label": 5, "image": -1}), 400)
         assert status({"request_id": "abc", "label": 5}) == 200
         assert status({"request_id": "abc", "label": 5}) == 409
+
+
+def test_feedback_is_read_after_the_key_is_checked_and_up_to_4_kib(bundle: Path, keys: Path) -> None:
+    label = b'{"request_id": "abc", "label": "fox"}'
+    with operator_app(bundle, keys) as (service, client):
+        service.answer_a_fox("abc")
+        problem(client.post("/v1/feedback", content=b"not JSON"), 401)
+        too_large = label + b" " * 4096
+        assert "larger than 4,096 bytes" in problem(
+            client.post("/v1/feedback", content=too_large, headers=bearer(USER_KEY)), 413
+        )
+        packed = {"Content-Encoding": "gzip", **bearer(USER_KEY)}
+        problem(client.post("/v1/feedback", content=gzip.compress(too_large), headers=packed), 413)
+        nested = client.post("/v1/feedback", content=b"[" * 4000, headers=bearer(USER_KEY))
+        assert "expected a JSON object with the fields request_id, image, label" in problem(nested, 400)
+        # the response does not wait for a body that the service will not read
+        head = "POST /v1/feedback HTTP/1.1\r\nHost: service\r\nContent-Length: 31457280\r\n\r\n"
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=30) as connection:
+            connection.sendall(head.encode())
+            assert connection.recv(12) == b"HTTP/1.1 401"
+        assert client.post("/v1/feedback", content=label, headers=bearer(USER_KEY)).status_code == 200
 
 
 def test_groups_of_an_unknown_model_are_404(bundle: Path) -> None:

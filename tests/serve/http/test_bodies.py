@@ -15,6 +15,7 @@ from PIL import Image
 from serve_toys import encoded, expected_logits, running, toy_app, toy_pixels
 
 from ltkd.contract.image_decoding import decode_image
+from serve.http import bodies
 from serve.settings import Settings
 
 LIMITS = Settings(max_body_bytes=200_000, max_images=4, max_pixels=1_000_000)
@@ -277,6 +278,20 @@ def test_malformed_base64_is_a_problem_in_its_place(client: httpx.Client, text: 
     rejected, answered = response.json()["results"]
     assert rejected["error"]["status"] in (400, 415)
     assert answered["label"]
+
+
+def test_a_json_list_that_is_too_long_is_rejected_before_it_is_parsed(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(_: bytes) -> None:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(bodies, "json_images", parse)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    for value in ('"a"', "1", "[]", "{}", '{"a": 1}'):
+        body = f'{{"images": [{",".join([value] * 20_000)}]}}'.encode()
+        response = client.post("/v1/classify", content=gzip.compress(body), headers=headers)
+        assert "more than 4 images" in problem(response, 400)
 
 
 def test_a_content_length_above_the_limit_is_rejected_before_the_body_is_sent(client: httpx.Client) -> None:
