@@ -70,7 +70,8 @@ def data_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--input-px",
             type=int,
-            help="Side of the square network input in pixels.  [default: the images' size if they are squares of one size, at most 224 px; else 64]",
+            help="Side of the square network input in pixels.  [default: the images' size if they are squares of one "
+            "size, at most 224 px; else 64]",
         ),
         click.option(
             "--groups",
