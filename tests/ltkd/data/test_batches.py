@@ -269,7 +269,7 @@ def test_workers_survive_an_epoch_and_exit_when_one_is_abandoned(streamed: Datas
 SIGNALLED = """
 import multiprocessing, signal, sys, time
 import torch
-from ltkd.data.batches import batches_of
+from ltkd.data.batches import make_batches
 from ltkd.data.datasets import data_config, load_dataset
 
 if __name__ == "__main__":
@@ -277,7 +277,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
     data = load_dataset(data_config(sys.argv[1], None, "share", 128))
-    batches = batches_of(data, batch_size=2, seed=0, device=torch.device("cpu"), workers=1).epoch(0)
+    batches = make_batches(data, batch_size=2, seed=0, device=torch.device("cpu"), workers=1).epoch(0)
     next(batches)
     print("ready", multiprocessing.active_children()[0].pid, flush=True)
     while len(received) < 2:
