@@ -92,14 +92,7 @@ async def read_record(request: Request, kind: type[AnyRecord], limits: BodyLimit
     """
     async with decoded_chunks(request, limits, _MAX_RECORD_BYTES) as body:
         whole = b"".join([chunk async for chunk in body])
-    try:
-        return kind.model_validate_json(whole)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        fields = ", ".join(kind.model_fields)
-        detail = f"{_shortened(where)}: {first['msg']}; expected a JSON object with the fields {fields}."
-        raise ProblemError(make_problem(400, detail)) from None
+    return _parsed(kind, whole, f"a JSON object with the fields {', '.join(kind.model_fields)}")
 
 
 async def read_whole(request: Request, limits: BodyLimits) -> bytes:
@@ -215,14 +208,18 @@ def json_images(body: bytes) -> list[Content]:
     Raises:
         ProblemError: The body is not JSON of the expected form.
     """
+    parsed = _parsed(ImagesBody, body, '{"images": ["<base64>", ...]}')
+    return [base64_bytes(text) for text in parsed.images]
+
+
+def _parsed(kind: type[AnyRecord], body: bytes, expected: str) -> AnyRecord:
     try:
-        parsed = ImagesBody.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
-        detail = f'{_shortened(where)}: {first["msg"]}; expected {{"images": ["<base64>", ...]}}.'
+        detail = f"{_shortened(where)}: {first['msg']}; expected {expected}."
         raise ProblemError(make_problem(400, detail)) from None
-    return [base64_bytes(text) for text in parsed.images]
 
 
 def base64_bytes(text: str) -> Content:
