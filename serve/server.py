@@ -4,10 +4,7 @@ serve/main.py calls it with an open socket; serve/api/app.py has the routes.
 """
 
 import asyncio
-import contextlib
-import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +12,10 @@ from types import FrameType
 
 import uvicorn
 
-from ltkd.contract.resources import num_cores, trim_memory
+from ltkd.contract.resources import trim_memory
 from serve.api.app import create_app
 from serve.api.operations import reload_on_hangup
-from serve.http.fast_path import Connection
+from serve.http.connection import Connection
 from serve.http.service import Service
 from serve.monitoring.logs import log_settings, set_up_logging
 from serve.pool.dispatcher import EnginePool
@@ -84,8 +81,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._stop_at = 0.0
-        self._num_rejected = 0
-        self._yields_to_engines = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start the delay on the first signal; end it on a second one."""
@@ -98,23 +93,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to shut down. uvicorn calls this ten times a second."""
-        num_rejected = self._service.telemetry.num_rejected("full")
-        self._yield_to_engines(num_rejected > self._num_rejected)
-        self._num_rejected = num_rejected
         if self._service.stopping and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
-
-    def _yield_to_engines(self, overloaded: bool) -> None:
-        """On one core, lower this process's scheduling class while requests are rejected.
-
-        Otherwise each arriving request interrupts a run of the network, and rejecting a request would cost as much time
-        as answering one. With SCHED_BATCH a run is interrupted only when it blocks or its time slice ends.
-        """
-        if overloaded != self._yields_to_engines and sys.platform == "linux" and num_cores() == 1:
-            self._yields_to_engines = overloaded
-            with contextlib.suppress(OSError):  # a sandbox may forbid it
-                os.sched_setscheduler(0, os.SCHED_BATCH if overloaded else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

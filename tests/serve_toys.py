@@ -51,7 +51,7 @@ from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
 from serve.engine.message_loop import serve_connection
-from serve.http.fast_path import Connection
+from serve.http.connection import Connection
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess, connected_sockets

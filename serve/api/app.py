@@ -23,7 +23,7 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[dict[str, Service], None]:
         await service.start()
-        yield {"service": service}  # serve/http/fast_path.py reads it from the application state
+        yield {"service": service}  # serve/http/connection.py reads it from the application state
         await service.close()
 
     app = FastAPI(

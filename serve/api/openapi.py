@@ -34,6 +34,7 @@ CLASSIFY_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["image"],
+                    "additionalProperties": False,
                     "properties": {"image": {"type": "array", "minItems": 1, "items": _BYTES["schema"]}},
                 },
             },

@@ -52,7 +52,7 @@ ModelVersion = Annotated[str | None, Query(description="Version of the model; by
 
 
 def classify_routes(service: Service) -> APIRouter:
-    """Create the route that classifies. Most requests with one image do not reach it (serve/http/fast_path.py)."""
+    """Create the route that classifies."""
     router = APIRouter(tags=["classify"])
     settings = service.settings
 

@@ -17,8 +17,6 @@ _START_NICENESS = 10  # about a tenth of the processor time while another proces
 
 def main() -> None:
     """Prepare the engine in this thread, then serve requests in another."""
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:  # inherited from serve/server.py
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     gc.disable()  # until the end of the start (ltkd.contract.resources)
     ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 

@@ -2,7 +2,7 @@
 
 It limits the size and number of headers and the number of connections. It sets timeouts for headers, bodies, idle
 connections and clients that do not read. A rejected client gets a problem response and has a moment to read it before
-the connection is closed. serve/http/fast_path.py extends the class.
+the connection is closed.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-class BoundedConnection(HttpToolsProtocol):
+class Connection(HttpToolsProtocol):
     """The connection of one client.
 
     Attributes:

@@ -1,7 +1,4 @@
-"""The state that all requests of the server process share: models, API keys, limits, metrics and readiness.
-
-Both the FastAPI routes (serve/api) and the fast path (serve/http/fast_path.py) answer requests with it.
-"""
+"""The state that all requests of the server process share: models, API keys, limits, metrics and readiness."""
 
 import asyncio
 import logging
@@ -12,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from serve.engine.answers import answers_json, rejected_image_json
 from serve.http.api_keys import Keys
@@ -26,13 +23,11 @@ from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's code; only in metrics and the log, because no response is sent
-ROUTE = "/v1/classify"
 TIMEOUT_HEADER = "X-Request-Timeout"
 _REASONS: dict[int, Reason] = {
     401: "unauthorised", 403: "unauthorised", 408: "slow", 413: "too_large", 429: "full",
     499: "left", 503: "not_ready", 504: "late",
 }  # fmt: skip
-_MAX_KNOWN_HEADS = 1000
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
@@ -56,35 +51,6 @@ class RequestContext:
     facts: Mapping[str, LogValue] | None = None
 
 
-class Head(NamedTuple):
-    """The parsed head of a request on the fast path. Absent headers are empty strings.
-
-    Attributes:
-        authorization: The header ``Authorization``.
-        request_id: The header ``X-Request-ID``.
-        traceparent: The header ``traceparent``.
-        timeout: The header TIMEOUT_HEADER.
-        model: The query parameter ``model``.
-        version: The query parameter ``version``.
-        top_k: The query parameter ``top_k``.
-        keep_alive: Whether the connection stays open after the response.
-    """
-
-    authorization: str
-    request_id: str
-    traceparent: str
-    timeout: str
-    model: str | None
-    version: str | None
-    top_k: int
-    keep_alive: bool
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether the response does not depend on this head: no request id, no trace, and the connection stays open."""
-        return self.keep_alive and not (self.request_id or self.traceparent)
-
-
 class CheckedConnection(Protocol):
     """A client's connection whose deadlines are checked regularly."""
 
@@ -104,7 +70,6 @@ class Service:
         accepting: Whether requests are accepted. True from the end of the start to the end of the drain.
         stopping: Whether shutdown has begun. The service is then not ready but still answers.
         connections: The open connections of all clients.
-        known_heads: Request heads without the length of the body, as bytes, and their parsed form, for the fast path.
     """
 
     def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
@@ -119,7 +84,6 @@ class Service:
         self.accepting = False
         self.stopping = False
         self.connections: set[CheckedConnection] = set()
-        self.known_heads: dict[bytes, Head] = {}
         self._held_bytes = 0
         self._id_prefix = os.urandom(8).hex()
         self._num_request_ids = 0
@@ -157,12 +121,6 @@ class Service:
     def ready(self) -> bool:
         """Whether load balancers should send requests here."""
         return self.accepting and not self.stopping and self.models.ready
-
-    def remember_head(self, key: bytes, head: Head) -> None:
-        """Store a parsed head. Clients with a persistent connection send the same head with each request."""
-        if len(self.known_heads) >= _MAX_KNOWN_HEADS:
-            self.known_heads.clear()
-        self.known_heads[key] = head
 
     def require_ready(self) -> None:
         """Raise a ProblemError with status 503 unless the service is ready."""

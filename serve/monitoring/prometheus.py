@@ -178,10 +178,6 @@ class Telemetry:
         if reason:
             self._rejections[reason] += 1
 
-    def num_rejected(self, reason: Reason) -> int:
-        """How many requests were rejected for this reason since the start."""
-        return self._rejections[reason]
-
     def count_reload(self, outcome: Outcome) -> None:
         """Count the outcome of a reload for one model version."""
         self._reloads[outcome] += 1

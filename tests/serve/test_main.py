@@ -7,9 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,49 +130,6 @@ def on_one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, cores)
-
-
-@on_linux
-def test_on_one_core_the_server_process_yields_to_its_engines_while_it_rejects_requests(bundle_path: Path) -> None:
-    with on_one_core(), served(bundle_path, max_images=1, max_queue_images=1) as service, ThreadPoolExecutor() as pool:
-        server, engine = service.pids()
-
-        def post() -> int:
-            return httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60).status_code
-
-        def becomes(policy: int) -> bool:
-            give_up_at = time.monotonic() + 20
-            while os.sched_getscheduler(server) != policy and time.monotonic() < give_up_at:
-                post()
-            return os.sched_getscheduler(server) == policy
-
-        assert os.sched_getscheduler(server) == os.SCHED_OTHER
-        os.kill(engine, signal.SIGSTOP)
-        try:
-            responses = [pool.submit(post), pool.submit(post)]  # one fills the queue until the engine continues
-            assert next(as_completed(responses)).result() == 429
-            assert becomes(os.SCHED_BATCH)
-        finally:
-            os.kill(engine, signal.SIGCONT)
-        assert {response.result() for response in responses} == {200, 429}
-        assert becomes(os.SCHED_OTHER)
-
-
-@on_linux
-def test_an_engine_process_that_is_started_by_a_yielding_server_has_the_normal_scheduling_class(
-    bundle_path: Path,
-) -> None:
-    with served(bundle_path) as service:
-        server, engine = service.pids()
-        os.sched_setscheduler(server, os.SCHED_BATCH, os.sched_param(0))
-        os.kill(engine, signal.SIGKILL)
-        replacement = engine  # until the server process notices, a request may still reach the dead one: 503
-        while replacement == engine or httpx.get(f"{service.url}/readyz").status_code != 200:
-            replacement = [*service.pids(), engine][1]
-        answer = httpx.post(f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
-        assert answer.status_code == 200
-        threads = [int(thread.name) for thread in Path(f"/proc/{replacement}/task").iterdir()]
-        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
 
 
 @on_linux
