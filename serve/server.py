@@ -4,13 +4,17 @@ serve/main.py calls it with an open socket; serve/api/app.py has the routes.
 """
 
 import asyncio
+import faulthandler
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ltkd.contract.resources import trim_memory
 from serve.api.app import create_app
@@ -21,6 +25,8 @@ from serve.monitoring.logs import log_settings, set_up_logging
 from serve.pool.dispatcher import EnginePool
 from serve.pool.model_repository import StartPool
 from serve.settings import Settings
+
+_END_SECONDS = 1.0  # of the drain, for ending the engine processes
 
 
 def run(
@@ -55,46 +61,58 @@ async def _serve(service: Service, given: Mapping[str, object], listener: socket
         log_settings(service.settings, given)
         host, port = listener.getsockname()[:2]
         print(_start_message(service, host, port), flush=True)  # noqa: T201 - the user waits for this line
-        config = uvicorn.Config(
-            app,
-            http=Connection,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=service.settings.max_connections,
-            timeout_graceful_shutdown=service.settings.drain_seconds,
-        )
         trim_memory()
-        await Server(config, service).serve(sockets=[listener])
+        await Server(app, service).serve(sockets=[listener])
     finally:
         await service.close()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a delay between the signal and the shutdown.
+    """uvicorn's server, with a delay between the signal and the shutdown, and time limits for connections.
 
     During the delay the service is not ready but still answers, so that load balancers can send requests elsewhere.
+    Then accepted requests are answered. When delay and drain are over, the process ends, whatever it is doing.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(Connection, service),  # type: ignore[arg-type] # called like the class itself
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=settings.max_connections,
+                timeout_keep_alive=math.ceil(settings.idle_seconds),
+                timeout_graceful_shutdown=max(1, math.floor(settings.drain_seconds - _END_SECONDS)),
+            )
+        )
         self._service = service
-        self._stop_at = 0.0
+        self._signal: tuple[int, FrameType | None] | None = None
+        self._stop_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start the delay on the first signal; end it on a second one."""
-        if self._service.stopping:
+        if self._signal:
             super().handle_exit(sig, frame)
             return
-        self._captured_signals.append(sig)
+        settings = self._service.settings
+        self._signal = sig, frame
         self._service.stopping = True
-        self._stop_at = time.monotonic() + self._service.settings.delay_seconds
+        self._stop_at = time.monotonic() + settings.delay_seconds
+        # a thread without the interpreter's lock: it prints where the process hangs, and ends it
+        faulthandler.dump_traceback_later(settings.delay_seconds + settings.drain_seconds, exit=True)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to shut down. uvicorn calls this ten times a second."""
-        if self._service.stopping and time.monotonic() >= self._stop_at:
-            self.should_exit = True
+        """Check the time limits of all connections; return whether to shut down. Called ten times a second."""
+        now = time.monotonic()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.check(now)
+        if self._signal and not self.should_exit and now >= self._stop_at:
+            super().handle_exit(*self._signal)
         return await super().on_tick(counter)
 
 

@@ -51,10 +51,10 @@ from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
 from serve.engine.message_loop import serve_connection
-from serve.http.connection import Connection
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess, connected_sockets
+from serve.server import Server
 from serve.settings import Settings
 
 SIZE_PX = 8
@@ -345,17 +345,21 @@ def toy_service(
 
 def toy_app(engine: ToyEngine | None = None, settings: Settings | None = None) -> FastAPI:
     """The application with a toy engine."""
-    return create_app(toy_service(engine, settings))
+    service = toy_service(engine, settings)
+    app = create_app(service)
+    app.state.service = service
+    return app
 
 
 @contextmanager
 def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
     """Run the application in a real server on a free local port, and give a client of it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app, http=Connection, log_config=None, ws="none", access_log=False, lifespan=lifespan  # type: ignore[arg-type]
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    if hasattr(app.state, "service"):
+        server: uvicorn.Server = Server(app, app.state.service)
+        server.config.lifespan = lifespan  # type: ignore[assignment]
+    else:  # a part of the API without a service
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -407,17 +411,18 @@ import json
 import sys
 from pathlib import Path
 from serve.main import serve
+from serve.server import Server
 from serve.settings import read_settings
 serve(Path(sys.argv[1]), read_settings({"port": 0, "delay_seconds": 0} | json.loads(sys.argv[2])))
 """
 
 
 @contextmanager
-def served(bundle: Path, **settings: float) -> Iterator[Served]:
-    """Run ``serve`` in a fresh process, and stop it with SIGTERM."""
+def served(bundle: Path, prelude: str = "", **settings: float) -> Iterator[Served]:
+    """Run ``serve`` in a fresh process, after the code of ``prelude``, and stop it with SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(bundle), json.dumps(settings)],
+        [sys.executable, "-c", prelude + _SERVE, str(bundle), json.dumps(settings)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

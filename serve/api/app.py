@@ -21,9 +21,9 @@ def create_app(service: Service) -> FastAPI:
     """Create the application around a service. Its lifespan starts and closes the service."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[dict[str, Service], None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
-        yield {"service": service}  # serve/http/connection.py reads it from the application state
+        yield
         await service.close()
 
     app = FastAPI(

@@ -1,8 +1,12 @@
 """The routes of /v1: classification, model information and health checks."""
 
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, ValidationError
 
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import FORMATS
@@ -51,21 +55,45 @@ ModelName = Annotated[str | None, Query(description="Name of the model; not need
 ModelVersion = Annotated[str | None, Query(description="Version of the model; by default the highest")]
 
 
+class ClassifyQuery(BaseModel):
+    """The query parameters of ``POST /v1/classify``."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    model: str | None = None
+    version: str | None = None
+
+
 def classify_routes(service: Service) -> APIRouter:
     """Create the route that classifies."""
-    router = APIRouter(tags=["classify"])
     settings = service.settings
+
+    class ClassifyRoute(APIRoute):
+        """A route that FastAPI describes but that reads its parameters itself.
+
+        FastAPI's resolution of dependencies and parameters would take as long as everything else in the server process.
+        """
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            async def handle(request: Request) -> Response:
+                service.keys.authorise(request.headers.get("authorization", ""), "classify")
+                query = _query(request)
+                timeout = request.headers.get(TIMEOUT_HEADER, "")
+                return await classify(request, query.top_k or settings.top_k, query.model, query.version, timeout)
+
+            return handle
+
+    router = APIRouter(tags=["classify"], route_class=ClassifyRoute)
 
     @router.post(
         "/v1/classify",
         summary="Classify one image or many",
+        dependencies=[Depends(service.keys.requires("classify"))],
         openapi_extra=CLASSIFY_BODY,
         response_model=Answers,
         responses=problem_responses(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     )
     async def classify(
         request: Request,
-        _: Annotated[str, Depends(service.keys.requires("classify"))],
         top_k: Annotated[
             int, Query(ge=1, description="Number of classes to list, or all if there are fewer")
         ] = settings.top_k,
@@ -88,6 +116,19 @@ def classify_routes(service: Service) -> APIRouter:
         return Response(body, media_type="application/json", headers=headers)
 
     return router
+
+
+def _query(request: Request) -> ClassifyQuery:
+    if not request.scope["query_string"]:
+        return _NO_QUERY
+    try:
+        return ClassifyQuery.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        first, *_ = error.errors()
+        raise RequestValidationError([{**first, "loc": ("query", *first["loc"])}]) from None
+
+
+_NO_QUERY = ClassifyQuery()
 
 
 def model_routes(service: Service) -> APIRouter:

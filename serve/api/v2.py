@@ -5,10 +5,10 @@ repository extension. serve/api/v2_tensors.py reads and writes the tensors, serv
 models.
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
@@ -34,7 +34,7 @@ from serve.api.v2_metadata import (
 )
 from serve.api.v2_tensors import InferRequest, build_response, parse_request
 from serve.engine.messages import OutputKind
-from serve.http.bodies import JSON, BodyLimits, read_whole
+from serve.http.bodies import JSON, BodyLimits, parsed, read_body
 from serve.http.middleware import problem_response, validation_problem
 from serve.pool.pending_requests import RequestResult
 from serve.problems import Content, Problem, ProblemError, make_problem
@@ -223,7 +223,6 @@ def _add_inference(
     require_accepting: Callable[[], None],
     on_result: Callable[[Request, Servable_co, RequestResult], None],
 ) -> None:
-    one_at_a_time = asyncio.Lock()  # parsing a tensor in JSON takes about thirty times its size in memory
 
     @router.post(
         f"{path}/infer",
@@ -245,9 +244,9 @@ def _add_inference(
         served = repository.find(*key)
         with served.in_use():
             task = served.pool.manifest.task
-            body = await read_whole(request, limits)
-            async with one_at_a_time:
-                infer_request = await asyncio.to_thread(parse_request, body, json_bytes, task, limits.max_images)
+            body = await read_body(request, limits)
+            parse = partial(parse_request, body, json_bytes, task, limits.max_images)
+            infer_request = await parsed(request, body, parse)
             result = await _run(served.pool, infer_request, limits.timeout_seconds)
         logits_NC = _logits(result.results)
         on_result(request, served, result)

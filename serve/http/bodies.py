@@ -1,15 +1,15 @@
 """Read request bodies, with limits on size and time, and extract images from raw, multipart and JSON bodies.
 
 Bytes are counted while they arrive and again while they are decompressed. A body that is too large is therefore never
-held in memory, even if its Content-Length is wrong or its compression ratio is high.
+held in memory, even if its Content-Length is wrong or its compression ratio is high. The limits are enforced here and
+not in the server, so that they hold under every ASGI server.
 """
 
 import asyncio
 import base64
 import binascii
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from fastapi import Request
@@ -25,10 +25,12 @@ BASE64 = "base64-image"  # the OpenAPI format of images in JSON
 _SUPPORTED_TYPES = f"image/jpeg, image/png, image/webp, {ANY_BYTES}, {MULTIPART} and {JSON}"
 _STEP_BYTES = 2**18
 _MAX_RECORD_BYTES = 4096
+_SMALL_BYTES = 2**16  # a body that is parsed within a millisecond
 _GZIP_OR_ZLIB = zlib.MAX_WBITS + 32
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+Parsed = TypeVar("Parsed")
 
 
 class BodyLimits(Protocol):
@@ -57,28 +59,54 @@ class ImagesBody(Record):
     )
 
 
+class BodyMemory:
+    """Counts the bytes of request bodies in memory, of all requests together.
+
+    Attributes:
+        max_bytes: A request is rejected if more would be held.
+        num_bytes: The bytes that are held now.
+        parsing: Locked while a large body is parsed: parsing needs several times its size, so one is parsed at a time.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.parsing = asyncio.Lock()
+
+    def hold(self, num_bytes: int) -> None:
+        """Count more bytes.
+
+        Raises:
+            ProblemError: 429, too many are held. They are counted all the same, until they are released.
+        """
+        self.num_bytes += num_bytes
+        if self.num_bytes > self.max_bytes:
+            detail = f"the request bodies in memory have reached the limit of {self.max_bytes:,} bytes; try again."
+            raise ProblemError(make_problem(429, detail), {"Retry-After": "1"})
+
+    def release(self, num_bytes: int) -> None:
+        """Count bytes as released."""
+        self.num_bytes -= num_bytes
+
+
 async def read_images(request: Request, limits: BodyLimits) -> list[Content]:
     """Read the images of a request, in order. An image in JSON that is not base64 becomes a Problem in its place.
 
     Raises:
         ProblemError: The body is too large, too slow or malformed, or its type is not supported.
     """
-    media_type = media_type_of(request)
+    content_type = request.headers.get("content-type", ANY_BYTES)
+    media_type = content_type.partition(";")[0].strip().lower() or ANY_BYTES
     if media_type not in (MULTIPART, JSON, ANY_BYTES) and not media_type.startswith("image/"):
         detail = f"the Content-Type is {_shortened(media_type)}, expected one of {_SUPPORTED_TYPES}."
         raise ProblemError(make_problem(415, f"{detail} With curl: -H 'Content-Type: image/jpeg' --data-binary @FILE"))
-    async with decoded_chunks(request, limits) as body:
-        if media_type == MULTIPART:
-            contents: list[Content] = [*await form_files(request.headers["content-type"], body, limits.max_images)]
-        else:
-            whole = b"".join([chunk async for chunk in body])
-            contents = [whole]
-            if media_type == JSON:
-                _check_size_of_list(whole, limits.max_images)
-                contents = await asyncio.to_thread(json_images, whole)
-    if len(contents) > limits.max_images:
-        raise ProblemError(make_problem(400, too_many_images(limits.max_images)))
-    return contents
+    body = await read_body(request, limits)
+    if media_type == MULTIPART:
+        return await parsed(request, body, lambda: form_files(content_type, body, limits.max_images))
+    if media_type == JSON:
+        _check_size_of_list(body, limits.max_images)
+        return await parsed(request, body, lambda: json_images(body, limits.max_images))
+    return [body]
 
 
 async def read_record(request: Request, kind: type[AnyRecord], limits: BodyLimits) -> AnyRecord:
@@ -90,85 +118,66 @@ async def read_record(request: Request, kind: type[AnyRecord], limits: BodyLimit
     Raises:
         ProblemError: 400 malformed, 408 too slow, 413 larger than 4 KiB.
     """
-    async with decoded_chunks(request, limits, _MAX_RECORD_BYTES) as body:
-        whole = b"".join([chunk async for chunk in body])
-    return _parsed(kind, whole, f"a JSON object with the fields {', '.join(kind.model_fields)}")
+    body = await read_body(request, limits, _MAX_RECORD_BYTES)
+    return _record(kind, body, f"a JSON object with the fields {', '.join(kind.model_fields)}")
 
 
-async def read_whole(request: Request, limits: BodyLimits) -> bytes:
+async def read_body(request: Request, limits: BodyLimits, max_bytes: int | None = None) -> bytes:
     """Read a whole body and decompress it.
 
-    Raises:
-        ProblemError: The body is too large, too slow or cannot be decompressed.
-    """
-    async with decoded_chunks(request, limits) as body:
-        return b"".join([chunk async for chunk in body])
-
-
-def media_type_of(request: Request) -> str:
-    """The media type of a body without its parameters; ``application/octet-stream`` if the request has none."""
-    return request.headers.get("content-type", ANY_BYTES).partition(";")[0].strip().lower() or ANY_BYTES
-
-
-@asynccontextmanager
-async def decoded_chunks(
-    request: Request, limits: BodyLimits, max_bytes: int | None = None
-) -> AsyncGenerator[AsyncIterator[bytes], None]:
-    """Give the decompressed chunks of a body, and enforce the limits on time and size (``max_bytes``, if given).
+    Args:
+        request: The request.
+        limits: The limits on size and time.
+        max_bytes: Another limit on the size.
 
     Raises:
-        ProblemError: The body is too large, too slow or cannot be decompressed.
+        ProblemError: 408 too slow, 413 too large, 429 too many bytes of all requests are in memory, 400 or 415 it
+            cannot be decompressed.
     """
     max_bytes = max_bytes or limits.max_body_bytes
-    try:
-        async with (
-            asyncio.timeout(limits.body_seconds),
-            aclosing(limited(request, max_bytes)) as chunks,
-            aclosing(decompressed(chunks, request.headers.get("content-encoding", ""), max_bytes)) as body,
-        ):
-            yield body
-    except TimeoutError:
-        detail = (
-            f"the body did not arrive within {limits.body_seconds:g} s; send a smaller body or use a faster connection."
-        )
-        raise ProblemError(make_problem(408, detail), {"Connection": "close"}) from None
-
-
-async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """Give the chunks of a body as they arrive.
-
-    Raises:
-        ProblemError: The body, or its Content-Length, is larger than ``max_bytes``.
-    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
+    chunks: list[bytes] = []
     num_bytes = 0
-    async with aclosing(request.stream()) as stream:
-        async for chunk in stream:
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
-            yield chunk
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        waited = f"the body did not arrive within {limits.body_seconds:g} s"
+        detail = f"{waited}; send a smaller body or use a faster connection."
+        raise ProblemError(make_problem(408, detail), {"Connection": "close"}) from None
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        chunks = await _decompressed(request, chunks, encoding, max_bytes)
+    return b"".join(chunks)
 
 
-async def decompressed(chunks: AsyncIterator[bytes], encoding: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
+async def parsed(request: Request, body: bytes, parse: Callable[[], Parsed]) -> Parsed:
+    """Parse a body: a large one in another thread, and only one of these at a time."""
+    if len(body) <= _SMALL_BYTES:
+        return parse()
+    async with request.state.context.memory.parsing:
+        return await asyncio.to_thread(parse)
+
+
+async def _decompressed(request: Request, chunks: Sequence[bytes], encoding: str, max_bytes: int) -> list[bytes]:
     """Undo the ``Content-Encoding`` gzip or deflate, in small steps.
 
     Raises:
         ProblemError: The encoding is not supported, or the data is damaged or larger than ``max_bytes``.
     """
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        async for chunk in chunks:
-            yield chunk
-        return
     if encoding not in ("gzip", "x-gzip", "deflate"):
         detail = f"the Content-Encoding is {_shortened(encoding)}, expected gzip, deflate or none."
         raise ProblemError(make_problem(415, detail), {"Accept-Encoding": "gzip, deflate"})
     decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
+    pieces: list[bytes] = []
     num_bytes = 0
-    async for chunk in chunks:
+    for chunk in chunks:
         rest = chunk
         while rest and not decompressor.eof:
             try:
@@ -180,13 +189,15 @@ async def decompressed(chunks: AsyncIterator[bytes], encoding: str, max_bytes: i
             num_bytes += len(piece)
             if num_bytes > max_bytes:
                 raise _too_large(max_bytes, " after decompression")
-            yield piece
+            request.state.context.hold(len(piece))
+            pieces.append(piece)
             await asyncio.sleep(0)  # let other requests run between two steps
         if rest or decompressor.unused_data:
             detail = f"there are bytes after the end of the {encoding} stream; send exactly one stream."
             raise ProblemError(make_problem(400, detail))
     if not decompressor.eof:
         raise ProblemError(make_problem(400, f"the {encoding} stream is incomplete; send all of it."))
+    return pieces
 
 
 def _check_size_of_list(body: bytes, max_images: int) -> None:
@@ -202,17 +213,19 @@ def _check_size_of_list(body: bytes, max_images: int) -> None:
         raise ProblemError(make_problem(400, too_many_images(max_images)))
 
 
-def json_images(body: bytes) -> list[Content]:
+def json_images(body: bytes, max_images: int) -> list[Content]:
     """Extract the images of a JSON body.
 
     Raises:
-        ProblemError: The body is not JSON of the expected form.
+        ProblemError: The body is not JSON of the expected form, or has too many images.
     """
-    parsed = _parsed(ImagesBody, body, '{"images": ["<base64>", ...]}')
-    return [base64_bytes(text) for text in parsed.images]
+    images = _record(ImagesBody, body, '{"images": ["<base64>", ...]}').images
+    if len(images) > max_images:
+        raise ProblemError(make_problem(400, too_many_images(max_images)))
+    return [base64_bytes(text) for text in images]
 
 
-def _parsed(kind: type[AnyRecord], body: bytes, expected: str) -> AnyRecord:
+def _record(kind: type[AnyRecord], body: bytes, expected: str) -> AnyRecord:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -244,12 +257,12 @@ def _shortened(text: str) -> str:
 WITH_CURL = "with curl: -F image=@FILE"
 
 
-async def form_files(content_type: str, body: AsyncIterator[bytes], max_files: int) -> list[bytes]:
+def form_files(content_type: str, body: bytes, max_files: int) -> list[Content]:
     """Extract the files of a multipart form, in order.
 
     Args:
         content_type: The Content-Type header, which has the boundary.
-        body: The chunks of the body; the caller limits their size.
+        body: The whole body.
         max_files: A form with more files is rejected.
 
     Raises:
@@ -262,8 +275,7 @@ async def form_files(content_type: str, body: AsyncIterator[bytes], max_files: i
             raise ProblemError(make_problem(400, f"the form's Content-Type has no boundary parameter; {WITH_CURL}"))
         callbacks = {name: getattr(form, name) for name in dir(form) if name.startswith("on_")}
         parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type] # a plain dict of its callbacks
-        async for chunk in body:
-            parser.write(chunk)
+        parser.write(body)
     except FormParserError as reason:
         raise ProblemError(make_problem(400, f"the form is malformed: {str(reason)[:120]}; {WITH_CURL}")) from None
     if not form.ended:
@@ -282,7 +294,7 @@ class _Form:
     """Callbacks for the multipart parser; collects the files."""
 
     def __init__(self, max_files: int) -> None:
-        self.files: list[bytes] = []
+        self.files: list[Content] = []
         self.ended = False
         self._max_files = max_files
         self._name = bytearray()

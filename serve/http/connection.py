@@ -1,13 +1,18 @@
 """The connection of one client: uvicorn's protocol class with the limits and timeouts that it lacks.
 
-It limits the size and number of headers and the number of connections. It sets timeouts for headers, bodies, idle
-connections and clients that do not read. A rejected client gets a problem response and has a moment to read it before
-the connection is closed.
+It limits the size of request heads and the number of connections, sets deadlines for heads and for clients that do not
+read, and answers malformed requests with a problem, after the responses to the requests before them. Limits of bodies
+are in the application (serve/http/bodies.py), so that they hold under every ASGI server.
+
+This is the only module that uses the inside of uvicorn. tests/serve/http/test_uvicorn.py lists what it uses, and says
+what to do when that changes.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Collection
+from enum import Enum
 from http import HTTPStatus
 from typing import Any
 
@@ -17,11 +22,23 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from serve.http.bodies import BodyMemory
 from serve.http.service import RequestContext, Service
 from serve.problems import MEDIA_TYPE, make_problem
 
+PROBES = (b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
 _LINGER_SECONDS = 2.0  # a client that is rejected while it sends needs time to read the response
-_NO_CONTEXT = RequestContext("", None, 0.0)  # for requests that are rejected before their headers were read
+_NO_CONTEXT = RequestContext(
+    "", None, 0.0, BodyMemory(0)
+)  # for requests that are rejected before their headers were read
+
+
+class Phase(Enum):
+    """What the parser reads next."""
+
+    START = "the first byte of a request"
+    HEAD = "the rest of a head"
+    BODY = "the rest of a body"
 
 
 class Flow(FlowControl):
@@ -44,65 +61,59 @@ class Connection(HttpToolsProtocol):
     """The connection of one client.
 
     Attributes:
-        service: Has the settings with the limits; None before the service is started.
         since: Start of the connection's current state, on the clock of ``time.monotonic``.
+        num_unanswered: Requests that have begun and have no complete response yet.
     """
 
     def __init__(
         self,
+        service: Service,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        service = app_state.get("service")
-        assert service is None or isinstance(service, Service)
-        self.service = service
         self.since = time.monotonic()
-        self._receiving_head = False
-        self._receiving_body = False
-        self._head_bytes = 0
-        self._closing = False
+        self.num_unanswered = 0
+        self._service = service
+        self._limits = service.settings
+        self._phase = Phase.START
         self._served_one = False
+        self._only_probes = False
+        self._num_control_bytes = 0  # received since the head began, or since the last byte of a body
+        self._upgrading = False
+        self._rejection: bytes | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether a request has no complete response yet."""
-        return self.cycle is not None and not self.cycle.response_complete
+    def is_idle(self) -> bool:
+        """Whether the connection is open and no request on it waits for a response."""
+        return not self.num_unanswered and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
-        """Register the connection; reject it if too many are open."""
+        """Register the connection. If too many are open, close the one that has been idle for the longest time."""
         super().connection_made(transport)
         self.flow = Flow(transport, self.pipeline)
-        if self.service:
-            self.service.connections.add(self)
-            if len(self.connections) > self.service.settings.max_connections:
-                self._reject(503, f"{self.service.settings.max_connections} connections are open; try again.")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Remove the connection."""
-        if self.service:
-            self.service.connections.discard(self)
-        super().connection_lost(exc)
+        if len(self.connections) > self._limits.max_connections:
+            others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
+            if idle := [each for each in others if each.is_idle]:
+                min(idle, key=lambda each: each.since).transport.abort()
+            else:
+                self._only_probes = True
 
     def data_received(self, data: bytes) -> None:
         """Parse received bytes, and reject a request that is not valid HTTP or whose head is too large."""
-        if self._closing:
+        if self._rejection is not None:
             return
-        if not self._receiving_head and not self._receiving_body:
-            self._begin_head()
-        if self._receiving_head:
-            self._head_bytes += len(data)
+        self._num_control_bytes = len(data) + (self._num_control_bytes if self._phase != Phase.START else 0)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # upgrades are not supported; the request is answered without one
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            if not self._closing:
-                self._reject(400, "this is not HTTP/1.1; send a request with its headers and a Content-Length.")
+            self._reject(400, "this is not valid HTTP/1.1; send a request with its headers and a Content-Length.")
         else:
-            if self._receiving_head and self.service and self._head_bytes > self.service.settings.max_header_bytes:
+            if self._phase != Phase.START and self._num_control_bytes > self._limits.max_header_bytes:
                 self._reject_head()
 
     def pause_writing(self) -> None:
@@ -114,120 +125,150 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Resume reading when the client has read its responses."""
         super().resume_writing()
-        if not self.busy:
+        if not self.num_unanswered:
             self.flow.resume_reading()
 
     def check(self, now: float) -> None:
-        """Close the connection if the client exceeds a time limit. The service calls this regularly."""
-        assert self.service
-        limits, waited = self.service.settings, now - self.since
-        if self._closing:
-            if waited > _LINGER_SECONDS:
-                self.transport.abort()
-        elif self.flow.write_paused:
-            if waited > limits.write_seconds:
-                self.transport.abort()
-        elif self._receiving_head:
-            if waited > limits.header_seconds and not self.busy:
-                self._reject(408, f"the headers did not arrive within {limits.header_seconds:g} s; send them sooner.")
-        elif self._receiving_body:
-            if waited > limits.body_seconds:
-                self._on_late_body(waited)
-        elif not self.busy and waited > (limits.idle_seconds if self._served_one else limits.header_seconds):
-            self.transport.close()
+        """Close the connection if the client exceeds a time limit. The server calls this regularly."""
+        if now - self.since <= self._allowed_seconds():
+            return
+        if self._phase == Phase.HEAD and self._rejection is None and not self.flow.write_paused:
+            detail = f"the headers did not arrive within {self._limits.header_seconds:g} s; send them sooner."
+            self._reject(408, detail)
+        else:
+            self.transport.abort()
+
+    def _allowed_seconds(self) -> float:
+        """How long the current state may last."""
+        limits = self._limits
+        if self.flow.write_paused:
+            return limits.write_seconds
+        if self.num_unanswered:
+            return math.inf  # the application has deadlines for the body and for the response
+        if self._rejection is not None:
+            return _LINGER_SECONDS
+        if self._phase == Phase.BODY:  # of a request that was answered before its body had arrived
+            return limits.body_seconds + _LINGER_SECONDS
+        return limits.idle_seconds if self._served_one and self._phase == Phase.START else limits.header_seconds
 
     def on_message_begin(self) -> None:
-        """Start the head of a request. uvicorn's own callback is called when the headers are complete."""
-        if not self._receiving_head:
-            self._begin_head()
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
+        """Start the head of a request."""
+        super().on_message_begin()
+        self._phase = Phase.HEAD
+        if not self.num_unanswered:
+            self.since = time.monotonic()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Store a header; reject the request if there are too many."""
+        """Store a header. Fields in the trailer of a chunked body are ignored: they must not become headers."""
+        if self._phase == Phase.BODY:
+            return
         super().on_header(name, value)
-        if self.service and len(self.headers) > self.service.settings.max_headers:
+        if len(self.headers) > self._limits.max_headers:
             self._reject_head()
             raise ValueError  # stops the parser
 
     def on_headers_complete(self) -> None:
         """Check the size of the head, and begin the request."""
-        if self.service:
-            head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if head_bytes > self.service.settings.max_header_bytes:
-                self._reject_head()
-                raise ValueError  # stops the parser
-        self._receiving_head, self._receiving_body = False, True
-        self.since = time.monotonic()
-        self._begin_request()
+        head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head_bytes > self._limits.max_header_bytes:
+            self._reject_head()
+            raise ValueError  # stops the parser
+        if self.parser.should_upgrade():
+            self._upgrading = True
+            return
+        if self._only_probes and self.url not in PROBES:
+            self._reject(503, f"{self._limits.max_connections} connections are open; try again.")
+            raise ValueError  # stops the parser
+        self._phase = Phase.BODY
+        self.num_unanswered += 1
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Store a part of the body."""
+        self._num_control_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the body of the request."""
-        self._receiving_body = False
-        self.since = time.monotonic()
-        super().on_message_complete()
+        if not self._upgrading:
+            self._phase = Phase.START
+            self._num_control_bytes = 0
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Continue with the next pipelined request, if there is one, and with reading."""
         self._served_one = True
-        self.server_state.total_requests += 1
-        if self.transport.is_closing():
-            return
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
-        self.flow.resume_reading()
-        if not (self.busy or self._receiving_head or self._receiving_body):
-            self.since = time.monotonic()
-
-    def _begin_head(self) -> None:
-        self._receiving_head = True
-        self._head_bytes = 0
+        self.num_unanswered -= 1
         self.since = time.monotonic()
+        super().on_response_complete()
+        self._send_rejection()
 
-    def _begin_request(self) -> None:
-        """Pass the request to the framework when its headers are complete."""
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
-        self.headers.extend(headers)
-        super().on_headers_complete()
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse a request again without its ``Upgrade`` header.
+
+        The parser expects another protocol after such a head, but a server may ignore the header (RFC 9110, 7.8), and
+        some clients send it with every first request.
+        """
+        self._upgrading = False
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._reject(405, "CONNECT is not supported; send the request directly.")
+            return
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, b"".join(lines), rest))
 
     def _reject_head(self) -> None:
-        assert self.service
-        limits = self.service.settings
+        limits = self._limits
         allowed = f"at most {limits.max_header_bytes:,} bytes and {limits.max_headers} lines"
         self._reject(431, f"the request line and headers are too large ({allowed} are accepted); send fewer.")
 
-    def _on_late_body(self, waited: float) -> None:
-        """Abort the connection if the body is much too late. The code that reads the body has already sent a 408."""
-        assert self.service
-        if waited > 2 * self.service.settings.body_seconds + _LINGER_SECONDS:
-            self.transport.abort()
-
     def _reject(self, status: int, detail: str) -> None:
-        """Send a problem before a request has begun, and close the connection."""
-        if self.busy:
-            self.transport.abort()  # a response is being sent, and another one must not be mixed with it
+        """Send a problem when the requests before it are answered, then close the connection.
+
+        No further bytes are parsed. If the invalid bytes are in a body, its request gets no other response.
+        """
+        if self._rejection is not None:
+            return  # the parser reports the exception of a callback too
+        if self._phase == Phase.BODY and not self._drop_request():
+            self._rejection = b""  # the request has a response already
+            self._send_rejection()
             return
         body = make_problem(status, detail).body
         retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[status] + head.encode("latin-1") + body)
-        if self.service:
-            self.service.count(_NO_CONTEXT, "none", status)
-        self._close_after_response()
+        self._rejection = STATUS_LINE[status] + head.encode("latin-1") + body
+        self._service.count(_NO_CONTEXT, "none", status)
+        self._send_rejection()
 
-    def _close_after_response(self) -> None:
-        """Close the connection after the response.
-
-        If the client is still sending, its bytes are read for a moment longer: after an immediate close it might not
-        receive the response.
-        """
-        self._closing = True
-        self.since = time.monotonic()
-        if self._receiving_head or self._receiving_body:
-            self.transport.write_eof()
+    def _drop_request(self) -> bool:
+        """Drop the request whose body is invalid; return whether it was unanswered."""
+        cycle = self.cycle
+        if cycle.response_complete:
+            return False
+        self.num_unanswered -= 1
+        waiting = [entry for entry in self.pipeline if entry[0] is not cycle]
+        if len(waiting) < len(self.pipeline):
+            self.pipeline.clear()
+            self.pipeline.extend(waiting)
         else:
-            self.transport.close()
+            if cycle.response_started:
+                self.transport.abort()  # another response must not be mixed with it
+            cycle.disconnected = True  # the application gets http.disconnect, and what it sends is ignored
+            cycle.message_event.set()
+        return True
+
+    def _send_rejection(self) -> None:
+        """Send the rejection if nothing has to be sent before it.
+
+        After it, the client's bytes are read for a moment longer: after an immediate close it might not receive the
+        response.
+        """
+        if self._rejection is None or self.num_unanswered or self.transport.is_closing():
+            return
+        self.since = time.monotonic()
+        self.transport.write(self._rejection)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.http.service import CLIENT_CLOSED_REQUEST, RequestContext, Service
 from serve.problems import MEDIA_TYPE, Problem, ProblemError, make_problem
 
+_WRONG_HOST = make_problem(400, "a request has exactly one Host header; send the name of the service in it.")
+_STOPPED = make_problem(503, "the service stopped before the request was answered; try again.")
 _log = logging.getLogger(__name__)
 
 
@@ -37,12 +39,17 @@ class RequestMiddleware:
         scope.setdefault("state", {})["context"] = context
         request = RequestScope(context, self._service, receive, send)
         try:
-            await self._app(scope, request.receive, request.send)
+            if scope["http_version"] == "1.1" and len(headers.getlist("host")) != 1:
+                await problem_response(_WRONG_HOST, {"Connection": "close"})(scope, receive, request.send)
+            else:
+                await self._app(scope, request.receive, request.send)
         except ClientDisconnect:
             request.status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             if not request.suppress_cancellation():
-                raise
+                if request.status or not self._service.stopping:
+                    raise
+                await problem_response(_STOPPED, {"Retry-After": "1"})(scope, receive, request.send)
         except Exception:
             _log.exception("request %s ended with an unexpected error", context.request_id)
             if request.status:  # part of the response has been sent; the server closes the connection
@@ -52,7 +59,8 @@ class RequestMiddleware:
             await problem_response(make_problem(500, detail))(scope, receive, request.send)
         finally:
             request.close()
-            self._service.count(context, getattr(scope.get("route"), "path", "none"), request.status)
+            route = scope.get("route")  # set by the router
+            self._service.count(context, getattr(route, "path", "none"), request.status)
 
 
 class RequestScope:
@@ -70,17 +78,16 @@ class RequestScope:
         self._send = send
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._held_bytes = 0
         self._answered = False
 
     async def receive(self) -> Message:
         """Receive a message and count its bytes. After the whole body, start to watch for a disconnect."""
         message = await self._receive()
-        num_bytes = len(message.get("body", b""))
-        self._held_bytes += num_bytes
-        self._service.reserve_bytes(num_bytes)
-        if message["type"] == "http.request" and not message.get("more_body") and not self._watcher:
-            self._watcher = asyncio.create_task(self._cancel_on_disconnect())
+        if message["type"] == "http.request":
+            if body := message.get("body"):
+                self._context.hold(len(body))
+            if not message.get("more_body") and not self._watcher:
+                self._watcher = asyncio.create_task(self._cancel_on_disconnect())
         return message
 
     async def send(self, message: Message) -> None:
@@ -110,7 +117,7 @@ class RequestScope:
         if self._watcher:
             self._watcher.cancel()
             self._watcher = None  # its last frame refers to this object
-        self._service.reserve_bytes(-self._held_bytes)
+        self._service.body_memory.release(self._context.held_bytes)
 
     async def _cancel_on_disconnect(self) -> None:
         await self._receive()  # after the body only http.disconnect follows, also when the response is complete

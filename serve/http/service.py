@@ -1,6 +1,5 @@
 """The state that all requests of the server process share: models, API keys, limits, metrics and readiness."""
 
-import asyncio
 import logging
 import os
 import re
@@ -9,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
 
 from serve.engine.answers import answers_json, rejected_image_json
 from serve.http.api_keys import Keys
+from serve.http.bodies import BodyMemory
 from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
@@ -42,20 +41,26 @@ class RequestContext:
         request_id: The client's id if it is valid, else a new one.
         trace: The span of this request in the client's trace; None if it sent none.
         began: Time when the headers had arrived, on the clock of ``time.monotonic``.
+        memory: Counts the bytes of all request bodies.
+        held_bytes: The bytes that this request holds: its body as it arrived, and what was decompressed from it.
         facts: Further fields for the log.
     """
 
     request_id: str
     trace: Trace | None
     began: float
+    memory: BodyMemory
+    held_bytes: int = 0
     facts: Mapping[str, LogValue] | None = None
 
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes that this request holds in memory.
 
-class CheckedConnection(Protocol):
-    """A client's connection whose deadlines are checked regularly."""
-
-    def check(self, now: float) -> None:
-        """Close the connection if a deadline has passed."""
+        Raises:
+            ProblemError: 429, all requests together hold too many.
+        """
+        self.held_bytes += num_bytes
+        self.memory.hold(num_bytes)
 
 
 class Service:
@@ -69,7 +74,7 @@ class Service:
     Attributes:
         accepting: Whether requests are accepted. True from the end of the start to the end of the drain.
         stopping: Whether shutdown has begun. The service is then not ready but still answers.
-        connections: The open connections of all clients.
+        body_memory: Counts the bytes of all request bodies in memory.
     """
 
     def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
@@ -83,16 +88,15 @@ class Service:
         self.models = ModelRepository(root, start_pool or start, self.telemetry, settings)
         self.accepting = False
         self.stopping = False
-        self.connections: set[CheckedConnection] = set()
-        self._held_bytes = 0
+        self.body_memory = BodyMemory(settings.max_queue_bytes)
         self._id_prefix = os.urandom(8).hex()
         self._num_request_ids = 0
-        self._checking: asyncio.Task[None] | None = None
 
     def request_context(self, request_id: str, traceparent: str) -> RequestContext:
         """Create the context of a request from its headers; absent headers are empty strings."""
         request_id = request_id_of(request_id) if request_id else self.new_request_id()
-        return RequestContext(request_id, trace_of(traceparent) if traceparent else None, time.monotonic())
+        trace = trace_of(traceparent) if traceparent else None
+        return RequestContext(request_id, trace, time.monotonic(), self.body_memory)
 
     def new_request_id(self) -> str:
         """Return a unique id: a random prefix and a counter. A random id per request would cost as much as its JSON."""
@@ -108,13 +112,10 @@ class Service:
         if not self.accepting:
             await self.models.start()
             self.accepting = True
-            self._checking = asyncio.create_task(self._check_connections())
 
     async def close(self) -> None:
         """Answer the accepted requests, then end all engine processes."""
         self.accepting = False
-        if self._checking:
-            self._checking.cancel()
         await self.models.close()
 
     @property
@@ -139,18 +140,6 @@ class Service:
         """The execution provider of the first model; empty if no model is served."""
         served = self.models.all()
         return served[0].pool.provider if served else ""
-
-    def reserve_bytes(self, num_bytes: int) -> None:
-        """Count bytes of request bodies in memory. ``reserve_bytes(-num_bytes)`` releases them.
-
-        Raises:
-            ProblemError: 429, there are more than ``max_queue_bytes``.
-        """
-        self._held_bytes += num_bytes
-        if num_bytes > 0 and self._held_bytes > self.settings.max_queue_bytes:
-            limit = f"{self.settings.max_queue_bytes:,} bytes"
-            detail = f"the request bodies in memory have reached the limit of {limit}; try again."
-            raise ProblemError(make_problem(429, detail), {"Retry-After": "1", "Connection": "close"})
 
     def deadline(self, context: RequestContext, timeout: str) -> float:
         """Compute the time by which a request must be answered, on the clock of ``time.monotonic``.
@@ -195,15 +184,6 @@ class Service:
         if requests_log.isEnabledFor(logging.INFO):
             seconds = time.monotonic() - context.began
             log_request(route, status, seconds, context.request_id, context.trace, context.facts or {})
-
-    async def _check_connections(self) -> None:
-        limits = self.settings
-        shortest = min(limits.header_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds)
-        while True:
-            await asyncio.sleep(min(0.5, shortest / 4))
-            now = time.monotonic()
-            for connection in list(self.connections):
-                connection.check(now)
 
 
 def _log_fields(served: ServedModel[EnginePool], result: RequestResult) -> dict[str, LogValue]:

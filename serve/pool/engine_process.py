@@ -28,7 +28,7 @@ from serve.engine.messages import (
 from serve.pool.pending_requests import PendingRequest
 
 _START_SECONDS = 300.0
-_END_SECONDS = 2.0  # for a process without requests
+_END_SECONDS = 0.5  # for a process without requests
 _SOCKET_BUFFER_BYTES = 2**20  # large enough that neither process waits for the other to read
 _log = logging.getLogger(__name__)
 

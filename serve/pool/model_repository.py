@@ -208,12 +208,12 @@ class ModelRepository(Generic[AnyEngineClient]):
         return await asyncio.shield(task)
 
     async def close(self) -> None:
-        """Cancel a reload that is in progress, and end every engine pool when it has answered its accepted requests."""
+        """Cancel a reload that is in progress, and end every engine pool. The server has waited for its requests."""
         for task in self._reloads:
             task.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
         for key in list(self._served):
-            self._end(self._served.pop(key))
+            self._end(self._served.pop(key), 0)
         self._update_defaults()
         while self._ends:
             await asyncio.gather(*self._ends)
@@ -231,7 +231,7 @@ class ModelRepository(Generic[AnyEngineClient]):
             for key in gone:
                 before = self._served.pop(key)
                 self._update_defaults()
-                self._end(before)
+                self._end(before, self._settings.drain_seconds)
                 done.append(self._outcome(key, "retired"))
             return Reloaded(models=tuple(done))
 
@@ -247,7 +247,7 @@ class ModelRepository(Generic[AnyEngineClient]):
         except LtkdError as reason:
             return self._outcome(key, "failed", str(reason))
         if before:
-            self._end(before)
+            self._end(before, self._settings.drain_seconds)
         return self._outcome(key, "replaced" if before else "loaded")
 
     async def _begin(self, key: ModelKey, path: Path) -> None:
@@ -268,11 +268,11 @@ class ModelRepository(Generic[AnyEngineClient]):
         self._served[key] = ServedModel(key, fingerprint, pool, metrics, feedback)
         self._update_defaults()
 
-    def _end(self, served: ServedModel[AnyEngineClient]) -> None:
+    def _end(self, served: ServedModel[AnyEngineClient], drain_seconds: float) -> None:
         """End a model version in the background when it has answered its accepted requests."""
         self._telemetry.remove_model(served.metrics)
         served.pool.on_change = None
-        task = asyncio.get_running_loop().create_task(served.end(self._settings.drain_seconds))
+        task = asyncio.get_running_loop().create_task(served.end(drain_seconds))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 

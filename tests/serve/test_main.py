@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +111,38 @@ def test_during_the_delay_after_sigterm_it_is_not_ready_but_answers(bundle_path:
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert client.get("/livez").status_code == 200
         assert service.process.wait(30) == 0
+
+
+_HANG_IN_A_THREAD = """
+import time
+import serve.http.bodies
+serve.http.bodies.json_images = lambda body, max_images: (print("hangs", flush=True), time.sleep(600))
+"""
+
+
+def test_sigterm_ends_the_process_even_if_a_thread_hangs(bundle_path: Path) -> None:
+    with served(bundle_path, prelude=_HANG_IN_A_THREAD, drain_seconds=2) as service, ThreadPoolExecutor() as pool:
+        large = b'{"images": ["' + bytes(100_000).hex().encode() + b'"]}'
+        headers = {"Content-Type": "application/json"}
+        pool.submit(httpx.post, f"{service.url}/v1/classify", content=large, headers=headers, timeout=60)
+        assert service.process.stdout is not None and service.process.stdout.readline() == "hangs\n"
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 1  # not 0: the request did not end
+        assert "most recent call first" in service.process.communicate()[1]  # shows where the process hung
+
+
+@on_linux
+def test_sigterm_ends_the_process_even_if_its_engine_hangs(bundle_path: Path) -> None:
+    with served(bundle_path, drain_seconds=3, timeout_seconds=600) as service, ThreadPoolExecutor() as pool:
+        engine = service.pids()[1]
+        os.kill(engine, signal.SIGSTOP)
+        answer = pool.submit(httpx.post, f"{service.url}/v1/classify", content=encoded(toy_pixels()), timeout=60)
+        while not re.search(r"^ltkd_queue_images\{.*\} 1\.0$", httpx.get(f"{service.url}/metrics").text, re.MULTILINE):
+            pass
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+        assert answer.result().status_code == 503
+        assert not Path(f"/proc/{engine}").exists()
 
 
 @on_linux

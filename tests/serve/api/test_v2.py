@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from serve_toys import CLASS_NAMES, SIZE_PX, TASK, encoded, expected_logits, running, toy_engine, toy_pixels
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import decode_image
@@ -29,7 +30,9 @@ from serve.api.v2 import JSON_LENGTH, open_inference
 from serve.api.v2_metadata import ModelConfig, ModelMetadata
 from serve.api.v2_tensors import MAX_JSON_BYTES, InferReply, InferRequest, build_response, pack_bytes, parse_request
 from serve.engine.messages import OutputKind
+from serve.http.bodies import BodyMemory
 from serve.http.middleware import answer_http
+from serve.http.service import RequestContext
 from serve.pool.pending_requests import RequestResult
 from serve.problems import Content, Problem, ProblemError, image_problem, make_problem
 from serve.settings import Settings
@@ -304,7 +307,19 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
 
     application.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, on_result, guards))
     describe(application)
+    application.add_middleware(WithContext)
     return application
+
+
+class WithContext:
+    """Gives each request the context that serve/http/middleware.py gives it in the service."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["context"] = RequestContext("", None, 0.0, BodyMemory(2**30))
+        await self._app(scope, receive, send)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from serve_toys import encoded, expected_logits, running, toy_app, toy_pixels
 
 from ltkd.contract.image_decoding import decode_image
 from serve.http import bodies
+from serve.http.api_keys import make_key
 from serve.settings import Settings
 
 LIMITS = Settings(max_body_bytes=200_000, max_images=4, max_pixels=1_000_000)
@@ -283,7 +284,7 @@ def test_malformed_base64_is_a_problem_in_its_place(client: httpx.Client, text: 
 def test_a_json_list_that_is_too_long_is_rejected_before_it_is_parsed(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def parse(_: bytes) -> None:
+    def parse(_: bytes, __: int) -> None:
         raise AssertionError("parsed")
 
     monkeypatch.setattr(bodies, "json_images", parse)
@@ -365,3 +366,53 @@ def test_changes_to_an_image_are_listed_as_warnings(client: httpx.Client, conten
     assert result["warnings"] == [expected]
     pixels = decode_image(content, 8).pixels_SS3[None]
     assert result["class_index"] == int(expected_logits(pixels).argmax())
+
+
+def test_decompressed_bytes_count_as_memory_and_are_released() -> None:
+    app = toy_app(settings=Settings(max_queue_bytes=1_000_000, max_body_bytes=900_000, delay_seconds=0))
+    memory = app.state.service.body_memory
+    bomb = gzip.compress(bytes(800_000))
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500000\r\n\r\n"
+    with (
+        running(app) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as slow_client,
+    ):
+        assert problem(client.post("/v1/classify", content=bomb, headers=PNG | {"Content-Encoding": "gzip"}), 415)
+        slow_client.sendall(head + bytes(499_999))
+        while memory.num_bytes < 499_999:  # the timeout of the test ends this loop
+            assert client.get("/livez").status_code == 200
+        response = client.post("/v1/classify", content=bomb, headers=PNG | {"Content-Encoding": "gzip"})
+        assert "request bodies in memory" in problem(response, 429)
+        assert response.headers["retry-after"] == "1"
+        slow_client.sendall(b"x")
+        assert slow_client.recv(12) == b"HTTP/1.1 415"
+        while memory.num_bytes:
+            assert client.get("/livez").status_code == 200
+
+
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json")
+OPERATIONS = [
+    (method.upper(), path.format(model="toy", version="1"))
+    for path, methods in toy_app().openapi()["paths"].items()
+    for method in methods
+]
+
+
+@pytest.mark.parametrize("key", [b"", b"Authorization: Bearer ltkd_wrong\r\n"], ids=["no key", "wrong key"])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_a_request_without_a_valid_key_is_rejected_before_its_body_arrives(
+    client_with_key: httpx.Client, method: str, path: str, key: bytes
+) -> None:
+    address = (client_with_key.base_url.host, client_with_key.base_url.port or 0)
+    with socket.create_connection(address, timeout=30) as connection:
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10000000\r\n"
+        connection.sendall(head.encode() + key + b"\r\n{")
+        assert connection.recv(12) == (b"HTTP/1.1 200" if path in PROBES else b"HTTP/1.1 401")
+
+
+@pytest.fixture(scope="module")
+def client_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    key_file = tmp_path_factory.mktemp("keys") / "keys"
+    key_file.write_text(make_key("tester", "classify")[1] + "\n")
+    with running(toy_app(settings=Settings(key_file=key_file, delay_seconds=0))) as client:
+        yield client

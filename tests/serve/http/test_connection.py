@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serve_toys import BlockedEngine, blocked_engine, encoded, running, toy_app, toy_pixels, toy_service
+from serve_toys import BlockedEngine, blocked_engine, encoded, running, toy_app, toy_pixels
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from serve.api.app import create_app
 from serve.http.connection import Connection, Flow
 from serve.pool.pending_requests import PendingRequest
 from serve.settings import Settings
@@ -80,13 +79,13 @@ def test_a_request_that_is_not_answered_before_its_deadline_is_504() -> None:
 @pytest.mark.parametrize("headers", ["Content-Type: image/png\r\n", "Content-Type: image/png\r\nExpect: x\r\n"])
 def test_requests_of_a_disconnected_client_are_not_run(headers: str) -> None:
     engine: BlockedEngine = blocked_engine()
-    service = toy_service(engine)
-    with running(create_app(service)) as client, connected(client) as staying_client:
+    app = toy_app(engine)
+    with running(app) as client, connected(client) as staying_client:
         staying_client.sendall(post_request(PNG))
         assert engine.begun.wait(30)
         leaving_client = connected(client)
         leaving_client.sendall(post_request(LARGE, headers=headers))
-        pool = service.models.find().pool
+        pool = app.state.service.models.find().pool
         while pool.num_waiting < 2:  # the timeout of the test ends this loop
             time.sleep(0.001)
         leaving_client.close()
@@ -202,14 +201,41 @@ def test_an_idle_connection_is_closed(short_timeouts: httpx.Client) -> None:
         assert read_to_the_end(connection) == b""
 
 
-def test_a_connection_above_the_limit_is_503() -> None:
-    with running(toy_app(settings=Settings(max_connections=2, delay_seconds=0))) as client:
-        first, second, third = (connected(client) for _ in range(3))
-        response = read_to_the_end(third)
-        assert response.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in response
-        first.close()
-        second.close()
-        third.close()
+def test_a_connection_above_the_limit_replaces_the_one_that_was_idle_for_the_longest_time() -> None:
+    with (
+        running(toy_app(settings=Settings(max_connections=2, delay_seconds=0))) as client,
+        connected(client) as first,
+        connected(client) as second,
+        connected(client) as third,
+    ):
+        assert read_to_the_end(first) == b""
+        for connection in (second, third):
+            connection.sendall(post_request(PNG))
+            assert read_response(connection)[0] == 200
+
+
+def test_if_all_connections_wait_for_responses_further_ones_are_answered_only_if_they_are_probes() -> None:
+    engine = blocked_engine()
+    app = toy_app(engine, Settings(max_connections=2, delay_seconds=0))
+    with (
+        running(app) as client,
+        connected(client) as first,
+        connected(client) as second,
+    ):
+        for connection in (first, second):
+            connection.sendall(post_request(PNG))
+        while app.state.service.models.find().pool.num_waiting < 2:  # the timeout of the test ends this loop
+            time.sleep(0.001)
+        for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
+            with connected(client) as probe:
+                probe.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert read_response(probe)[0] == 200
+        with connected(client) as third:
+            third.sendall(post_request(PNG))
+            response = read_to_the_end(third)
+            assert response.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in response
+        engine.go.set()
+        assert [read_response(connection)[0] for connection in (first, second)] == [200, 200]
 
 
 def test_a_client_that_does_not_read_is_disconnected(short_timeouts: httpx.Client) -> None:
@@ -230,7 +256,7 @@ def test_bodies_in_memory_are_limited() -> None:
             read_response(probe)
         second.sendall(post_request(bytes(80_000)))
         status, headers, _ = read_response(second)
-        assert (status, headers["connection"], headers["retry-after"]) == (429, "close", "1")
+        assert (status, headers["retry-after"]) == (429, "1")
         first.sendall(b"x")
         assert read_response(first)[0] == 415
         assert client.post("/v1/classify", content=PNG, headers=AS_PNG).status_code == 200

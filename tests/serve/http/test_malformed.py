@@ -4,14 +4,16 @@ import base64
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serve_toys import bomb_png, encoded, running, toy_app, toy_pixels
+from serve_toys import blocked_engine, bomb_png, encoded, running, toy_app, toy_pixels
 
 from serve.engine.answers import Answers
+from serve.http.api_keys import make_key
 from serve.settings import Settings
 from tests.ltkd.contract.test_image_decoding import BOMBS, POLYGLOTS, VALID_FILES, damaged
 from tests.serve.http.test_bodies import problem
@@ -140,3 +142,108 @@ def test_a_malformed_head_is_4xx_and_the_connection_is_closed(client: httpx.Clie
     response = raw_response(client, head)
     assert response == b"" or response.startswith(b"HTTP/1.1 4")
     assert len(response) < 2000
+
+
+CHUNKED = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n"
+PNG = encoded(toy_pixels(3))
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+def whole_request(content: bytes, headers: bytes = b"Host: x\r\n") -> bytes:
+    head = b"POST /v1/classify HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (headers, len(content))
+    return head + content
+
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        whole_request(PNG, b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"),
+        CHUNKED + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + chunk(PNG) + b"0\r\n\r\n",
+    ],
+    ids=["length", "chunked"],
+)
+@pytest.mark.parametrize("split_at", [None, 40, 170], ids=["at once", "in the head", "later"])
+def test_an_upgrade_is_ignored_and_the_body_is_read(
+    client: httpx.Client, request_bytes: bytes, split_at: int | None
+) -> None:
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+        connection.sendall(request_bytes[:split_at])
+        while split_at and client.get("/livez").status_code != 200:
+            pass  # the first part has been parsed
+        connection.sendall((request_bytes[split_at:] if split_at else b"") + LIVEZ)
+        received = b""
+        while not received.endswith(b'{"status":"alive"}'):
+            received += connection.recv(65_536) or pytest.fail(f"closed after {received!r}")
+    first, second = received.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and b'"results":[{' in first
+    assert second.startswith(b"200")
+
+
+def test_connect_is_rejected(client: httpx.Client) -> None:
+    assert raw_response(client, b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 405")
+
+
+def test_fields_of_a_trailer_are_not_headers(tmp_path: Path) -> None:
+    key, line = make_key("camera", "classify")
+    (tmp_path / "keys").write_text(line + "\n")
+    trailer = b"0\r\nAuthorization: Bearer " + key.encode() + b"\r\n\r\n"
+    with running(toy_app(settings=Settings(key_file=tmp_path / "keys", delay_seconds=0))) as client:
+        without_key = CHUNKED + b"Connection: close\r\n\r\n" + chunk(PNG)
+        with_key = CHUNKED + b"Connection: close\r\nAuthorization: Bearer " + key.encode() + b"\r\n\r\n" + chunk(PNG)
+        assert raw_response(client, without_key + trailer).startswith(b"HTTP/1.1 401")
+        assert raw_response(client, with_key + b"0\r\nX-Checksum: 1\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_an_endless_trailer_is_rejected(client: httpx.Client) -> None:
+    response = raw_response(client, CHUNKED + b"\r\n" + chunk(PNG) + b"0\r\nX-Long: " + b"x" * 1_000_000)
+    assert response.startswith((b"HTTP/1.1 431", b"HTTP/1.1 200"))
+
+
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        b"GARBAGE",
+        CHUNKED + b"\r\nZZ\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+    ],
+    ids=["bytes after a request", "chunk size", "transfer encoding", "two lengths"],
+)
+def test_requests_before_invalid_bytes_are_answered_and_then_the_invalid_ones_with_400(invalid: bytes) -> None:
+    engine = blocked_engine()
+    with running(toy_app(engine)) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+            connection.sendall(whole_request(PNG) + whole_request(PNG) + invalid)
+            assert engine.begun.wait(30)
+            engine.go.set()
+            received = b"".join(iter(lambda: connection.recv(65_536), b""))
+        assert client.post("/v1/classify", content=PNG).status_code == 200  # nothing else was harmed
+    assert [response[:3] for response in received.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"400"]
+    assert b"this is not valid HTTP/1.1" in received
+
+
+def test_invalid_bytes_after_an_early_response_close_the_connection(client: httpx.Client) -> None:
+    early = CHUNKED.replace(b"image/png", b"text/plain") + b"\r\n5\r\nhello\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+        connection.sendall(early)
+        received = connection.recv(65_536)
+        assert received.startswith(b"HTTP/1.1 415")
+        connection.sendall(b"ZZ\r\n")
+        assert b"HTTP/1.1" not in b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+@pytest.mark.parametrize("hosts", [b"", b"Host: x\r\nHost: y\r\n"], ids=["none", "two"])
+@pytest.mark.parametrize("path", [b"/v1/classify", b"/livez", b"/nowhere"])
+def test_a_request_without_exactly_one_host_is_400(client: httpx.Client, hosts: bytes, path: bytes) -> None:
+    response = raw_response(client, b"GET " + path + b" HTTP/1.1\r\n" + hosts + b"\r\n")
+    assert response.startswith(b"HTTP/1.1 400") and b"exactly one Host header" in response
+
+
+def test_http_1_0_needs_no_host(client: httpx.Client) -> None:
+    assert raw_response(client, b"GET /livez HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
