@@ -20,13 +20,16 @@ from serve.pool.supervisor import engine_config
 from serve.settings import Settings
 
 
-def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = None) -> None:
+def serve(
+    path: Path, settings: Settings, given: Mapping[str, object] | None = None, show_settings: bool = False
+) -> None:
     """Serve a bundle, or a directory of bundles, until SIGTERM or SIGINT. Both signals stop the service cleanly.
 
     Args:
         path: A bundle, or a directory of bundles or of versions.
         settings: The settings of this start.
         given: The options given on the command line, to mark them when the settings are printed.
+        show_settings: Print all settings, not only those that differ from the default.
 
     Raises:
         LtkdError: A bundle, the device or the address cannot be used.
@@ -46,7 +49,7 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
         try:
             from serve.server import run  # noqa: PLC0415 - slow; the engine process starts meanwhile
 
-            run(path, settings, given or {}, listener, start_pool)
+            run(path, settings, given or {}, show_settings, listener, start_pool)
         finally:
             gc.enable()
             for child in started_early:  # the service stopped before it used this process

@@ -33,6 +33,7 @@ def run(
     path: Path,
     settings: Settings,
     given: Mapping[str, object],
+    show_settings: bool,
     listener: socket.socket,
     start_pool: StartPool[EnginePool],
 ) -> None:
@@ -42,6 +43,7 @@ def run(
         path: A bundle, or a directory of bundles or of versions.
         settings: The settings of this start.
         given: The options given on the command line, to mark them when the settings are printed.
+        show_settings: Print all settings, not only those that differ from the default.
         listener: A bound, listening socket.
         start_pool: Starts the engine processes of a bundle.
 
@@ -50,15 +52,18 @@ def run(
     """
     set_up_logging(settings.log_format, settings.log_level)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(Service(path, settings, start_pool), given, listener))
+        service = Service(path, settings, start_pool)
+        runner.run(_serve(service, given, show_settings, listener))
 
 
-async def _serve(service: Service, given: Mapping[str, object], listener: socket.socket) -> None:
+async def _serve(
+    service: Service, given: Mapping[str, object], show_settings: bool, listener: socket.socket
+) -> None:
     try:
         await service.start()
         app = create_app(service)
         reload_on_hangup(service.models, service.keys)
-        log_settings(service.settings, given)
+        log_settings(service.settings, given, show_settings)
         host, port = listener.getsockname()[:2]
         print(_start_message(service, host, port), flush=True)  # noqa: T201 - the user waits for this line
         trim_memory()

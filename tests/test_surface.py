@@ -36,6 +36,7 @@ OPTIONS = {
         "--key-file",
         "--log-format",
         "--log-level",
+        "--show-settings",
     },
     "key": {"--admin"},
     "classify": {"--top-k", "--json"},

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="Lowest level of messages to log. info: log one line per request.  [default: warning]",
 )
-def serve(bundle: Path, **options: "str | int | Path | None") -> None:
+@click.option("--show-settings", is_flag=True, help="Print all settings at the start, with where each one is set.")
+def serve(bundle: Path, show_settings: bool, **options: "str | int | Path | None") -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
     BUNDLE is a bundle, a directory of bundles (NAME/), or a directory of bundles with versions (NAME/1/, NAME/2/), of
@@ -60,12 +61,12 @@ def serve(bundle: Path, **options: "str | int | Path | None") -> None:
     verified and warmed up; if that fails, it is not loaded.
 
     Every setting can also be given as an environment variable, for example LTKD_PORT=9000. Some settings have only a
-    variable. All settings are printed at the start.
+    variable. Those that differ from the default are printed at the start.
     """
     from serve.main import serve as serve_bundle
     from serve.settings import read_settings
 
-    serve_bundle(bundle, read_settings(options), options)
+    serve_bundle(bundle, read_settings(options), options, show_settings)
 
 
 @click.command(short_help="Create an API key for the service.")

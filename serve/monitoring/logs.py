@@ -28,6 +28,7 @@ requests_log = logging.getLogger("ltkd.requests")
 start_log = logging.getLogger("ltkd.start")
 """The settings at the start of the service; logged at every log level."""
 
+_DEFAULT = "(default)"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -132,10 +133,11 @@ def set_up_logging(log_format: LogFormat, level: LogLevel, stream: TextIO | None
     start_log.setLevel(logging.INFO)
 
 
-def log_settings(settings: Settings, given: Mapping[str, object]) -> None:
-    """Log the settings of the service; see ``settings_lines``."""
+def log_settings(settings: Settings, given: Mapping[str, object], show_all: bool) -> None:
+    """Log the settings of the service that are not the default, or all of them."""
     for line in settings_lines(settings, given):
-        start_log.info("setting %s", line)
+        if show_all or not line.endswith(_DEFAULT):
+            start_log.info("setting %s", line)
 
 
 def settings_lines(settings: Settings, given: Mapping[str, object]) -> list[str]:

@@ -159,10 +159,13 @@ def test_each_setting_is_listed_with_its_source_and_secrets_are_hidden(monkeypat
     assert not any("hunter2" in line for line in lines)
 
 
-def test_the_settings_are_logged_in_the_log_format_at_every_level() -> None:
-    stream = io.StringIO()
-    set_up_logging("json", "error", stream)
-    log_settings(Settings(), {})
-    lines = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
-    assert len(lines) == len(Settings.model_fields)
-    assert all(line.startswith("setting ") for line in lines)
+def test_settings_that_are_not_the_default_or_all_are_logged_in_the_log_format_at_every_level() -> None:
+    def logged(show_all: bool) -> list[str]:
+        stream = io.StringIO()
+        set_up_logging("json", "error", stream)
+        log_settings(Settings(port=9000), {"port": 9000}, show_all)
+        return [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+
+    assert logged(False) == ["setting port = 9000 (flag)"]
+    assert len(logged(True)) == len(Settings.model_fields)
+    assert all(line.startswith("setting ") for line in logged(True))
