@@ -32,10 +32,11 @@ class Settings(BaseModel):
         max_pixels: Images with more pixels are rejected before they are decoded. The upper limit is that of Pillow.
         max_images: Images per request.
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
-        max_queue_bytes: Bytes of request bodies in memory; requests beyond this limit are rejected with 429.
+        max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are rejected with 429.
         max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429; by default ten
             times what the model needs for one image, at least 0.05.
-        max_connections: Open connections; further ones are answered with 503 and closed.
+        max_connections: Open connections. A further one replaces the one that has been idle for the longest time; while
+            all wait for responses, only health checks are answered on it, and other requests get 503.
         max_header_bytes: Size of the request line and headers together.
         max_headers: Number of header lines.
         header_seconds: Request line and headers must arrive within this time of the first byte.
@@ -46,8 +47,8 @@ class Settings(BaseModel):
         stall_seconds: An engine process that has requests but sends no message for this time is killed and replaced.
         delay_seconds: Time after SIGTERM in which the service is not ready but still accepts connections, so that load
             balancers can send requests elsewhere.
-        drain_seconds: Time after that delay in which accepted requests are answered. The two together must be shorter
-            than the 10 s of ``docker stop``.
+        drain_seconds: Time after that delay in which accepted requests are answered. Then the process ends, whatever it
+            is doing. The two together must be shorter than the 10 s of ``docker stop``.
         top_k: Classes listed per answer if the request does not set a number.
         default_model: The model for requests that name none; not needed if only one model is served.
         key_file: File with the API keys. Without it classification needs no key and administration is disabled.

@@ -216,3 +216,19 @@ def test_the_json_example_of_the_description_is_answered(client: httpx.Client) -
     example = described["application/json"]["example"]
     assert base64.b64decode(example["images"][0]).startswith(b"\x89PNG")
     assert client.post("/v1/classify", json=example).status_code == 200
+
+
+def test_the_limits_of_bodies_hold_under_another_asgi_server() -> None:
+    app = toy_app(settings=Settings(max_body_bytes=10_000, body_seconds=0.2, delay_seconds=0))
+    del app.state.service  # now ``running`` uses uvicorn as it comes
+    with running(app) as client:
+        assert len(client.post("/v1/classify", content=PNG).json()["results"]) == 1
+        assert "10,000 bytes" in problem(client.post("/v1/classify", content=iter([bytes(6_000)] * 2)), 413)
+
+        def slow_body() -> Iterator[bytes]:
+            yield b"x"
+            threading.Event().wait(0.5)  # longer than body_seconds
+            yield b"x"
+
+        assert "did not arrive" in problem(client.post("/v1/classify", content=slow_body()), 408)
+        assert problem(client.post("/v1/feedback", content=iter([bytes(3_000)] * 2)), 413)
