@@ -37,7 +37,7 @@ OPTIONS = {
         "--log-format",
         "--log-level",
     },
-    "key": {"--admin"},
+    "key": {"--role", "--limit"},
     "classify": {"--top-k", "--json"},
     "pipeline": DATA | {"--teacher-model", "--student-model", "--recipe", "--device", "--seed", "--out"},
 }

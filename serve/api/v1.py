@@ -7,8 +7,9 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import FORMATS
 from ltkd.contract.records import Record
-from serve.api.openapi import CLASSIFY_BODY, problem_responses
+from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
+from serve.http.api_keys import Key
 from serve.http.bodies import read_images
 from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 
@@ -61,11 +62,11 @@ def classify_routes(service: Service) -> APIRouter:
         summary="Classify one image or many",
         openapi_extra=CLASSIFY_BODY,
         response_model=Answers,
-        responses=problem_responses(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        responses=problem_responses(*KEY_STATUSES, 400, 404, 408, 413, 415, 422, 500, 503, 504),
     )
     async def classify(
         request: Request,
-        _: Annotated[str, Depends(service.keys.requires("classify"))],
+        _: Annotated[Key, Depends(service.keys.requires("classify"))],
         top_k: Annotated[
             int, Query(ge=1, description="Number of classes to list, or all if there are fewer")
         ] = settings.top_k,
@@ -93,13 +94,13 @@ def classify_routes(service: Service) -> APIRouter:
 def model_routes(service: Service) -> APIRouter:
     """Create the routes for model information and health checks."""
     router = APIRouter(tags=["operate"])
-    key = Depends(service.keys.requires("classify"))
+    key = Depends(service.keys.requires())
 
     @router.get(
         "/v1/model",
         summary="A model, where it runs and which images it accepts",
         dependencies=[key],
-        responses=problem_responses(400, 401, 404),
+        responses=problem_responses(*KEY_STATUSES, 400, 404),
     )
     async def model_facts(model: ModelName = None, version: ModelVersion = None) -> ModelFacts:
         served = service.models.find(model, version)

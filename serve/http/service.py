@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 
-from serve.engine.answers import answers_json, rejected_image_json
+from serve.engine.answers import answers_json, rejected_image_json, served_answer_json
 from serve.http.api_keys import Keys
 from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
@@ -43,12 +43,16 @@ class RequestContext:
         trace: The span of this request in the client's trace; None if it sent none.
         began: Time when the headers had arrived, on the clock of ``time.monotonic``.
         facts: Further fields for the log.
+        key: The name of the client's API key; empty without a valid one.
+        over_limit: Whether the request was rejected because the key has sent too many.
     """
 
     request_id: str
     trace: Trace | None
     began: float
     facts: Mapping[str, LogValue] | None = None
+    key: str = ""
+    over_limit: bool = False
 
 
 class CheckedConnection(Protocol):
@@ -179,22 +183,32 @@ class Service:
         problems = [each for each in result.results if isinstance(each, Problem)]
         if len(problems) == len(result.results):
             raise _all_rejected(problems, context)
-        self.record(served, result, context)
-        results = [rejected_image_json(each) if isinstance(each, Problem) else each for each in result.results]
+        ids = self.record(served, result, context)
+        results = [
+            rejected_image_json(each) if isinstance(each, Problem) else served_answer_json(answer_id, each)
+            for answer_id, each in zip(ids, result.results, strict=True)
+        ]
         return answers_json(served.pool.ref_json, results)
 
-    def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> None:
-        """Record a result for the log and for later feedback."""
+    def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> list[str]:
+        """Record a result for the log and for later feedback.
+
+        Returns:
+            The id of each answer; empty for a rejected image.
+        """
         if requests_log.isEnabledFor(logging.INFO):
             context.facts = _log_fields(served, result)
-        self.feedback.remember(context.request_id, served.feedback, result.facts)
+        return self.feedback.remember(context.key, served.feedback, result.facts)
 
     def count(self, context: RequestContext, route: str, status: int) -> None:
         """Count a finished request in the metrics, and log it."""
-        self.telemetry.count_request(route, status, _REASONS.get(status))
+        self.telemetry.count_request(
+            route, status, "over_limit" if context.over_limit else _REASONS.get(status), context.key
+        )
         if requests_log.isEnabledFor(logging.INFO):
             seconds = time.monotonic() - context.began
-            log_request(route, status, seconds, context.request_id, context.trace, context.facts or {})
+            more = ({"key": context.key} if context.key else {}) | dict(context.facts or {})
+            log_request(route, status, seconds, context.request_id, context.trace, more)
 
     async def _check_connections(self) -> None:
         limits = self.settings
