@@ -50,9 +50,10 @@ class Settings(BaseModel):
             than the 10 s of ``docker stop``.
         top_k: Classes listed per answer if the request does not set a number.
         default_model: The model for requests that name none; not needed if only one model is served.
-        key_file: File with the API keys. Without it classification needs no key and administration is disabled.
+        key_file: File with the API keys. Without it administration is disabled, and everything else needs no key.
         window_images: Predictions in the rolling window of each model.
-        feedback_images: Most recent answers that are kept until their true labels arrive.
+        feedback_images: Most recent answers that are kept for their true labels. If there are more, the API key with
+            the most answers loses its oldest.
         log_format: ``plain`` or ``json``.
         log_level: ``debug``, ``info`` (log one line per request), ``warning`` or ``error``.
     """

@@ -42,8 +42,8 @@ ROLES = ["classify", "feedback", "metrics", "admin"]
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help="File of API keys with one line per key, made by: ltkd key NAME.  [default: classification needs no key, "
-    "administration is disabled]",
+    help="File of API keys with one line per key, made by: ltkd key NAME.  [default: administration is disabled, "
+    "everything else needs no key]",
 )
 @click.option(
     "--log-format",
