@@ -4,7 +4,7 @@ The HTTP status identifies the kind of problem, so ``type`` is ``about:blank`` a
 
     400  the request is malformed            415  the image type is not supported
     401  the API key is missing or invalid   422  the image is damaged, truncated or has too many pixels
-    403  the role of the key is too low      429  the queue is full
+    403  the key does not have the role      429  the queue is full, or the key has sent too many
     404  no such path or model               500  internal error
     405  the method is not allowed           503  the service is not ready
     408  the body arrived too slowly         504  no response within the request's deadline

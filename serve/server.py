@@ -56,9 +56,7 @@ def run(
         runner.run(_serve(service, given, show_settings, listener))
 
 
-async def _serve(
-    service: Service, given: Mapping[str, object], show_settings: bool, listener: socket.socket
-) -> None:
+async def _serve(service: Service, given: Mapping[str, object], show_settings: bool, listener: socket.socket) -> None:
     try:
         await service.start()
         app = create_app(service)

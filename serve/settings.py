@@ -32,7 +32,8 @@ class Settings(BaseModel):
         max_pixels: Images with more pixels are rejected before they are decoded. The upper limit is that of Pillow.
         max_images: Images per request.
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
-        max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are rejected with 429.
+        max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are
+            rejected with 429.
         max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429; by default ten
             times what the model needs for one image, at least 0.05.
         max_connections: Open connections. A further one replaces the one that has been idle for the longest time; while
@@ -51,9 +52,10 @@ class Settings(BaseModel):
             is doing. The two together must be shorter than the 10 s of ``docker stop``.
         top_k: Classes listed per answer if the request does not set a number.
         default_model: The model for requests that name none; not needed if only one model is served.
-        key_file: File with the API keys. Without it classification needs no key and administration is disabled.
+        key_file: File with the API keys. Without it administration is disabled, and everything else needs no key.
         window_images: Predictions in the rolling window of each model.
-        feedback_images: Most recent answers that are kept until their true labels arrive.
+        feedback_images: Most recent answers that are kept for their true labels. If there are more, the API key with
+            the most answers loses its oldest.
         log_format: ``plain`` or ``json``.
         log_level: ``debug``, ``info`` (log one line per request), ``warning`` or ``error``.
     """

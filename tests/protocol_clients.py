@@ -44,6 +44,13 @@ def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[st
         [tensor("image", pixels, "UINT8", True)],
         outputs=[triton.InferRequestedOutput("logits", binary_data=False, class_count=3)],
     ).as_numpy("logits")
+    both_forms = [
+        client.infer(MODEL, [tensor("image", pixels, "UINT8", True)], outputs=[output]).get_response()
+        for output in (
+            triton.InferRequestedOutput("logits", binary_data=True),
+            triton.InferRequestedOutput("logits", binary_data=False, class_count=1),
+        )
+    ]
     requests = [client.async_infer(MODEL, [tensor("image", pixels, "UINT8", True)]) for _ in range(3)]
     asynchronous = [request.get_result().as_numpy("logits").tolist() for request in requests]
     try:
@@ -64,6 +71,7 @@ def with_triton(address: str, pixels: np.ndarray, files: list[bytes]) -> dict[st
         "classification": [[text.decode() for text in row] for row in classified.tolist()],
         "classification_in_json": classified_in_json.tolist(),
         "error": error,
+        "answer_ids": [name for response in both_forms for name in response["parameters"]["answer_ids"].split(",")],
         "logits": {
             "binary in and out": logits(tensor("image", pixels, "UINT8", True), True),
             "JSON in and out": logits(tensor("image", pixels, "UINT8", False), False),
@@ -116,6 +124,7 @@ async def with_kserve(address: str, pixels: np.ndarray, files: list[bytes]) -> d
         "model_ready": await client.is_model_ready(url, MODEL),
         "other_ready": await client.is_model_ready(url, "other"),
         "error": error,
+        "answer_ids": plain.parameters["answer_ids"].split(","),
         "logits": {
             "a dictionary": plain.outputs[0].as_numpy().tolist(),
             "JSON in and out": await logits("image", pixels, "UINT8", binary=False, binary_out=False),

@@ -38,7 +38,7 @@ OPTIONS = {
         "--log-level",
         "--show-settings",
     },
-    "key": {"--admin"},
+    "key": {"--role", "--limit"},
     "classify": {"--top-k", "--json"},
     "pipeline": DATA | {"--teacher-model", "--student-model", "--recipe", "--device", "--seed", "--out"},
 }

@@ -10,6 +10,9 @@ from ltkd.cli.options import DEVICES, path_argument
 
 if TYPE_CHECKING:
     from serve.engine.answers import Answer, RejectedImage
+    from serve.http.api_keys import Role
+
+ROLES = ["classify", "feedback", "metrics", "admin"]
 
 
 @click.command(short_help="Serve bundles over HTTP.")
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help="File of API keys with one line per key, made by: ltkd key NAME.  [default: classification needs no key, "
-    "administration is disabled]",
+    help="File of API keys with one line per key, made by: ltkd key NAME.  [default: administration is disabled, "
+    "everything else needs no key]",
 )
 @click.option(
     "--log-format",
@@ -71,8 +74,23 @@ def serve(bundle: Path, show_settings: bool, **options: "str | int | Path | None
 
 @click.command(short_help="Create an API key for the service.")
 @click.argument("name")
-@click.option("--admin", is_flag=True, help="Also allow administration with this key, such as reloading bundles.")
-def key(name: str, admin: bool) -> None:
+@click.option(
+    "--role",
+    "roles",
+    type=click.Choice(ROLES),
+    multiple=True,
+    default=["classify"],
+    show_default=True,
+    help="What the key allows; can be repeated. classify: classify, and report true labels of its own answers. "
+    "feedback: report true labels of all answers. metrics: read metrics and statistics per group. admin: reload "
+    "bundles and keys; includes all other roles.",
+)
+@click.option(
+    "--limit",
+    type=float,
+    help="Number of requests a second that are accepted; as many may come at once.  [default: no limit]",
+)
+def key(name: str, roles: "tuple[Role, ...]", limit: float | None) -> None:
     """Create an API key for NAME.
 
     The key is printed on stderr and is not stored. The line for the key file is printed on stdout. It contains only a
@@ -82,10 +100,14 @@ def key(name: str, admin: bool) -> None:
     To add a key to the file keys and serve with it:
         ltkd key NAME >> keys
         ltkd serve BUNDLE --key-file keys
+
+    \b
+    A key that may send 20 requests a second, and report the true labels of all answers:
+        ltkd key NAME --role classify --role feedback --limit 20 >> keys
     """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b
     from serve.http.api_keys import make_key
 
-    secret, line = make_key(name, "admin" if admin else "classify")
+    secret, line = make_key(name, *roles, limit=limit)
     click.echo(f"the key of {name}, which is not shown again: {secret}", err=True)
     click.echo(line)
 
@@ -101,7 +123,10 @@ def key(name: str, admin: bool) -> None:
     help="Number of most probable classes to list with --json.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object per image, in the format of the service's responses."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object per image, in the format of the service's responses but without answer_id.",
 )
 def classify(bundle: Path, images: tuple[Path, ...], top_k: int, as_json: bool) -> None:
     """Classify image files with BUNDLE, with the same results as the service.

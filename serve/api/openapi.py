@@ -17,6 +17,7 @@ from serve.problems import MEDIA_TYPE, Problem, make_problem
 EXAMPLE_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # one red pixel
 )
+EXAMPLE_ANSWER_ID = "6f1c0d2b9a7e4f5386b1d0c94e2a7f35"
 EXAMPLE_TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _COMPONENTS = "#/components/schemas/{model}"
@@ -53,7 +54,7 @@ FEEDBACK_BODY: dict[str, Any] = {
         "content": {
             JSON: {
                 "schema": {"$ref": _COMPONENTS.format(model=FeedbackBody.__name__)},
-                "example": {"request_id": "order-4711", "image": 0, "label": "crow"},
+                "example": {"answer_id": EXAMPLE_ANSWER_ID, "label": "crow"},
             },
         },
     },
@@ -88,6 +89,7 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
                 "example": {
                     "model_name": "birds",
                     "model_version": "1",
+                    "parameters": {"answer_ids": EXAMPLE_ANSWER_ID},
                     "outputs": [{"name": LOGITS, "datatype": "FP32", "shape": [1, 3], "data": [4.5, 0.25, -1.0]}],
                 },
             },
@@ -96,17 +98,20 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
     }
 }
 
+KEY_STATUSES = (401, 403, 429)
+"""The problems of every route that needs a key: without a valid one, without the role, and above the key's limit."""
+
 _EXAMPLES = {
     400: "query top_k is 'five': Input should be a valid integer.",
     401: "this route needs an API key; send the header 'Authorization: Bearer KEY'.",
     403: "the key camera-3 has the role classify; this route needs a key with the role admin.",
     404: "there is no model bird; there is: birds version 1.",
     408: "the body did not arrive within 10 s; send a smaller body or use a faster connection.",
-    409: "image 0 of request order-4711 already has a true label; the first label counts.",
+    409: f"the answer {EXAMPLE_ANSWER_ID} already has a true label; the first label counts.",
     413: "the body is larger than 20,971,520 bytes; send a smaller one, for example with fewer or smaller images.",
     415: "the file is not a JPEG, PNG or WebP image (it begins with b'hello'); convert it to one.",
     422: "the image is damaged or truncated (image file is truncated); send the whole file.",
-    429: "32 images are waiting, and more would not be answered in time; try again in 1 s.",
+    429: "the key camera-3 is limited to 20 requests a second; try again in 1 s.",
     500: "an internal error occurred; the log of the service has the cause under request id 0f3c.",
     503: "the service is not ready; try again.",
     504: "the deadline passed before the image was answered; send fewer at a time, or allow more time.",
@@ -130,7 +135,7 @@ _REQUEST_HEADERS = {
 }
 _RESPONSE_HEADERS = {
     "X-Request-ID": {
-        "description": "The id of the request, used in the log and for feedback",
+        "description": "The id of the request, used in the log",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
     "Retry-After": {

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from ltkd.contract.records import Record
 from ltkd.errors import LtkdError
-from serve.api.openapi import FEEDBACK_BODY, problem_responses
-from serve.http.api_keys import Keys
+from serve.api.openapi import FEEDBACK_BODY, KEY_STATUSES, problem_responses
+from serve.http.api_keys import Key, Keys
 from serve.http.bodies import BodyLimits, read_record
 from serve.monitoring.drift import WindowReport
 from serve.monitoring.feedback import Feedback, FeedbackBody, FeedbackReceipt, GroupAccuracy
@@ -42,14 +42,14 @@ def operations(
 ) -> APIRouter:
     """Create the routes for operators."""
     router = APIRouter(tags=["operate"])
-    any_key, admin_key = Depends(keys.requires("classify")), Depends(keys.requires("admin"))
+    metrics_key, admin_key = Depends(keys.requires("metrics")), Depends(keys.requires("admin"))
 
     @router.get(
         "/metrics",
         summary="Metrics in the format of Prometheus",
         response_class=Response,
-        dependencies=[any_key],
-        responses=problem_responses(401),
+        dependencies=[metrics_key],
+        responses=problem_responses(*KEY_STATUSES),
     )
     async def metrics() -> Response:
         return Response(telemetry.exposition(), media_type=MEDIA_TYPE)
@@ -57,8 +57,8 @@ def operations(
     @router.get(
         "/v1/groups",
         summary="Recent predictions per class group, compared with those of certification",
-        dependencies=[any_key],
-        responses=problem_responses(400, 401, 404),
+        dependencies=[metrics_key],
+        responses=problem_responses(*KEY_STATUSES, 400, 404),
     )
     async def groups(
         model: Annotated[str | None, Query(description="Name of the model; not needed if only one is served")] = None,
@@ -73,20 +73,23 @@ def operations(
     @router.post(
         "/v1/feedback",
         summary="Report the true label of an answer",
-        description="The service keeps request id, predicted class, group and confidence of the most recent answers in "
-        "memory. It does not keep images.",
-        dependencies=[any_key],
+        description="An answer can be labelled by the key that asked for it, or by a key with the role feedback. The "
+        "service keeps id, predicted class, group and confidence of the most recent answers, and the name of the key, "
+        "in memory. It does not keep images.",
         openapi_extra=FEEDBACK_BODY,
-        responses=problem_responses(400, 401, 404, 408, 409, 413, 415),
+        responses=problem_responses(*KEY_STATUSES, 400, 404, 408, 409, 413, 415),
     )
-    async def tell(request: Request) -> FeedbackReceipt:
-        return feedback.add_label(await read_record(request, FeedbackBody, limits))
+    async def tell(
+        request: Request, key: Annotated[Key, Depends(keys.requires("classify", "feedback"))]
+    ) -> FeedbackReceipt:
+        owner = None if "feedback" in key.roles else key.name
+        return feedback.add_label(await read_record(request, FeedbackBody, limits), owner)
 
     @router.post(
         "/v1/admin/reload",
         summary="Look for new or changed bundles, verify them and serve them",
         dependencies=[admin_key],
-        responses=problem_responses(401, 403, 409),
+        responses=problem_responses(*KEY_STATUSES, 409),
     )
     async def reload() -> Reloaded:
         try:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import FORMATS
 from ltkd.contract.records import Record
-from serve.api.openapi import CLASSIFY_BODY, problem_responses
+from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
 from serve.http.bodies import read_images
 from serve.http.service import TIMEOUT_HEADER, Service, server_timing
@@ -75,7 +75,8 @@ def classify_routes(service: Service) -> APIRouter:
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             async def handle(request: Request) -> Response:
-                service.keys.authorise(request.headers.get("authorization", ""), "classify")
+                authorization = request.headers.get("authorization", "")
+                service.keys.authorise(authorization, "classify", context=request.state.context)
                 query = _query(request)
                 timeout = request.headers.get(TIMEOUT_HEADER, "")
                 return await classify(request, query.top_k or settings.top_k, query.model, query.version, timeout)
@@ -90,7 +91,7 @@ def classify_routes(service: Service) -> APIRouter:
         dependencies=[Depends(service.keys.requires("classify"))],
         openapi_extra=CLASSIFY_BODY,
         response_model=Answers,
-        responses=problem_responses(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        responses=problem_responses(*KEY_STATUSES, 400, 404, 408, 413, 415, 422, 500, 503, 504),
     )
     async def classify(
         request: Request,
@@ -134,13 +135,13 @@ _NO_QUERY = ClassifyQuery()
 def model_routes(service: Service) -> APIRouter:
     """Create the routes for model information and health checks."""
     router = APIRouter(tags=["operate"])
-    key = Depends(service.keys.requires("classify"))
+    key = Depends(service.keys.requires())
 
     @router.get(
         "/v1/model",
         summary="A model, where it runs and which images it accepts",
         dependencies=[key],
-        responses=problem_responses(400, 401, 404),
+        responses=problem_responses(*KEY_STATUSES, 400, 404),
     )
     async def model_facts(model: ModelName = None, version: ModelVersion = None) -> ModelFacts:
         served = service.models.find(model, version)

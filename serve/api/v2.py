@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from ltkd.contract.bundle import Manifest
-from serve.api.openapi import INFER_BODY, INFER_RESPONSES, problem_responses
+from serve.api.openapi import INFER_BODY, INFER_RESPONSES, KEY_STATUSES, problem_responses
 from serve.api.v2_metadata import (
     IndexEntry,
     Live,
@@ -41,7 +41,7 @@ from serve.problems import Content, Problem, ProblemError, make_problem
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 _TAG = "Open Inference Protocol"
-_UNLOCKED = problem_responses(400, 401, media_type=JSON)
+_UNLOCKED = problem_responses(*KEY_STATUSES, 400, media_type=JSON)
 NameAndVersion = tuple[str, str | None]
 """The name of a model and its version; None stands for the highest version."""
 
@@ -138,7 +138,7 @@ def open_inference(
     limits: InferenceLimits,
     require_ready: Callable[[], None],
     require_accepting: Callable[[], None],
-    on_result: Callable[[Request, Servable_co, RequestResult], None],
+    on_result: Callable[[Request, Servable_co, RequestResult], Sequence[str]],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
     """Create the routes of the protocol.
@@ -148,7 +148,7 @@ def open_inference(
         limits: Limits on bodies and on time.
         require_ready: Raises a ProblemError unless load balancers should send requests here.
         require_accepting: Raises a ProblemError if the service accepts no requests.
-        on_result: Called with every successful result.
+        on_result: Called with every successful result. Returns the id of each answer, empty for an image without one.
         guards: Dependencies of every route except the two health checks. They raise a ProblemError to reject a request.
     """
     router = APIRouter(tags=[_TAG], route_class=ProtocolRoute)
@@ -195,7 +195,7 @@ def _add_model_routes(
     repository: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
 ) -> None:
-    unknown = problem_responses(400, 401, 404, 503, media_type=JSON)
+    unknown = problem_responses(*KEY_STATUSES, 400, 404, 503, media_type=JSON)
 
     @router.get(path, summary="Inputs and outputs of a model", responses=unknown)
     async def model_metadata(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelMetadata:
@@ -221,7 +221,7 @@ def _add_inference(
     repository: RepositoryProtocol[Servable_co],
     limits: InferenceLimits,
     require_accepting: Callable[[], None],
-    on_result: Callable[[Request, Servable_co, RequestResult], None],
+    on_result: Callable[[Request, Servable_co, RequestResult], Sequence[str]],
 ) -> None:
 
     @router.post(
@@ -230,7 +230,7 @@ def _add_inference(
         openapi_extra=INFER_BODY,
         response_class=Response,
         responses=INFER_RESPONSES
-        | problem_responses(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504, media_type=JSON),
+        | problem_responses(*KEY_STATUSES, 400, 404, 408, 413, 415, 422, 500, 503, 504, media_type=JSON),
     )
     async def infer(
         request: Request,
@@ -249,8 +249,8 @@ def _add_inference(
             infer_request = await parsed(request, body, parse)
             result = await _run(served.pool, infer_request, limits.timeout_seconds)
         logits_NC = _logits(result.results)
-        on_result(request, served, result)
-        response = build_response(infer_request, logits_NC, task, served.key.name, served.key.version)
+        answer_ids = on_result(request, served, result)
+        response = build_response(infer_request, logits_NC, answer_ids, task, served.key.name, served.key.version)
         if response.json_bytes is None:
             return Response(response.body, media_type=JSON)
         headers = {JSON_LENGTH: str(response.json_bytes)}

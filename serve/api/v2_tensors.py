@@ -97,12 +97,22 @@ class OutputTensor(Record):
     parameters: OutputParameters | None = None
 
 
+class ReplyParameters(Record):
+    """Parameters of a response. Values of the protocol are strings, numbers or booleans, so the ids are one string."""
+
+    answer_ids: str = Field(
+        description="The ids that name the answers in feedback: one per image, in order, separated by commas; an id is "
+        "empty if the logits of the image are not finite"
+    )
+
+
 class InferReply(Record):
     """The JSON of an inference response. build_response writes it directly; a test compares the two."""
 
     model_name: str
     model_version: str
     id: str | None = None
+    parameters: ReplyParameters
     outputs: tuple[OutputTensor]
 
 
@@ -175,13 +185,19 @@ class InferResponse:
 
 
 def build_response(
-    request: InferRequest, logits_NC: NDArray[np.float32], task: Task, model_name: str, model_version: str
+    request: InferRequest,
+    logits_NC: NDArray[np.float32],
+    answer_ids: Sequence[str],
+    task: Task,
+    model_name: str,
+    model_version: str,
 ) -> InferResponse:
     """Build the body of an inference response.
 
     Args:
         request: The request.
         logits_NC: The logits of its images.
+        answer_ids: The N ids of the answers.
         task: The task of the model, with its class names.
         model_name: Name of the model.
         model_version: Version of the model.
@@ -204,6 +220,7 @@ def build_response(
     head: dict[str, object] = {"model_name": model_name, "model_version": model_version}
     if request.id:
         head["id"] = request.id
+    head["parameters"] = {"answer_ids": ",".join(answer_ids)}
     json_part = to_json({**head, "outputs": [output]})
     return InferResponse(json_part + raw, len(json_part) if request.binary else None)
 

@@ -83,6 +83,16 @@ class Answer(ClassProbability):
     warnings: tuple[str, ...]
 
 
+class ServedAnswer(Answer):
+    """An answer of the service, which can be named in feedback.
+
+    Attributes:
+        answer_id: A random id that names this answer in feedback.
+    """
+
+    answer_id: str = Field(min_length=1)
+
+
 class RejectedImage(Record):
     """The result of an image that was rejected."""
 
@@ -102,7 +112,7 @@ class Answers(Record):
     """One result per image, in the order of the request."""
 
     model: ModelRef
-    results: tuple[Answer | RejectedImage, ...]
+    results: tuple[ServedAnswer | RejectedImage, ...]
 
 
 def model_ref(manifest: Manifest, precision: Precision, provider: str) -> ModelRef:
@@ -114,6 +124,11 @@ def model_ref(manifest: Manifest, precision: Precision, provider: str) -> ModelR
 def answers_json(model: bytes, results: Sequence[bytes]) -> bytes:
     """The body of a response, built from the JSON of its model and of its results."""
     return b'{"model":%b,"results":[%b]}' % (model, b",".join(results))
+
+
+def served_answer_json(answer_id: str, answer: bytes) -> bytes:
+    """A ``ServedAnswer`` in JSON, from its id and the JSON of the ``Answer``."""
+    return b'{"answer_id":"%b",%b' % (answer_id.encode(), answer[1:])
 
 
 def rejected_image_json(problem: Problem) -> bytes:

@@ -101,6 +101,12 @@ class Connection(HttpToolsProtocol):
             else:
                 self._only_probes = True
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel the timer that closes idle connections: uvicorn leaves it if the client reset the connection."""
+        super().connection_lost(exc)
+        if self.timeout_keep_alive_task:
+            self.timeout_keep_alive_task.cancel()
+
     def data_received(self, data: bytes) -> None:
         """Parse received bytes, and reject a request that is not valid HTTP or whose head is too large."""
         if self._rejection is not None:

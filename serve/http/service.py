@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from serve.engine.answers import answers_json, rejected_image_json
+from serve.engine.answers import answers_json, rejected_image_json, served_answer_json
 from serve.http.api_keys import Keys
 from serve.http.bodies import BodyMemory
 from serve.monitoring.feedback import Feedback
@@ -44,6 +44,8 @@ class RequestContext:
         memory: Counts the bytes of all request bodies.
         held_bytes: The bytes that this request holds: its body as it arrived, and what was decompressed from it.
         facts: Further fields for the log.
+        key: The name of the client's API key; empty without a valid one.
+        over_limit: Whether the request was rejected because the key has sent too many.
     """
 
     request_id: str
@@ -52,6 +54,8 @@ class RequestContext:
     memory: BodyMemory
     held_bytes: int = 0
     facts: Mapping[str, LogValue] | None = None
+    key: str = ""
+    over_limit: bool = False
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes that this request holds in memory.
@@ -168,22 +172,32 @@ class Service:
         problems = [each for each in result.results if isinstance(each, Problem)]
         if len(problems) == len(result.results):
             raise _all_rejected(problems, context)
-        self.record(served, result, context)
-        results = [rejected_image_json(each) if isinstance(each, Problem) else each for each in result.results]
+        ids = self.record(served, result, context)
+        results = [
+            rejected_image_json(each) if isinstance(each, Problem) else served_answer_json(answer_id, each)
+            for answer_id, each in zip(ids, result.results, strict=True)
+        ]
         return answers_json(served.pool.ref_json, results)
 
-    def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> None:
-        """Record a result for the log and for later feedback."""
+    def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> list[str]:
+        """Record a result for the log and for later feedback.
+
+        Returns:
+            The id of each answer; empty for a rejected image.
+        """
         if requests_log.isEnabledFor(logging.INFO):
             context.facts = _log_fields(served, result)
-        self.feedback.remember(context.request_id, served.feedback, result.facts)
+        return self.feedback.remember(context.key, served.feedback, result.facts)
 
     def count(self, context: RequestContext, route: str, status: int) -> None:
         """Count a finished request in the metrics, and log it."""
-        self.telemetry.count_request(route, status, _REASONS.get(status))
+        self.telemetry.count_request(
+            route, status, "over_limit" if context.over_limit else _REASONS.get(status), context.key
+        )
         if requests_log.isEnabledFor(logging.INFO):
             seconds = time.monotonic() - context.began
-            log_request(route, status, seconds, context.request_id, context.trace, context.facts or {})
+            more = ({"key": context.key} if context.key else {}) | dict(context.facts or {})
+            log_request(route, status, seconds, context.request_id, context.trace, more)
 
 
 def _log_fields(served: ServedModel[EnginePool], result: RequestResult) -> dict[str, LogValue]:

@@ -1,13 +1,16 @@
 """Online accuracy: clients send true labels of earlier answers; each group's accuracy is compared with certification.
 
-For each answer, the request id, the predicted class, its group and its confidence are stored: no image, no file name,
-no key. Everything is in memory, bounded in size, and lost on restart.
+An answer is named by a random id that only the response carries, and it belongs to the API key that asked for it: with
+a guessable id, or one that the client chooses, a client could read and label the answers of others.
+
+For each answer, its id, the predicted class, its group, its confidence and the name of the key are stored: no image, no
+file name, no key. Everything is in memory, bounded in size, and lost on restart.
 """
 
-import difflib
-from collections import OrderedDict, deque
+import os
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import Field, StrictInt, StrictStr
 
@@ -19,18 +22,18 @@ from serve.monitoring.binomial import proportion
 from serve.monitoring.prometheus import ModelMetrics
 from serve.problems import ProblemError, make_problem
 
+_ID_BYTES = 16  # random bytes of an answer id, which is their hexadecimal form
+
 
 class FeedbackBody(Record):
-    """The true label of one answered image.
+    """The true label of one answer.
 
     Attributes:
-        request_id: The ``X-Request-ID`` of the answer.
-        image: Index of the image in that request, from 0.
+        answer_id: The id that the answer carries.
         label: The true class, by name or by index.
     """
 
-    request_id: str = Field(min_length=1, max_length=128)
-    image: int = Field(default=0, ge=0)
+    answer_id: str = Field(min_length=1, max_length=128)
     label: StrictInt | StrictStr
 
 
@@ -38,8 +41,7 @@ class FeedbackReceipt(Record):
     """The feedback as it was counted.
 
     Attributes:
-        request_id: The ``X-Request-ID`` of the answer.
-        image: Index of the image in that request, from 0.
+        answer_id: The id of the answer.
         model: Name of the model that computed the answer.
         version: Version of that model.
         predicted: The predicted class.
@@ -48,8 +50,7 @@ class FeedbackReceipt(Record):
         correct: Whether the predicted class is the true one.
     """
 
-    request_id: str
-    image: int
+    answer_id: str
     model: str
     version: str
     predicted: str
@@ -132,78 +133,87 @@ class FeedbackWindow:
         )
 
 
-@dataclass
-class _AnsweredRequest:
-    """One answered request, with the indices of the images that have a true label."""
+@dataclass(slots=True)
+class _StoredAnswer:
+    """One answer, the name of the key that it belongs to, and whether it has a true label."""
 
     window: FeedbackWindow
-    images: Sequence[PredictionFacts | None]
-    labelled: set[int] = field(default_factory=set)
+    prediction: PredictionFacts
+    owner: str
+    labelled: bool = False
 
 
 class Feedback:
-    """Stores the most recent answers by request id, and accepts their true labels.
+    """Stores the most recent answers, and accepts their true labels.
 
     Args:
-        max_images: The number of answered images that are stored; the oldest requests are removed first.
+        max_images: The number of answers that are stored. The key with the most answers loses its oldest one first, so
+            that a client with many requests does not displace the answers of the others.
     """
 
     def __init__(self, max_images: int) -> None:
         self._max_images = max_images
-        self._num_images = 0
-        self._answered: OrderedDict[str, _AnsweredRequest] = OrderedDict()
+        self._answers: dict[str, _StoredAnswer] = {}
+        self._ids_of: dict[str, deque[str]] = {}  # by owner, oldest first
 
-    def remember(self, request_id: str, window: FeedbackWindow, images: Sequence[PredictionFacts | None]) -> None:
-        """Store an answered request; it replaces an earlier one with the same id.
+    def remember(self, owner: str, window: FeedbackWindow, images: Sequence[PredictionFacts | None]) -> list[str]:
+        """Store the answers of a request under new random ids.
 
         Args:
-            request_id: The ``X-Request-ID`` of the answer.
-            window: The feedback window of the model that computed the answer.
+            owner: The name of the key that asked; empty if the service has no key file.
+            window: The feedback window of the model that computed the answers.
             images: One entry per image; None for an image that was rejected.
-        """
-        replaced = self._answered.pop(request_id, None)
-        if replaced:
-            self._num_images -= len(replaced.images)
-        self._answered[request_id] = _AnsweredRequest(window, images)
-        self._num_images += len(images)
-        while self._num_images > self._max_images:
-            _, oldest = self._answered.popitem(last=False)
-            self._num_images -= len(oldest.images)
 
-    def add_label(self, body: FeedbackBody) -> FeedbackReceipt:
+        Returns:
+            The id of each answer; empty for a rejected image.
+        """
+        random = os.urandom(_ID_BYTES * len(images)).hex()
+        ids = [random[start : start + 2 * _ID_BYTES] for start in range(0, len(random), 2 * _ID_BYTES)]
+        own = self._ids_of.setdefault(owner, deque())
+        for number, prediction in enumerate(images):
+            if prediction is None:
+                ids[number] = ""
+            else:
+                self._answers[ids[number]] = _StoredAnswer(window, prediction, owner)
+                own.append(ids[number])
+        while len(self._answers) > self._max_images:
+            del self._answers[max(self._ids_of.values(), key=len).popleft()]
+        return ids
+
+    def add_label(self, body: FeedbackBody, owner: str | None) -> FeedbackReceipt:
         """Count one true label.
 
+        Args:
+            body: The answer and its label.
+            owner: The name of the key whose answers may be labelled; None for any.
+
         Raises:
-            ProblemError: 404 if the answer is not stored, 409 if it already has a label, 400 if the label is not a
-                class of the model.
+            ProblemError: 404 if no such answer is stored, or if it belongs to another key: who sent the label must not
+                learn which. 409 if it already has a label, 400 if the label is not a class of the model.
         """
-        request = self._answered.get(body.request_id)
-        if request is None:
-            raise ProblemError(make_problem(404, self._not_stored(body.request_id)))
-        prediction = _prediction_of(request.images, body)
-        if body.image in request.labelled:
-            detail = (
-                f"image {body.image} of request {body.request_id} already has a true label; the first label counts."
-            )
+        answer = self._answers.get(body.answer_id)
+        if answer is None or owner not in (None, answer.owner):
+            raise ProblemError(make_problem(404, self._not_stored(body.answer_id)))
+        if answer.labelled:
+            detail = f"the answer {body.answer_id} already has a true label; the first label counts."
             raise ProblemError(make_problem(409, detail))
-        window = request.window
+        window = answer.window
         label = label_of(window.task, body.label)
-        request.labelled.add(body.image)
+        answer.labelled = True
         return FeedbackReceipt(
-            request_id=body.request_id,
-            image=body.image,
+            answer_id=body.answer_id,
             model=window.metrics.labels.model,
             version=window.metrics.labels.version,
-            predicted=window.task.class_names[prediction.label],
+            predicted=window.task.class_names[answer.prediction.label],
             label=window.task.class_names[label],
             group=window.task.group_name(label),
-            correct=window.add(prediction, label),
+            correct=window.add(answer.prediction, label),
         )
 
-    def _not_stored(self, request_id: str) -> str:
+    def _not_stored(self, answer_id: str) -> str:
         return (
-            f"no answer to request {request_id!r} is stored; the service keeps the last {self._max_images:,} answered "
-            "images since its start. Send the X-Request-ID of the answer, and send it sooner."
+            f"no answer {answer_id!r} is stored for this client; the service keeps the last {self._max_images:,} "
+            "answers since its start. Send its answer_id sooner, and with the API key that asked for the answer."
         )
 
 
@@ -216,21 +226,9 @@ def label_of(task: Task, label: int | str) -> int:
     if isinstance(label, str):
         if label in task.class_names:
             return task.class_names.index(label)
-        near = difflib.get_close_matches(label, task.class_names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "GET /v1/model lists the classes."
-        raise ProblemError(make_problem(400, f"label is {label!r}, which is not a class of the model; {hint}"))
+        detail = f"label is {label!r}, which is not a class of the model; GET /v1/model lists the classes."
+        raise ProblemError(make_problem(400, detail))
     if not 0 <= label < len(task.class_names):
         detail = f"label is {label}, expected a class index from 0 to {len(task.class_names) - 1}, or a class name."
         raise ProblemError(make_problem(400, detail))
     return label
-
-
-def _prediction_of(images: Sequence[PredictionFacts | None], body: FeedbackBody) -> PredictionFacts:
-    if body.image >= len(images):
-        detail = f"image is {body.image}, but request {body.request_id} had {len(images)} images; the first is 0."
-        raise ProblemError(make_problem(404, detail))
-    prediction = images[body.image]
-    if prediction is None:
-        detail = f"image {body.image} of request {body.request_id} was rejected, so it has no answer to label."
-        raise ProblemError(make_problem(404, detail))
-    return prediction

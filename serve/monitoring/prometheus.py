@@ -21,9 +21,10 @@ from serve.monitoring.drift import GroupReport, Window
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 Stage = Literal["decode", "queue", "infer", "total"]
-Reason = Literal["full", "late", "left", "too_large", "slow", "unauthorised", "not_ready"]
-"""Why a request was rejected: the queue is full, its deadline passed, the client disconnected, the body is too large or
-arrived too slowly, there is no valid key, or the service is starting, draining or without an engine process."""
+Reason = Literal["full", "over_limit", "late", "left", "too_large", "slow", "unauthorised", "not_ready"]
+"""Why a request was rejected: the queue is full, its key has sent more requests than its limit, its deadline passed,
+the client disconnected, the body is too large or arrived too slowly, there is no valid key, or the service is starting,
+draining or without an engine process."""
 Outcome = Literal["loaded", "replaced", "retired", "unchanged", "failed"]
 """The outcome of a reload for one model version."""
 
@@ -152,7 +153,7 @@ class Telemetry:
     """All metrics of the service; one object is shared by everything that counts."""
 
     def __init__(self) -> None:
-        self._requests: Counter[tuple[str, int]] = Counter()
+        self._requests: Counter[tuple[str, int, str]] = Counter()
         self._rejections: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self._counts: dict[tuple[str, ...], ModelCounts] = {}
@@ -172,9 +173,16 @@ class Telemetry:
         if self._models.get(model.labels.series) is model:
             del self._models[model.labels.series]
 
-    def count_request(self, route: str, status: int, reason: Reason | None) -> None:
-        """Count an answered request by the route's template, not by its path, and the reason if it was rejected."""
-        self._requests[route, status] += 1
+    def count_request(self, route: str, status: int, reason: Reason | None, key: str = "") -> None:
+        """Count an answered request.
+
+        Args:
+            route: The template of the route, not the path, which is text from the client.
+            status: Of the response.
+            reason: Why it was rejected; None if it was not.
+            key: The name of the client's API key; empty without a valid one, so that clients cannot create series.
+        """
+        self._requests[route, status, key] += 1
         if reason:
             self._rejections[reason] += 1
 
@@ -187,9 +195,11 @@ class Telemetry:
         return generate_latest(self._registry)
 
     def _families(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("ltkd_requests", "Requests by route and status", labels=["route", "status"])
-        for (route, status), count in self._requests.items():
-            requests.add_metric([route, str(status)], count)
+        requests = CounterMetricFamily(
+            "ltkd_requests", "Requests by route, status and name of the API key", labels=["route", "status", "key"]
+        )
+        for (route, status, key), count in self._requests.items():
+            requests.add_metric([route, str(status), key], count)
         yield requests
         yield _counter("ltkd_rejections", "Rejected requests by reason", "reason", self._rejections)
         yield _counter("ltkd_reloads", "Model versions in reloads, by outcome", "outcome", self._reloads)

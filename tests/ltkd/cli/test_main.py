@@ -14,10 +14,12 @@ from export import bundling
 from export.certification.accuracy_margins import margins_for
 from export.certification.splits import split_test_images
 from ltkd.cli import main as cli
+from ltkd.cli import serve as serve_commands
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.models.registry import build_network
 from ltkd.training import progress as progress_module
 from ltkd.training.run_folder import open_run
+from serve.http.api_keys import ROLES, read_keys
 
 Result = tuple[int, str, str]
 
@@ -282,3 +284,24 @@ def test_a_missing_package_is_an_error_that_names_the_extra_to_install(
     assert_error(
         ltkd("export", "run", "--out", "bundle"), "this command needs torch; install it with: pip install 'ltkd["
     )
+
+
+def test_a_key_has_the_given_roles_and_limit_and_only_its_line_is_on_stdout(ltkd: Ltkd, tmp_path: Path) -> None:
+    lines = []
+    for arguments in ((), ("--role", "classify", "--role", "feedback", "--limit", "20"), ("--role", "admin")):
+        code, out, err = ltkd("key", f"camera-{len(lines)}", *arguments)
+        assert code == 0
+        secret = err.split()[-1]
+        assert secret.startswith("ltkd_") and secret not in out
+        lines.append(out)
+    (tmp_path / "keys").write_text("".join(lines))
+    plain, limited, admin = read_keys(tmp_path / "keys")
+    assert (plain.roles, plain.limit) == ({"classify"}, None)
+    assert (limited.name, limited.roles, limited.limit) == ("camera-1", {"classify", "feedback"}, 20)
+    assert admin.roles == set(ROLES)
+    assert_error(ltkd("key", "camera", "--limit", "0"), "its limit is from 0.001 to 99999 requests a second")
+    assert ltkd("key", "camera", "--role", "root")[0] == 2
+
+
+def test_the_roles_of_the_command_are_those_of_the_service() -> None:
+    assert tuple(serve_commands.ROLES) == ROLES

@@ -127,9 +127,9 @@ def test_metrics_count_requests_stages_and_groups() -> None:
         response = client.get("/metrics")
     lines = response.text.splitlines()
     assert response.headers["content-type"].startswith("text/plain")
-    assert 'ltkd_requests_total{route="/v1/classify",status="200"} 1.0' in lines
-    assert 'ltkd_requests_total{route="/v1/classify",status="415"} 1.0' in lines
-    assert 'ltkd_requests_total{route="none",status="404"} 1.0' in lines
+    assert 'ltkd_requests_total{key="",route="/v1/classify",status="200"} 1.0' in lines
+    assert 'ltkd_requests_total{key="",route="/v1/classify",status="415"} 1.0' in lines
+    assert 'ltkd_requests_total{key="",route="none",status="404"} 1.0' in lines
     model = 'model="toy",precision="fp32",version="1"'
     sorted_lines = [sorted_labels(line) for line in lines]
     assert 'ltkd_stage_seconds_count{model="toy",precision="fp32",stage="infer",version="1"} 1.0' in sorted_lines
@@ -161,8 +161,14 @@ def test_answers_and_their_feedback_are_counted_by_group_for_both_protocols() ->
             content=head + len(PNG).to_bytes(4, "little") + PNG,
             headers={"Inference-Header-Content-Length": str(len(head))},
         )
-        for answer in (answered, pixels, encoded):
-            truth = {"request_id": answer.headers["X-Request-ID"], "label": predicted["class_index"]}
+        head_bytes = int(encoded.headers.get("Inference-Header-Content-Length", len(encoded.content)))
+        ids = (
+            predicted["answer_id"],
+            pixels.json()["parameters"]["answer_ids"],
+            json.loads(encoded.content[:head_bytes])["parameters"]["answer_ids"],
+        )
+        for answer_id in ids:
+            truth = {"answer_id": answer_id, "label": predicted["class_index"]}
             feedback = client.post("/v1/feedback", json=truth).json()
             assert (feedback["predicted"], feedback["correct"]) == (predicted["label"], True)
         groups = client.get("/v1/groups").json()
@@ -201,13 +207,13 @@ def test_the_description_has_all_bodies_and_problems(client: httpx.Client) -> No
     classify = described["paths"]["/v1/classify"]["post"]
     assert {"image/jpeg", "multipart/form-data", "application/json"} <= set(classify["requestBody"]["content"])
     assert set(classify["responses"]) == {
-        "200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504"
+        "200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "500", "503", "504"
     }  # fmt: skip
     for status, response in classify["responses"].items():
         if status != "200":
             example = response["content"]["application/problem+json"]["example"]
             assert example["status"] == int(status)
-    assert {"Problem", "Answer", "RejectedImage"} <= set(described["components"]["schemas"])
+    assert {"Problem", "ServedAnswer", "RejectedImage"} <= set(described["components"]["schemas"])
     assert "HTTPValidationError" not in described["components"]["schemas"]
 
 

@@ -49,7 +49,12 @@ def responses(clients: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert done.returncode == 0, done.stderr
         form = [("image", (file.name, file.read_bytes())) for file in files]
         answers = httpx.post(f"{service.url}/v1/classify?top_k=6", files=form, timeout=60).json()
-    yield {**json.loads(done.stdout.splitlines()[-1]), "classify": answers}
+        received = json.loads(done.stdout.splitlines()[-1])
+        for client in ("tritonclient", "kserve"):
+            truths = [{"answer_id": answer_id, "label": 0} for answer_id in received[client]["answer_ids"]]
+            feedback = [httpx.post(f"{service.url}/v1/feedback", json=truth, timeout=60) for truth in truths]
+            received[client]["feedback"] = [response.json().get("predicted") for response in feedback]
+    yield {**received, "classify": answers}
 
 
 @pytest.mark.parametrize("client", ["tritonclient", "kserve"])
@@ -65,6 +70,14 @@ def test_a_client_gets_the_same_logits_as_classify(responses: dict[str, Any], cl
         np.testing.assert_allclose(logits_NC, expected_logits(PIXELS_NSS3), atol=1e-5, err_msg=call)
         softmax_NC = np.exp(logits_NC) / np.exp(logits_NC).sum(axis=1, keepdims=True)  # the toy's temperature is 1
         np.testing.assert_allclose(softmax_NC, probability_NC, atol=1e-5, err_msg=call)
+
+
+@pytest.mark.parametrize(("client", "num_requests"), [("tritonclient", 2), ("kserve", 1)])
+def test_a_client_gets_the_ids_that_name_its_answers_in_feedback(
+    responses: dict[str, Any], client: str, num_requests: int
+) -> None:
+    labels = [result["label"] for result in responses["classify"]["results"]]
+    assert responses[client]["feedback"] == num_requests * labels
 
 
 @pytest.mark.parametrize("client", ["tritonclient", "kserve"])

@@ -77,7 +77,7 @@ def test_every_operation_is_described_with_its_problems(method: str, path: str, 
         assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
     if path.endswith(("classify", "infer")):
         assert set(operation["responses"]) == {
-            "200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504",
+            "200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "500", "503", "504",
         }  # fmt: skip
         assert "application/json" in operation["requestBody"]["content"]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import os
 import signal
 import socket
@@ -35,6 +36,9 @@ from tests.serve.pool.test_model_repository import (
 )
 
 USER_KEY, USER_LINE = make_key("user", "classify")
+OTHER_KEY, OTHER_LINE = make_key("other", "classify")
+LABELLER_KEY, LABELLER_LINE = make_key("labeller", "feedback")
+SCRAPER_KEY, SCRAPER_LINE = make_key("scraper", "metrics")
 ADMIN_KEY, ADMIN_LINE = make_key("admin", "admin")
 FOX = PredictionFacts(group=2, label=5, confidence=0.75, decision="accept", set_size=1)
 
@@ -60,11 +64,16 @@ class OperatorApp:
         )
         self.app.include_router(operations(self.models, telemetry, self.feedback, self.keys, Settings()))
 
-    def answer_a_fox(self, request_id: str) -> None:
-        """Record an answer as the service does."""
+    def answer_a_fox(self, key: str = "") -> str:
+        """Record an answer as the service does, and return its id.
+
+        Args:
+            key: The name of the key that asked.
+        """
         served = self.models.find()
         served.metrics.record_request([FOX], {"total": 0.001}, 1)
-        self.feedback.remember(request_id, served.feedback, [FOX])
+        (answer_id,) = self.feedback.remember(key, served.feedback, [FOX])
+        return answer_id
 
 
 @pytest.fixture
@@ -74,7 +83,8 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    (tmp_path / "keys").write_text(f"{USER_LINE}\n{ADMIN_LINE}\n")
+    lines = (USER_LINE, OTHER_LINE, LABELLER_LINE, SCRAPER_LINE, ADMIN_LINE)
+    (tmp_path / "keys").write_text("\n".join(lines) + "\n")
     return tmp_path / "keys"
 
 
@@ -82,6 +92,7 @@ def keys(tmp_path: Path) -> Path:
 def operator_app(root: Path, key_file: Path | None = None) -> Iterator[tuple[OperatorApp, httpx.Client]]:
     service = OperatorApp(root, key_file)
     with running(service.app) as client:
+        assert client.get("/openapi.json").status_code == 200  # it is answered after the models have started
         yield service, client
 
 
@@ -91,11 +102,11 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_predictions_and_feedback_are_reported_by_group(bundle: Path) -> None:
     with operator_app(bundle) as (service, client):
-        service.answer_a_fox("abc")
-        feedback = client.post("/v1/feedback", json={"request_id": "abc", "label": "fox"})
+        answer_id = service.answer_a_fox()
+        feedback = client.post("/v1/feedback", json={"answer_id": answer_id, "label": "fox"})
         body = client.get("/v1/groups").json()
     assert feedback.json() == {
-        "request_id": "abc", "image": 0, "model": "toy", "version": "1",
+        "answer_id": answer_id, "model": "toy", "version": "1",
         "predicted": "fox", "label": "fox", "group": "tail", "correct": True,
     }  # fmt: skip
     assert (body["model"], body["version"], body["window"]["num_images"]) == ("toy", "1", 1)
@@ -107,29 +118,48 @@ def test_predictions_and_feedback_are_reported_by_group(bundle: Path) -> None:
 
 def test_invalid_feedback_is_a_problem(bundle: Path) -> None:
     with operator_app(bundle) as (service, client):
-        service.answer_a_fox("abc")
+        answer_id = service.answer_a_fox()
 
         def status(body: object) -> int:
             return client.post("/v1/feedback", json=body).status_code
 
-        assert status({"request_id": "unknown", "label": 0}) == 404
-        assert status({"request_id": "abc", "label": "zebra"}) == 400
+        assert status({"answer_id": "unknown", "label": 0}) == 404
+        assert status({"answer_id": answer_id, "label": "zebra"}) == 400
         for malformed in (
             {},
-            {"request_id": "abc"},
-            {"request_id": "abc", "label": 1.5},
-            {"request_id": "abc", "label": True},
+            {"answer_id": answer_id},
+            {"answer_id": answer_id, "label": 1.5},
+            {"answer_id": answer_id, "label": True},
+            {"answer_id": answer_id, "label": 5, "image": 0},
+            {"request_id": "abc", "label": 5},
         ):
             problem(client.post("/v1/feedback", json=malformed), 400)
-        problem(client.post("/v1/feedback", json={"request_id": "abc", "label": 5, "image": -1}), 400)
-        assert status({"request_id": "abc", "label": 5}) == 200
-        assert status({"request_id": "abc", "label": 5}) == 409
+        assert status({"answer_id": answer_id, "label": 5}) == 200
+        assert status({"answer_id": answer_id, "label": 5}) == 409
+
+
+def test_only_the_key_that_asked_and_keys_with_the_role_feedback_may_label_an_answer(bundle: Path, keys: Path) -> None:
+    with operator_app(bundle, keys) as (service, client):
+
+        def send(key: str, answer_id: str) -> tuple[int, str]:
+            body = {"answer_id": answer_id, "label": "fox"}
+            response = client.post("/v1/feedback", json=body, headers=bearer(key))
+            return response.status_code, response.text.replace(answer_id, "ID")
+
+        first, second, third = (service.answer_a_fox("user") for _ in range(3))
+        unknown = send(OTHER_KEY, "0" * 32)
+        assert unknown[0] == 404
+        assert send(OTHER_KEY, first) == unknown
+        assert send(SCRAPER_KEY, first)[0] == 403
+        for key, name in ((USER_KEY, first), (LABELLER_KEY, second), (ADMIN_KEY, third)):
+            assert send(key, name)[0] == 200
+        assert send(OTHER_KEY, first) == unknown  # also once it has a label
+        assert [send(key, first)[0] for key in (USER_KEY, LABELLER_KEY)] == [409, 409]
 
 
 def test_feedback_is_read_after_the_key_is_checked_and_up_to_4_kib(bundle: Path, keys: Path) -> None:
-    label = b'{"request_id": "abc", "label": "fox"}'
     with operator_app(bundle, keys) as (service, client):
-        service.answer_a_fox("abc")
+        label = json.dumps({"answer_id": service.answer_a_fox("user"), "label": "fox"}).encode()
         problem(client.post("/v1/feedback", content=b"not JSON"), 401)
         too_large = label + b" " * 4096
         assert "larger than 4,096 bytes" in problem(
@@ -138,7 +168,7 @@ def test_feedback_is_read_after_the_key_is_checked_and_up_to_4_kib(bundle: Path,
         packed = {"Content-Encoding": "gzip", **bearer(USER_KEY)}
         problem(client.post("/v1/feedback", content=gzip.compress(too_large), headers=packed), 413)
         nested = client.post("/v1/feedback", content=b"[" * 4000, headers=bearer(USER_KEY))
-        assert "expected a JSON object with the fields request_id, image, label" in problem(nested, 400)
+        assert "expected a JSON object with the fields answer_id, label" in problem(nested, 400)
         # the response does not wait for a body that the service will not read
         head = "POST /v1/feedback HTTP/1.1\r\nHost: service\r\nContent-Length: 31457280\r\n\r\n"
         with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=30) as connection:
@@ -152,14 +182,29 @@ def test_groups_of_an_unknown_model_are_404(bundle: Path) -> None:
         assert "toy version 1" in problem(client.get("/v1/groups?model=owl"), 404)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/metrics"), ("GET", "/v1/groups"), ("POST", "/v1/feedback")])
-def test_with_a_key_file_every_operator_route_needs_a_key(bundle: Path, keys: Path, method: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/metrics", {"scraper", "admin"}),
+        ("GET", "/v1/groups", {"scraper", "admin"}),
+        ("POST", "/v1/feedback", {"user", "labeller", "admin"}),
+        ("POST", "/v1/admin/reload", {"admin"}),
+    ],
+)
+def test_with_a_key_file_every_operator_route_needs_a_key_with_its_role(
+    bundle: Path, keys: Path, method: str, path: str, allowed: set[str]
+) -> None:
+    every = {"user": USER_KEY, "labeller": LABELLER_KEY, "scraper": SCRAPER_KEY, "admin": ADMIN_KEY}
     with operator_app(bundle, keys) as (_, client):
-        rejected = client.request(method, path, json={"request_id": "a", "label": 0})
+        rejected = client.request(method, path, json={"answer_id": "a", "label": 0})
         problem(rejected, 401)
         assert rejected.headers["www-authenticate"].startswith("Bearer")
-        allowed = client.request(method, path, json={"request_id": "a", "label": 0}, headers=bearer(USER_KEY))
-        assert allowed.status_code in (200, 404)
+        for name, key in every.items():
+            response = client.request(method, path, json={"answer_id": "a", "label": 0}, headers=bearer(key))
+            if name in allowed:
+                assert response.status_code in (200, 404)
+            else:
+                assert f"the key {name} has the role" in problem(response, 403)
 
 
 def test_a_reload_needs_an_admin_key(bundle: Path, keys: Path) -> None:
@@ -186,12 +231,12 @@ def test_a_failed_reload_gives_the_reason_and_the_old_bundle_still_answers(bundl
 
 
 def test_a_reload_reads_the_key_file_and_a_malformed_one_changes_nothing(bundle: Path, keys: Path) -> None:
-    guest, guest_line = make_key("guest", "classify")
+    guest, guest_line = make_key("guest", "metrics")
     with operator_app(bundle, keys) as (_, client):
         keys.write_text(f"{ADMIN_LINE}\n{guest_line}\n")
         assert client.post("/v1/admin/reload", headers=bearer(ADMIN_KEY)).status_code == 200
         assert client.get("/v1/groups", headers=bearer(guest)).status_code == 200
-        problem(client.get("/v1/groups", headers=bearer(USER_KEY)), 401)
+        problem(client.get("/v1/groups", headers=bearer(SCRAPER_KEY)), 401)
         keys.write_text("broken\n")
         assert "line 1 of the key file" in problem(client.post("/v1/admin/reload", headers=bearer(ADMIN_KEY)), 409)
         assert client.get("/v1/groups", headers=bearer(guest)).status_code == 200

@@ -193,7 +193,7 @@ def test_arbitrary_bytes_are_parsed_or_rejected(junk: bytes, json_bytes: int | N
 
 
 def built(request: InferRequest, logits_NC: NDArray[np.float32]) -> tuple[InferReply, bytes]:
-    response = build_response(request, logits_NC, TASK, "toy", "2")
+    response = build_response(request, logits_NC, ("a1", "b2"), TASK, "toy", "2")
     end = len(response.body) if response.json_bytes is None else response.json_bytes
     return InferReply.model_validate_json(response.body[:end]), response.body[end:]
 
@@ -207,6 +207,7 @@ def test_logits_are_bit_identical_inside_and_after_the_json(logits_NC: NDArray[n
     reply, raw = built(infer_request(binary=False), logits_NC)
     (output,) = reply.outputs
     assert (reply.model_name, reply.model_version, reply.id, raw) == ("toy", "2", "mine", b"")
+    assert reply.parameters.answer_ids == "a1,b2"
     assert np.array(output.data, np.float32).tobytes() == logits_NC.tobytes()
     reply, raw = built(infer_request(binary=True), logits_NC)
     (output,) = reply.outputs
@@ -302,8 +303,9 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
 
     application = FastAPI(docs_url=None, redoc_url=None, exception_handlers={404: answer_http})
 
-    def on_result(request: Request, served: ToyServed, result: RequestResult) -> None:
-        """Does nothing; tests/serve/api/test_app.py tests what the service records."""
+    def on_result(request: Request, served: ToyServed, result: RequestResult) -> list[str]:
+        """Records nothing; tests/serve/api/test_app.py tests what the service records."""
+        return ["id"] * len(result.results)
 
     application.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, on_result, guards))
     describe(application)
@@ -345,6 +347,7 @@ def test_pixels_in_json_are_answered_in_json(client: httpx.Client) -> None:
     (output,) = InferReply.model_validate_json(response.content).outputs
     np.testing.assert_array_equal(np.array(output.data, np.float32).reshape(3, 6), expected_logits(PIXELS_NSS3))
     assert response.json()["model_version"] == "2"
+    assert response.json()["parameters"] == {"answer_ids": "id,id,id"}
 
 
 def test_pixels_after_the_json_are_answered_after_the_json(client: httpx.Client) -> None:
@@ -353,6 +356,7 @@ def test_pixels_after_the_json_are_answered_after_the_json(client: httpx.Client)
     response = client.post(path, content=body, headers={JSON_LENGTH: str(json_bytes)})
     head = int(response.headers[JSON_LENGTH])
     assert json.loads(response.content[:head])["model_version"] == "1"
+    assert json.loads(response.content[:head])["parameters"] == {"answer_ids": "id,id,id"}
     assert response.content[head:] == expected_logits(PIXELS_NSS3).tobytes()
 
 

@@ -19,9 +19,11 @@ from serve.engine.answers import (
     AnswerBuilder,
     Answers,
     RejectedImage,
+    ServedAnswer,
     answers_json,
     model_ref,
     rejected_image_json,
+    served_answer_json,
 )
 from serve.problems import make_problem
 
@@ -232,8 +234,13 @@ def test_the_response_body_equals_the_json_of_its_record() -> None:
     model = model_ref(manifest(), "fp32", "ToyProvider")
     problem = make_problem(415, "not an image")
     predictions = BUILDER.predict(LOGITS_NC)
-    results = (*BUILDER.records(predictions, [5, 5], [(), ()]), RejectedImage(error=problem))
-    texts = [*BUILDER.json(predictions, [5, 5], [(), ()]), rejected_image_json(problem)]
+    first, second = BUILDER.records(predictions, [5, 5], [(), ()])
+    answers = [ServedAnswer(answer_id=name, **dict(record)) for name, record in (("a1", first), ("b2", second))]
+    results = (*answers, RejectedImage(error=problem))
+    first_json, second_json = BUILDER.json(predictions, [5, 5], [(), ()])
+    texts = [
+        served_answer_json("a1", first_json), served_answer_json("b2", second_json), rejected_image_json(problem)
+    ]  # fmt: skip
     body = answers_json(model.model_dump_json().encode(), texts)
     assert json.loads(body) == json.loads(Answers(model=model, results=results).model_dump_json())
     assert Answers.model_validate_json(body) == Answers(model=model, results=results)

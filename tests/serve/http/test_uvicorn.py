@@ -19,10 +19,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 ROOT = Path(__file__).parents[3]
 OVERRIDDEN = {
-    "connection_made", "data_received", "pause_writing", "resume_writing", "on_message_begin", "on_header",
+    "connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing", "on_message_begin", "on_header",
     "on_headers_complete", "on_body", "on_message_complete", "on_response_complete",
 }  # fmt: skip
-ATTRIBUTES = {"url", "headers", "parser", "cycle", "pipeline", "flow", "transport", "connections"}
+ATTRIBUTES = {
+    "url",
+    "headers",
+    "parser",
+    "cycle",
+    "pipeline",
+    "flow",
+    "transport",
+    "connections",
+    "timeout_keep_alive_task",
+}
 CYCLE_ATTRIBUTES = {"response_started", "response_complete", "disconnected", "message_event"}
 CYCLE_CALLS_ON_RESPONSE = "self.on_response()"
 

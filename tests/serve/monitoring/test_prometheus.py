@@ -61,10 +61,22 @@ def test_requests_rejections_and_reloads_are_counted() -> None:
     telemetry.count_request("/v1/classify", 429, "full")
     telemetry.count_reload("failed")
     found = samples(telemetry)
-    assert found["ltkd_requests_total{route=/v1/classify,status=200}"] == 2
-    assert found["ltkd_requests_total{route=/v1/classify,status=415}"] == 1
+    assert found["ltkd_requests_total{key=,route=/v1/classify,status=200}"] == 2
+    assert found["ltkd_requests_total{key=,route=/v1/classify,status=415}"] == 1
     assert (found["ltkd_rejections_total{reason=full}"], found["ltkd_rejections_total{reason=late}"]) == (1, 0)
     assert (found["ltkd_reloads_total{outcome=failed}"], found["ltkd_reloads_total{outcome=replaced}"]) == (1, 0)
+
+
+def test_requests_are_counted_by_the_name_of_the_key() -> None:
+    telemetry = Telemetry()
+    telemetry.count_request("/v1/classify", 200, None, "camera-3")
+    telemetry.count_request("/v1/classify", 429, "over_limit", "camera-3")
+    telemetry.count_request("/v1/classify", 200, None, "camera-4")
+    found = samples(telemetry)
+    assert found["ltkd_requests_total{key=camera-3,route=/v1/classify,status=200}"] == 1
+    assert found["ltkd_requests_total{key=camera-3,route=/v1/classify,status=429}"] == 1
+    assert found["ltkd_requests_total{key=camera-4,route=/v1/classify,status=200}"] == 1
+    assert (found["ltkd_rejections_total{reason=over_limit}"], found["ltkd_rejections_total{reason=full}"]) == (1, 0)
 
 
 def test_a_request_is_counted_by_stage_by_batch_and_by_group() -> None:
