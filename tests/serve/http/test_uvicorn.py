@@ -19,8 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 ROOT = Path(__file__).parents[3]
 OVERRIDDEN = {
-    "connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing", "on_message_begin", "on_header",
-    "on_headers_complete", "on_body", "on_message_complete", "on_response_complete",
+    "connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing", "on_message_begin",
+    "on_header", "on_headers_complete", "on_body", "on_message_complete", "on_response_complete",
 }  # fmt: skip
 ATTRIBUTES = {
     "url",
