@@ -180,13 +180,14 @@ class Service:
         return answers_json(served.pool.ref_json, results)
 
     def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> list[str]:
-        """Record a result for the log and for later feedback.
+        """Record a result for the metrics, for the log and for later feedback.
 
         Returns:
             The id of each answer; empty for a rejected image.
         """
         if requests_log.isEnabledFor(logging.INFO):
             context.facts = _log_fields(served, result)
+        served.metrics.record_total(time.monotonic() - context.began)
         return self.feedback.remember(context.key, served.feedback, result.facts)
 
     def count(self, context: RequestContext, route: str, status: int) -> None:

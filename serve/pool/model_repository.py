@@ -261,7 +261,7 @@ class ModelRepository(Generic[AnyEngineClient]):
         window = Window(certified.calibration, self._settings.window_images)
         labels = ModelLabels(*key, pool.precision, pool.provider, certified.sha256)
         metrics = self._telemetry.add_model(labels, task.groups.names, window)
-        metrics.queue_depth, metrics.alive = lambda: pool.num_waiting, lambda: pool.alive
+        metrics.watch(lambda: pool.num_waiting, lambda: pool.alive)
         pool.on_answer = metrics.record_request
         pool.on_change = lambda: metrics.count_restart() if pool.alive else None
         feedback = FeedbackWindow(task, certified.calibration, metrics, self._settings.feedback_images)
