@@ -31,7 +31,7 @@ def serve(path: Path, settings: Settings, given: Mapping[str, object] | None = N
     Raises:
         LtkdError: A bundle, the device or the address cannot be used.
     """
-    with _exit_on_signals(), _listener(settings.host, settings.port) as listener:
+    with _exit_on_signals(), _hangups_held(), _listener(settings.host, settings.port) as listener:
         gc.disable()  # until the service has started (ltkd.contract.resources)
         started_early: list[ChildProcess] = []
         if (path / MANIFEST_FILE).exists():
@@ -73,6 +73,21 @@ def _exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _hangups_held() -> Iterator[None]:
+    """Let SIGHUP wait until ``reload_on_hangup`` (serve/api/operations.py) handles it; it would end the start."""
+    if not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        if signal.SIGHUP in signal.sigpending():  # the start failed; its error must still be printed
+            signal.sigwait({signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit(_number: int, _frame: FrameType | None) -> None:

@@ -122,7 +122,10 @@ def require_success(reloaded: Reloaded) -> Reloaded:
 
 
 def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> None:
-    """Reload whenever this process receives SIGHUP, on systems that have this signal. Call it on the event loop."""
+    """Reload whenever this process receives SIGHUP, on systems that have this signal.
+
+    A signal that came during the start is handled now (serve/main.py). Call it on the event loop, in the main thread.
+    """
     loop = asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()
 
@@ -139,3 +142,4 @@ def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> No
 
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

@@ -125,9 +125,12 @@ class Service:
     def require_ready(self) -> None:
         """Raise a ProblemError with status 503 unless the service is ready."""
         if not self.ready:
-            why = "stopping" if self.stopping else "starting" if not self.accepting else "replacing an engine process"
+            why = "it is stopping" if self.stopping else "it is starting"
+            if self.accepting and not self.stopping:
+                each = [f"{model.name} version {model.version}: {model.reason}" for model in self.models.unavailable()]
+                why = f"no model can answer ({'; '.join(each)})"
             raise ProblemError(
-                make_problem(503, f"the service is not ready because it is {why}; try again."), {"Retry-After": "1"}
+                make_problem(503, f"the service is not ready because {why}; try again."), {"Retry-After": "1"}
             )
 
     def require_accepting(self) -> None:

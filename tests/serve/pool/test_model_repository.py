@@ -6,8 +6,7 @@ The real engine runs in this process instead of in engine processes, so bundles 
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,11 @@ class InThisProcess:
         self.precision: Precision = engine.precision
         self.provider = engine.provider
         self.alive = True
+        self.reason = ""
         self.on_change: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
-        self.num_waiting = self.num_pauses = 0
+        self.on_bundle_changed: Callable[[], Awaitable[object]] | None = None
+        self.num_waiting = 0
         self.closed_with: float | None = None
         self._engine = engine
 
@@ -47,12 +48,6 @@ class InThisProcess:
         self.num_waiting -= 1
         logits: list[float] = self._engine.logits(PIXELS[None])[0].tolist()
         return logits
-
-    @contextmanager
-    def admission_paused(self) -> Iterator[None]:
-        self.num_pauses += 1
-        yield
-        self.num_pauses -= 1
 
     async def close(self, drain_seconds: float) -> None:
         while self.num_waiting:
@@ -218,26 +213,6 @@ def test_a_new_bundle_replaces_the_old_one_and_the_old_process_ends(bundle: Path
             await asyncio.sleep(0)
 
     assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, scenario)
-
-
-def test_while_a_process_starts_no_request_to_other_models_is_rejected_for_its_waiting_time(bundle: Path) -> None:
-    admission_paused: list[int] = []
-
-    async def scenario(models: ToyModels) -> None:
-        first = models.find().pool
-        watched.append(first)
-        next_bundle(bundle)
-        await models.reload()
-        assert models.find().pool is not first
-        assert (admission_paused, first.num_pauses) == ([1], 0)
-
-    watched: list[InThisProcess] = []
-
-    async def start(path: Path) -> InThisProcess:
-        admission_paused.extend(pool.num_pauses for pool in watched)
-        return await start_pool(path)
-
-    running(bundle, scenario, start)
 
 
 def test_versions_are_added_and_removed(tmp_path: Path) -> None:
