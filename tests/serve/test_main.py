@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_toys import Served, bomb_png, encoded, served, toy_pixels, write_toy_bundle
+from serve_toys import SERVE, Served, bomb_png, encoded, served, toy_pixels, write_toy_bundle
 
 from ltkd.errors import UsageError
 from serve.classify_files import classify_files
@@ -162,6 +162,45 @@ def test_a_body_of_100_mb_is_413_with_flat_memory(service: Served, declared: boo
     assert response.status_code == 413
     # without a Content-Length, 20 MiB are held before the limit is reached; the list of chunks is never joined
     assert service.peak_bytes() - before < (4 if declared else 40) * MIB
+
+
+@on_linux
+def test_sighup_during_the_start_is_obeyed_after_it(bundle_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(bundle_path), "{}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while not (pids := children.read_text().split()):
+            assert process.poll() is None
+        os.kill(int(pids[0]), signal.SIGSTOP)  # the service cannot start before its engine process
+        process.send_signal(signal.SIGHUP)
+        os.kill(int(pids[0]), signal.SIGCONT)
+        assert process.stdout is not None
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        while 'ltkd_reloads_total{outcome="unchanged"} 1.0' not in httpx.get(f"{url}/metrics").text:
+            pass
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_sighup_does_not_hide_the_error_of_a_start_that_fails(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise UsageError("cannot start")
+
+    monkeypatch.setattr("serve.server.run", fail)
+    with pytest.raises(UsageError, match="cannot start"):
+        serve(bundle_path, Settings(port=0))
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_a_port_in_use_is_a_one_line_error(bundle_path: Path) -> None:

@@ -446,15 +446,76 @@ def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
     assert [pool.alive for pool in started] == [False]
 
 
-def test_a_replaced_process_is_counted_and_the_service_is_not_ready_meanwhile(bundle: Path) -> None:
+def test_a_replaced_process_is_counted(bundle: Path) -> None:
     async def scenario(models: ToyModels) -> None:
         pool = models.find().pool
-        assert models.ready
         for alive in (False, True):
             pool.alive = alive
             assert pool.on_change is not None
             pool.on_change()
-            assert models.ready is alive
         assert models.find().metrics.counts.restarts == 1
+
+    running(bundle, scenario)
+
+
+def test_the_models_are_ready_while_any_answers_and_those_that_do_not_are_named(tmp_path: Path) -> None:
+    for name in ("birds", "cars/1", "cars/2"):
+        write_toy_bundle(tmp_path / name)
+
+    async def scenario(models: ToyModels) -> None:
+        assert (models.ready, models.unavailable()) == (True, ())
+        for number, served in enumerate(models.all()):
+            assert models.ready
+            served.pool.alive, served.pool.reason = False, f"reason {number}"
+            assert models.unavailable()[-1].reason == f"reason {number}"
+        named = [(model.name, model.version) for model in models.unavailable()]
+        assert (models.ready, named) == (False, [("birds", "1"), ("cars", "1"), ("cars", "2")])
+
+    running(tmp_path, scenario)
+
+
+def test_a_reload_during_the_start_waits_for_it(bundle: Path) -> None:
+    async def run_scenario() -> None:
+        begun, may_continue = asyncio.Event(), asyncio.Event()
+        started: list[Path] = []
+
+        async def slow(path: Path) -> InThisProcess:
+            started.append(path)
+            begun.set()
+            await may_continue.wait()
+            return await start_pool(path)
+
+        models = ModelRepository(bundle, slow, Telemetry(), Settings())
+        start = asyncio.create_task(models.start())
+        await begun.wait()
+        reload = asyncio.create_task(models.reload())
+        await asyncio.sleep(0)  # the reload begins
+        may_continue.set()
+        await start
+        assert outcomes(await reload) == {("toy", "1"): "unchanged"}
+        assert started == [bundle]
+        await models.close()
+
+    asyncio.run(run_scenario())
+
+
+def test_one_version_is_reloaded_without_the_others(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        write_toy_bundle(tmp_path / "cars" / version)
+
+    async def scenario(models: ToyModels) -> None:
+        next_bundle(tmp_path / "cars" / "2")
+        shutil.rmtree(tmp_path / "cars" / "1")
+        assert outcomes(await models.reload(ModelKey("cars", "2"))) == {("cars", "2"): "replaced"}
+        assert [served.key.version for served in models.all()] == ["1", "2"]
+
+    running(tmp_path, scenario)
+
+
+def test_if_the_name_in_the_manifest_has_changed_a_reload_of_the_version_is_one_of_all(bundle: Path) -> None:
+    async def scenario(models: ToyModels) -> None:
+        content = json.loads((bundle / MANIFEST_FILE).read_text())
+        (bundle / MANIFEST_FILE).write_text(json.dumps(content | {"name": "new"}))
+        assert outcomes(await models.reload(ModelKey("toy", "1"))) == {("new", "1"): "loaded", ("toy", "1"): "retired"}
 
     running(bundle, scenario)
