@@ -17,8 +17,10 @@ from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
 from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import launch
 from serve.pool.model_repository import ModelRepository, ServedModel, StartPool
 from serve.pool.pending_requests import RequestResult
+from serve.pool.supervisor import engine_config
 from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -74,7 +76,7 @@ class Service:
 
     def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
         async def start(path: Path) -> EnginePool:
-            return await EnginePool.start(path, settings)
+            return await EnginePool.start_with(lambda: launch(engine_config(path, settings)), settings)
 
         self.settings = settings
         self.telemetry = Telemetry()

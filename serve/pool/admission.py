@@ -58,7 +58,8 @@ class ImageQueue:
             if not saturated:
                 self._begin(now)
             elif last - self._began >= _MEASURE_SECONDS and self._num_answered:
-                self.seconds_each = (last - self._began) / self._num_answered
+                # the mean with the estimate before: a short pause of the machine should not count for much
+                self.seconds_each = (self.seconds_each + (last - self._began) / self._num_answered) / 2
                 self._began, self._num_answered = last, 0
         if now > self._began:
             self._num_answered += num_images

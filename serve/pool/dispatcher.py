@@ -14,16 +14,15 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
 from serve.engine.answers import model_ref
 from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
-from serve.pool.engine_process import ChildProcess, EngineProcess, launch
+from serve.pool.engine_process import ChildProcess, EngineProcess
 from serve.pool.pending_requests import AnswerCallback, PendingQueue, PendingRequest, RequestResult, request_result
-from serve.pool.supervisor import BundleChangedError, Supervisor, engine_config
+from serve.pool.supervisor import BundleChangedError, Supervisor
 from serve.problems import Content, Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -82,21 +81,12 @@ class EnginePool:
         self._check_at = math.inf
 
     @classmethod
-    async def start(cls, bundle: Path, settings: Settings) -> Self:
-        """Start the engine processes of a bundle: verified, its golden samples replayed, warmed up.
-
-        Args:
-            bundle: The bundle's directory.
-            settings: Device, precision, sizes and limits.
+    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
+        """Start engine processes: the bundle is verified, its golden samples are replayed, and they are warmed up.
 
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        return await cls.start_with(lambda: launch(engine_config(bundle, settings)), settings)
-
-    @classmethod
-    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
-        """Start with engine processes that ``start_process`` makes."""
         pool = cls(start_process, settings)
         try:
             await pool._supervisor.start(settings.processes)

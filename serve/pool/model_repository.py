@@ -238,7 +238,8 @@ class ModelRepository(Generic[AnyEngineClient]):
             try:
                 offered = await asyncio.to_thread(self._offered)
             except LtkdError as reason:
-                return Reloaded(models=tuple(self._outcome(served.key, "failed", str(reason)) for served in self.all()))
+                failed = [served.key for served in self.all() if only in (None, served.key)]
+                return Reloaded(models=tuple(self._outcome(key, "failed", str(reason)) for key in failed))
             if only not in offered:  # the name in the manifest of a single bundle may have changed
                 only = None
             done = [await self._reload_one(key, path) for key, path in offered.items() if only in (None, key)]

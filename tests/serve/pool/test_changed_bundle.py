@@ -14,7 +14,9 @@ from serve_toys import write_toy_bundle
 
 from serve.monitoring.prometheus import Telemetry
 from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import launch
 from serve.pool.model_repository import ModelRepository, ServedModel
+from serve.pool.supervisor import engine_config
 from serve.problems import ProblemError
 from serve.settings import Settings
 from tests.serve.pool.test_dispatcher import PNG, deadline, run, until
@@ -30,9 +32,12 @@ def bundle(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def served_models(bundle: Path, telemetry: Telemetry | None = None) -> AsyncIterator[Models]:
-    models: Models = ModelRepository(
-        bundle, lambda path: EnginePool.start(path, Settings(device="cpu")), telemetry or Telemetry(), Settings()
-    )
+    settings = Settings(device="cpu")
+
+    async def start_pool(path: Path) -> EnginePool:
+        return await EnginePool.start_with(lambda: launch(engine_config(path, settings)), settings)
+
+    models: Models = ModelRepository(bundle, start_pool, telemetry or Telemetry(), settings)
     await models.start()
     try:
         yield models
