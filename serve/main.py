@@ -7,7 +7,7 @@ verifies and warms up the model, this process imports the web framework (serve/s
 import gc
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ def serve(
     Raises:
         LtkdError: A bundle, the device or the address cannot be used.
     """
-    with _exit_on_signals(), _listener(settings.host, settings.port) as listener:
+    with _signal_handlers(), _listener(settings.host, settings.port) as listener:
         gc.disable()  # until the service has started (ltkd.contract.resources)
         started_early: list[ChildProcess] = []
         if (path / MANIFEST_FILE).exists():
@@ -67,10 +67,24 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+class HangupNote:
+    """Notes SIGHUP during the start, which it would end. ``serve.api.operations.reload_on_hangup`` then obeys it."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self.noted = True
+
+
 @contextmanager
-def _exit_on_signals() -> Iterator[None]:
+def _signal_handlers() -> Iterator[None]:
     """Exit with code 0 on SIGTERM and SIGINT at any time; uvicorn raises the signal again once it has drained."""
-    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = {signal.SIGTERM: _exit, signal.SIGINT: _exit}
+    if hasattr(signal, "SIGHUP"):
+        handlers[signal.SIGHUP] = HangupNote()
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

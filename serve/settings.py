@@ -34,8 +34,8 @@ class Settings(BaseModel):
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
         max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are
             rejected with 429.
-        max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429; by default ten
-            times what the model needs for one image, at least 0.05.
+        max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429, as is one that
+            would miss a shorter deadline of its own.
         max_connections: Open connections. A further one replaces the one that has been idle for the longest time; while
             all wait for responses, only health checks are answered on it, and other requests get 503.
         max_header_bytes: Size of the request line and headers together.
@@ -74,7 +74,7 @@ class Settings(BaseModel):
     max_images: int = Field(default=64, gt=0, le=10_000)
     max_queue_images: int = Field(default=1024, gt=0)
     max_queue_bytes: int = Field(default=128 * 2**20, gt=0)
-    max_queue_seconds: float | None = Field(default=None, gt=0)
+    max_queue_seconds: float = Field(default=1.0, gt=0)
     max_connections: int = Field(default=1000, gt=0)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
     max_headers: int = Field(default=100, gt=0)

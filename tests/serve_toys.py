@@ -412,7 +412,7 @@ def _kibibytes(pid: int, name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
 
 
-_SERVE = """
+SERVE = """
 import json
 import sys
 from pathlib import Path
@@ -428,7 +428,7 @@ def served(bundle: Path, prelude: str = "", **settings: float) -> Iterator[Serve
     """Run ``serve`` in a fresh process, after the code of ``prelude``, and stop it with SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LTKD_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", prelude + _SERVE, str(bundle), json.dumps(settings)],
+        [sys.executable, "-c", prelude + SERVE, str(bundle), json.dumps(settings)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

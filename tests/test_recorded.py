@@ -33,7 +33,7 @@ RUN, BUNDLE = RECORDED / "run", RECORDED / "demo"
 # rounding of float32 sums of some hundred terms in another order
 CLOSE = {"rel": 1e-3, "abs": 1e-5}
 # fields that were added since
-ADDED = {"answer_id", "parameters"}
+ADDED = {"answer_id", "parameters", "unavailable"}
 # these differ between requests or versions, or are sentences for people
 CHANGING = {"id", "since", "version", "request_id", "detail", "error", "title"}
 

@@ -125,7 +125,10 @@ def require_success(reloaded: Reloaded) -> Reloaded:
 
 
 def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> None:
-    """Reload whenever this process receives SIGHUP, on systems that have this signal. Call it on the event loop."""
+    """Reload whenever this process receives SIGHUP, on systems that have this signal.
+
+    A signal that came during the start, which serve/main.py notes, is obeyed now. Call it on the event loop.
+    """
     loop = asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()
 
@@ -141,4 +144,7 @@ def reload_on_hangup(models: ModelRepository[AnyEngineClient], keys: Keys) -> No
         task.add_done_callback(running.discard)
 
     if hasattr(signal, "SIGHUP"):
+        during_start = signal.getsignal(signal.SIGHUP)
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        if getattr(during_start, "noted", False):  # a HangupNote
+            on_hangup()

@@ -15,6 +15,7 @@ from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
 from serve.http.bodies import read_images
 from serve.http.service import TIMEOUT_HEADER, Service, server_timing
+from serve.pool.model_repository import UnavailableModel
 
 
 class Preprocessing(Record):
@@ -45,10 +46,16 @@ class Alive(Record):
 
 
 class Ready(Record):
-    """Every model has reproduced its golden samples and accepts requests."""
+    """At least one model answers. It has reproduced its golden samples.
+
+    Attributes:
+        models: The models that answer.
+        unavailable: The model versions that do not, and why.
+    """
 
     status: str = "ready"
     models: tuple[ModelRef, ...]
+    unavailable: tuple[UnavailableModel, ...]
 
 
 ModelName = Annotated[str | None, Query(description="Name of the model; not needed if only one is served")]
@@ -159,10 +166,13 @@ def model_routes(service: Service) -> APIRouter:
     async def livez() -> Alive:
         return Alive()
 
-    @router.get("/readyz", summary="Whether the service accepts requests", responses=problem_responses(503))
+    @router.get("/readyz", summary="Whether any model answers", responses=problem_responses(503))
     async def readyz() -> Ready:
         service.require_ready()
-        pools = [served.pool for served in service.models.all()]
-        return Ready(models=tuple(model_ref(pool.manifest, pool.precision, pool.provider) for pool in pools))
+        pools = [served.pool for served in service.models.all() if served.pool.alive]
+        return Ready(
+            models=tuple(model_ref(pool.manifest, pool.precision, pool.provider) for pool in pools),
+            unavailable=service.models.unavailable(),
+        )
 
     return router

@@ -53,6 +53,14 @@ class Engine(Protocol):
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer now."""
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot answer; empty if it can."""
+
     async def infer(
         self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
     ) -> RequestResult:
@@ -160,7 +168,7 @@ def open_inference(
 
     @router.get(
         "/v2/health/ready",
-        summary="Whether the service accepts requests",
+        summary="Whether any model answers",
         responses=problem_responses(503, media_type=JSON),
     )
     async def ready() -> ServerReady:
@@ -173,7 +181,15 @@ def open_inference(
 
     @guarded.post("/repository/index", summary="Every version of every model", responses=_UNLOCKED)
     async def index() -> list[IndexEntry]:
-        return [IndexEntry(name=served.key.name, version=served.key.version) for served in repository.all()]
+        return [
+            IndexEntry(
+                name=served.key.name,
+                version=served.key.version,
+                state="READY" if served.pool.alive else "UNAVAILABLE",
+                reason=served.pool.reason,
+            )
+            for served in repository.all()
+        ]
 
     async def highest_version(model: str) -> NameAndVersion:
         return model, None
@@ -204,9 +220,14 @@ def _add_model_routes(
         versions = tuple(each.key.version for each in repository.all() if each.key.name == name)
         return metadata_of(served.pool.manifest.task, name, versions)
 
-    @router.get(f"{path}/ready", summary="Whether a model accepts requests", responses=unknown)
+    @router.get(f"{path}/ready", summary="Whether a model answers", responses=unknown)
     async def model_ready(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelReady:
-        return ModelReady(name=repository.find(*key).key.name)
+        served = repository.find(*key)
+        if not served.pool.alive:
+            name, version = served.key.name, served.key.version
+            detail = f"model {name} version {version} is not ready ({served.pool.reason}); try again."
+            raise ProblemError(make_problem(503, detail), {"Retry-After": "1"})
+        return ModelReady(name=served.key.name)
 
     @router.get(f"{path}/config", summary="The configuration of a model in Triton's format", responses=unknown)
     async def model_config(key: Annotated[NameAndVersion, Depends(key_of)]) -> ModelConfig:

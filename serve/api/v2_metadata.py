@@ -4,6 +4,8 @@ A request has exactly one of a model's two inputs. The metadata of the protocol 
 configuration marks the inputs as optional.
 """
 
+from typing import Literal
+
 import ltkd
 from ltkd.contract.records import Record
 from ltkd.contract.task import Task
@@ -27,13 +29,13 @@ class Live(Record):
 
 
 class ServerReady(Record):
-    """The service accepts requests."""
+    """At least one model answers."""
 
     ready: bool = True
 
 
 class ModelReady(Record):
-    """The model accepts requests."""
+    """The model answers."""
 
     name: str
     ready: bool = True
@@ -58,12 +60,12 @@ class ModelMetadata(Record):
 
 
 class IndexEntry(Record):
-    """One version of a model in the index of the repository."""
+    """One version of a model in the index of the repository; the reason says why it is not ready."""
 
     name: str
     version: str
-    state: str = "READY"
-    reason: str = ""
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
 
 
 class Reshape(Record):

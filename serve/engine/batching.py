@@ -5,7 +5,7 @@ gives the highest throughput for the items in the queue. A GPU runs only the siz
 batch costs next to nothing, so batches are padded to the next of these sizes. A CPU runs every size without padding, so
 a batch takes all items in the queue, unless smaller batches are faster.
 
-``serve.engine.classifier`` batches decoded images with it; ``serve.pool.admission`` uses ``best_size``.
+``serve.engine.classifier`` batches decoded images with it.
 """
 
 import threading

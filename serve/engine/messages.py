@@ -239,6 +239,12 @@ def pack_response(response: EngineResponse) -> bytes:
     return b"".join(parts)
 
 
+def unpack_number(message: memoryview) -> int:
+    """The number of the request that a RESPONSE or CANCEL message is about."""
+    number: int = _CANCEL.unpack_from(message)[2]
+    return number
+
+
 def unpack_response(message: memoryview) -> EngineResponse:
     """The response in a RESPONSE message."""
     _, _, number, decode, queue, infer, batch_size, num = _DONE.unpack_from(message)

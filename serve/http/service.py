@@ -16,8 +16,10 @@ from serve.monitoring.feedback import Feedback
 from serve.monitoring.logs import LogValue, Trace, log_request, request_id_of, requests_log, trace_of
 from serve.monitoring.prometheus import Reason, Telemetry
 from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import launch
 from serve.pool.model_repository import ModelRepository, ServedModel, StartPool
 from serve.pool.pending_requests import RequestResult
+from serve.pool.supervisor import engine_config
 from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -83,7 +85,7 @@ class Service:
 
     def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
         async def start(path: Path) -> EnginePool:
-            return await EnginePool.start(path, settings)
+            return await EnginePool.start_with(lambda: launch(engine_config(path, settings)), settings)
 
         self.settings = settings
         self.telemetry = Telemetry()
@@ -130,9 +132,12 @@ class Service:
     def require_ready(self) -> None:
         """Raise a ProblemError with status 503 unless the service is ready."""
         if not self.ready:
-            why = "stopping" if self.stopping else "starting" if not self.accepting else "replacing an engine process"
+            why = "it is stopping" if self.stopping else "it is starting"
+            if self.accepting and not self.stopping:
+                each = [f"{model.name} version {model.version}: {model.reason}" for model in self.models.unavailable()]
+                why = f"no model can answer ({'; '.join(each)})"
             raise ProblemError(
-                make_problem(503, f"the service is not ready because it is {why}; try again."), {"Retry-After": "1"}
+                make_problem(503, f"the service is not ready because {why}; try again."), {"Retry-After": "1"}
             )
 
     def require_accepting(self) -> None:

@@ -1,123 +1,105 @@
-"""Admission control: decide which requests are accepted, by the length of the queue and the measured speed."""
+"""Admission control: reject a request that would be answered too late, by the length of the queue and the speed.
+
+A long queue does not help under overload: it stays full, and every answer is late by the time of the whole queue.
+"""
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 
-from serve.engine.batching import best_size
 from serve.problems import ProblemError, make_problem
+from serve.settings import Settings
 
-_MEMORY_SECONDS = 2.0  # time constant of the measured rate; pauses of the machine should not count for long
-_MAX_QUEUE_RUNS, _MIN_QUEUE_SECONDS = 10, 0.05
-_CATCH_UP_SHARE = 0.25  # of each second after a pause: with up to three quarters of full load the backlog shrinks
-_COLD_SECONDS = 0.5  # the first answers of a process are slow
+_SATURATED_SHARE = 0.25  # of the time allowed in the queue
+_MEASURE_SECONDS = 0.25  # long enough for several requests of many images, short enough to notice slower images soon
 
 
-class Admission:
-    """Counts accepted images, measures the rate at which they are answered, and rejects those that would wait too long.
-
-    A long queue does not help under overload: it stays full, and every answer is late by the time of the whole queue.
+class ImageQueue:
+    """The images that one engine process has been sent and has not answered, and its measured speed.
 
     Attributes:
-        num_images: Images that were accepted and have no result yet.
-        seconds_each: Measured time per image at full load; 0 until the first estimate.
-
-    Args:
-        max_images: Accepted images at one time.
-        max_seconds: A request that would wait longer in the queue is rejected. None allows ten times what the model
-            takes for one image, at least 0.05 s.
+        num_images: The images that have no result yet.
+        seconds_each: Time per image at full load; 0 if unknown, as for requests that wait for a process to start.
+        batch_size: Images in the last batch.
     """
 
-    def __init__(self, max_images: int, max_seconds: float | None) -> None:
+    def __init__(self) -> None:
         self.num_images = 0
         self.seconds_each = 0.0
-        self._max_images = max_images
-        self._max_seconds = max_seconds
-        self._full_batch = 1
-        self._busy_since = 0.0
-        self._num_pauses = 0
-        self._backlog = 0
-        self._resumed = -math.inf
+        self.batch_size = 0
+        self._began = self._last_answer = 0.0  # of the measurement
+        self._num_answered = 0  # after it began
 
-    def expect(self, seconds_of: Mapping[int, float]) -> None:
-        """Estimate the rate from the time that each batch size took at the start.
+    @property
+    def wait_seconds(self) -> float:
+        """Time until all of the images are answered."""
+        return self.num_images * self.seconds_each
 
-        Args:
-            seconds_of: Batch size to seconds per batch.
-        """
-        self._full_batch = best_size(self._max_images, seconds_of)
-        self.seconds_each = self.seconds_each or min(seconds / size for size, seconds in seconds_of.items())
-        if self._max_seconds is None:
-            self._max_seconds = max(_MIN_QUEUE_SECONDS, _MAX_QUEUE_RUNS * seconds_of[min(seconds_of)])
-
-    def rejection(self, num_images: int, now: float, deadline: float) -> ProblemError | None:
-        """Why a request is rejected: 429, with the seconds after which the queue should have room. None accepts it."""
-        wait = self.num_images * self.seconds_each
-        if (
-            self.num_images + num_images > self._max_images
-            or wait > self._allowed_seconds(now)
-            or now + wait > deadline
-        ):
-            return _full(self.num_images, max(1, math.ceil(wait)))
-        return None
-
-    def admit(self, num_images: int, now: float, deadline: float) -> None:
-        """Accept a request.
-
-        Raises:
-            ProblemError: As ``rejection``.
-        """
-        if rejection := self.rejection(num_images, now, deadline):
-            raise ProblemError(rejection.problem, rejection.headers)  # a copy: each raise adds a traceback
+    def add(self, num_images: int, now: float) -> None:
+        """Count images that are sent."""
         if not self.num_images:
-            self._busy_since = now
+            self._begin(now)
         self.num_images += num_images
 
-    def release(self, num_images: int, now: float | None = None, batch_size: int = 0) -> None:
-        """Count a request's images as finished.
+    def measure(self, num_images: int, batch_size: int, seconds: float, now: float, allowed: float) -> None:
+        """Update the speed with a request that was answered and is no longer counted.
 
         Args:
-            num_images: Images of the request.
-            now: When it was answered; None if it was not answered, and then the rate is not updated.
-            batch_size: Size of the batch that it ran in. Small batches mean few requests, not a low rate, so they do
-                not update the rate.
+            num_images: Images of the request that were processed.
+            batch_size: Images in the last batch that contained one of them; 0 if none was run.
+            seconds: Time from sending the request to the answer.
+            now: When it was answered; the same for all requests of a batch.
+            allowed: How long it might have waited in the queue, in seconds.
         """
-        self.num_images -= num_images
-        if now is None:
-            return
-        if self.num_images and self.seconds_each and self._is_full(batch_size):
-            # the last request of a burst runs in a small batch, which does not show the rate; and the requests of one
-            # batch end together, so the first one accounts for the whole time and the others for none
-            elapsed = now - self._busy_since
-            kept = math.exp(-elapsed / _MEMORY_SECONDS)
-            gained = (1 - kept) / elapsed if elapsed > 0 else 1 / _MEMORY_SECONDS
-            self.seconds_each = 1 / (kept / self.seconds_each + gained * num_images)
-        self._busy_since = now
+        # Unless requests wait for others, the time between two answers, and the size of the batches, depend on how
+        # often requests arrive. The first condition finds an estimate that is too low, the second one too high.
+        saturated = seconds >= _SATURATED_SHARE * allowed or self.wait_seconds >= _SATURATED_SHARE * allowed
+        if now > self._last_answer:  # all requests of the batch before have been counted
+            last, self._last_answer = self._last_answer, now
+            if not saturated:
+                self._begin(now)
+            elif last - self._began >= _MEASURE_SECONDS and self._num_answered:
+                # the mean with the estimate before: a short pause of the machine should not count for much
+                self.seconds_each = (self.seconds_each + (last - self._began) / self._num_answered) / 2
+                self._began, self._num_answered = last, 0
+        if now > self._began:
+            self._num_answered += num_images
+        if batch_size:
+            self.batch_size = batch_size
+        if batch_size and not self.num_images:
+            # after a long stall the estimate may be so high that no request is accepted while another one is in
+            # progress; then the queue is never saturated, and only this bound corrects the estimate
+            self.seconds_each = min(self.seconds_each, seconds / num_images)
 
-    def _is_full(self, batch_size: int) -> bool:
-        # at best, half of the accepted images run while the other half wait
-        max_accepted = math.inf if self._max_seconds is None else self._max_seconds / self.seconds_each
-        return 2 * batch_size >= min(self._full_batch, max_accepted / 2)
-
-    def pause_admission(self) -> None:
-        """Until ``resume``, limit only the number of images: answers are slow because a process is starting."""
-        self._num_pauses += 1
-
-    def resume(self, now: float) -> None:
-        """End a pause. The backlog that it left does not cause rejections while it is processed."""
-        self._num_pauses -= 1
-        self._busy_since = self._resumed = now
-        self._backlog = self.num_images
-
-    def _allowed_seconds(self, now: float) -> float:
-        if self._num_pauses or self._max_seconds is None:
-            return math.inf
-        allowance = self._backlog * self.seconds_each + _COLD_SECONDS - _CATCH_UP_SHARE * (now - self._resumed)
-        return self._max_seconds + max(0.0, allowance)
+    def _begin(self, now: float) -> None:
+        self._began = self._last_answer = now
+        self._num_answered = 0
 
 
-@lru_cache
-def _full(num_images: int, retry_seconds: int) -> ProblemError:
-    """The rejection, cached: under overload the same one is sent thousands of times per second."""
-    detail = f"{num_images} images are waiting, and more would not be answered in time; try again in {retry_seconds} s."
-    return ProblemError(make_problem(429, detail), {"Retry-After": str(retry_seconds)})
+def expected_seconds_each(seconds_of: Mapping[int, float]) -> float:
+    """The time per image at full load, by the seconds that a batch of each size took when the process started."""
+    return min(seconds / size for size, seconds in seconds_of.items())
+
+
+def require_room(num_images: int, num_waiting: int, queue: ImageQueue, seconds_left: float, limits: Settings) -> None:
+    """Reject a request that would not be answered in time.
+
+    Args:
+        num_images: Images of the request.
+        num_waiting: Images of all requests that have no result yet, in all engine processes.
+        queue: The queue that the request would wait in.
+        seconds_left: Time until its deadline.
+        limits: Images, and time in the queue.
+
+    Raises:
+        ProblemError: 429, with the seconds after which there is room if no other request takes it.
+    """
+    # the request is answered together with the other images of its last batch
+    own_seconds = max(num_images, queue.batch_size) * queue.seconds_each
+    allowed = min(limits.max_queue_seconds, max(0.0, seconds_left - own_seconds))
+    excess = num_waiting + num_images - limits.max_queue_images
+    if excess > 0 or queue.wait_seconds > allowed:
+        retry_after = max(1, math.ceil(max(queue.wait_seconds - allowed, excess * queue.seconds_each)))
+        detail = (
+            f"{num_waiting} images are waiting, and more would not be answered in time; try again in {retry_after} s."
+        )
+        raise ProblemError(make_problem(429, detail), {"Retry-After": str(retry_after)})

@@ -9,31 +9,34 @@ they get a 503.
 import asyncio
 import contextlib
 import heapq
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
 from serve.engine.answers import model_ref
-from serve.engine.messages import EngineReady, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
-from serve.pool.admission import Admission
-from serve.pool.engine_process import ChildProcess, EngineProcess, launch
-from serve.pool.pending_requests import (
-    AnswerCallback,
-    PendingQueue,
-    PendingRequest,
-    RequestResult,
-    ResultCallback,
-    request_result,
-)
-from serve.pool.supervisor import Supervisor, engine_config
+from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
+from serve.pool.admission import expected_seconds_each, require_room
+from serve.pool.engine_process import ChildProcess, EngineProcess
+from serve.pool.pending_requests import AnswerCallback, PendingQueue, PendingRequest, RequestResult, request_result
+from serve.pool.supervisor import BundleChangedError, Supervisor
 from serve.problems import Content, Problem, ProblemError, make_problem
 from serve.settings import Settings
 
 _CHECK_SECONDS = 0.25
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _errors_logged() -> Iterator[None]:
+    """Log the exception of a callback: requests, and the processes, must not be lost with it."""
+    try:
+        yield
+    except Exception:
+        _log.exception("a callback of the engine pool failed")
 
 
 class EnginePool:
@@ -44,8 +47,10 @@ class EnginePool:
         precision: Which of the bundle's models runs.
         provider: The execution provider that runs it, by ONNX Runtime's name.
         alive: Whether at least one engine process is ready.
+        reason: Why none is ready; empty while one is.
         on_change: Called when ``alive`` changes.
         on_answer: Called for every answered request that was not cancelled, of /v1 and of /v2.
+        on_bundle_changed: Awaited if no process can be started because the bundle on disk is another one.
     """
 
     manifest: Manifest
@@ -54,20 +59,20 @@ class EnginePool:
 
     def __init__(self, start_process: Callable[[], ChildProcess], settings: Settings) -> None:
         self.alive = False
+        self.reason = "it is starting"
         self.on_change: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
-        self._stall_seconds = settings.stall_seconds
-        self._admission = Admission(settings.max_queue_images, settings.max_queue_seconds)
+        self.on_bundle_changed: Callable[[], Awaitable[object]] | None = None
+        self._settings = settings
         self._supervisor = Supervisor(
             start_process,
             on_response=self._on_response,
             on_ready=self._on_ready,
             on_lost=self._on_lost,
-            on_not_replaced=self._reject_pending,
-            while_replacing=self.admission_paused,
+            on_not_replaced=self._on_not_replaced,
         )
         self._pending: PendingQueue | None = None  # only while no process is running
-        self._paused_without_process = contextlib.ExitStack()
+        self._seconds_each = 0.0  # measured by the process that ended last
         self._deadlines: list[tuple[float, int, PendingRequest]] = []
         self._next_number = 0
         self._closing = False
@@ -76,25 +81,15 @@ class EnginePool:
         self._check_at = math.inf
 
     @classmethod
-    async def start(cls, bundle: Path, settings: Settings) -> Self:
-        """Start the engine processes of a bundle: verified, its golden samples replayed, warmed up.
-
-        Args:
-            bundle: The bundle's directory.
-            settings: Device, precision, sizes and limits.
+    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
+        """Start engine processes: the bundle is verified, its golden samples are replayed, and they are warmed up.
 
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        return await cls.start_with(lambda: launch(engine_config(bundle, settings)), settings)
-
-    @classmethod
-    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
-        """Start with engine processes that ``start_process`` makes."""
         pool = cls(start_process, settings)
         try:
-            with pool.admission_paused():
-                await pool._supervisor.start(settings.processes)
+            await pool._supervisor.start(settings.processes)
         except BaseException:
             await pool.close(0)
             raise
@@ -108,77 +103,47 @@ class EnginePool:
     @property
     def num_waiting(self) -> int:
         """Images that were accepted and have no result yet."""
-        return self._admission.num_images
+        pending = self._pending.queue.num_images if self._pending else 0
+        return pending + sum(process.queue.num_images for process in self._supervisor.processes)
 
-    def rejection(self) -> ProblemError | None:
-        """Why a request of one image would be rejected now; None if it would be accepted."""
-        return self._admission.rejection(1, time.monotonic(), math.inf)
+    async def infer(
+        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
+    ) -> RequestResult:
+        """Send a request to an engine process and wait for its result.
 
-    def submit(
-        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float, on_result: ResultCallback
-    ) -> PendingRequest | None:
-        """Send a request to an engine process.
+        If the coroutine is cancelled, so is the request: its images that have not run yet are dropped.
 
         Args:
             contents: Images in the form that ``output`` implies; a problem that is known already keeps its position.
             output: What to compute for them.
             top_k: Classes to list in an answer.
             deadline: On the clock of ``time.monotonic``.
-            on_result: Called once, unless the request is cancelled; perhaps before this function returns.
-
-        Returns:
-            The request, for ``cancel``; None if there was nothing to send.
-
-        Raises:
-            ProblemError: 429, 503 or 504: the request was not accepted.
-        """
-        images = [content for content in contents if not isinstance(content, Problem)]
-        problems = {}
-        if len(images) < len(contents):
-            problems = {place: content for place, content in enumerate(contents) if isinstance(content, Problem)}
-            if not images:
-                on_result(RequestResult(list(problems.values()), [None] * len(problems), {}, 0))
-                return None
-        process = self._least_loaded()
-        now = time.monotonic()
-        if deadline <= now:
-            raise ProblemError(make_problem(504, "the deadline passed before the images had arrived; allow more time."))
-        self._admission.admit(len(images), now, deadline)
-        self._next_number = number = self._next_number + 1
-        request = PendingRequest(number, process, problems, len(images), now, on_result)
-        process.requests[number] = request
-        process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
-        heapq.heappush(self._deadlines, (deadline, number, request))
-        if deadline < self._check_at:
-            self._schedule_check(min(deadline, now + _CHECK_SECONDS))
-        return request
-
-    def cancel(self, request: PendingRequest) -> None:
-        """Cancel a request: it gets no result, and images that have not run yet are dropped."""
-        request.on_result = None
-        if request.number in request.process.requests:
-            request.process.write(pack_cancel(request.number))
-
-    async def infer(
-        self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
-    ) -> RequestResult:
-        """Send a request and wait for its result. Cancelling the coroutine cancels the request.
 
         Raises:
             ProblemError: 429 too many requests, 503 the engine process died, 504 the deadline passed.
         """
+        images = [content for content in contents if not isinstance(content, Problem)]
+        problems = {place: content for place, content in enumerate(contents) if isinstance(content, Problem)}
+        if not images:
+            return RequestResult(list(problems.values()), [None] * len(problems), {}, 0)
+        process = self._least_loaded()
+        now = time.monotonic()
+        if deadline <= now:
+            raise ProblemError(make_problem(504, "the deadline passed before the images had arrived; allow more time."))
+        require_room(len(images), self.num_waiting, process.queue, deadline - now, self._settings)
+        self._next_number = number = self._next_number + 1
+        process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
+        process.queue.add(len(images), now)
         future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
-
-        def on_result(result: RequestResult | ProblemError) -> None:
-            if not future.done():
-                future.set_result(result)
-
-        request = self.submit(contents, output, top_k, deadline, on_result)
+        request = PendingRequest(number, process, problems, len(images), now, deadline, future)
+        process.requests[number] = request
+        heapq.heappush(self._deadlines, (deadline, number, request))
+        if deadline < self._check_at:
+            self._schedule_check(min(deadline, now + _CHECK_SECONDS))
         try:
             result = await future
         except asyncio.CancelledError:
-            if request:
-                self.cancel(request)
+            self._cancel(request)
             raise
         if isinstance(result, ProblemError):
             raise result
@@ -191,15 +156,6 @@ class EnginePool:
             ProblemError: As ``infer``.
         """
         return await self.infer(contents, OutputKind.ANSWERS, top_k, deadline)
-
-    @contextlib.contextmanager
-    def admission_paused(self) -> Iterator[None]:
-        """Reject no request for its waiting time while a process starts, in this pool or in another one."""
-        self._admission.pause_admission()
-        try:
-            yield
-        finally:
-            self._admission.resume(time.monotonic())
 
     async def close(self, drain_seconds: float) -> None:
         """Wait up to ``drain_seconds`` for the results of accepted requests, then end the processes."""
@@ -218,39 +174,61 @@ class EnginePool:
     def _least_loaded(self) -> EngineProcess | PendingQueue:
         if self.alive and not self._closing:
             processes = self._supervisor.processes
-            return processes[0] if len(processes) == 1 else min(processes, key=lambda process: len(process.requests))
+            return processes[0] if len(processes) == 1 else min(processes, key=lambda process: process.queue.num_images)
         if self._pending and not self._closing:
             return self._pending
-        detail = "the service is stopping" if self._closing else "the model's engine process is being replaced"
-        raise ProblemError(make_problem(503, f"{detail}; try again."), self._retry_after())
+        detail = "the service is stopping" if self._closing else f"the model is not available: {self.reason}"
+        raise ProblemError(make_problem(503, f"{detail.rstrip('.')}; try again."), self._retry_after())
 
-    def _on_response(self, request: PendingRequest, response: EngineResponse) -> None:
-        """Pass the result to the request."""
-        self._release(request, time.monotonic(), response.batch_size)
-        if on_result := request.on_result:
-            request.on_result = None
-            result = request_result(response, request.problems)
-            if self.on_answer:
+    def _on_response(self, request: PendingRequest, message: memoryview, arrived_at: float) -> None:
+        """Set the result of a request."""
+        was_cancelled = request.result.done()
+        self._release(request)
+        try:
+            result = request_result(unpack_response(message), request.problems)
+        except Exception:
+            _log.exception("a response of the engine process could not be read")
+            request.finish(ProblemError(make_problem(500, "the answer could not be read; the log has the cause.")))
+            return
+        request.finish(result)
+        # images of a cancelled request that were not run say nothing about the speed
+        num_processed = min(request.num_images, result.batch_size) if was_cancelled else request.num_images
+        allowed = min(self._settings.max_queue_seconds, request.deadline - request.sent_at)
+        request.process.queue.measure(
+            num_processed, result.batch_size, arrived_at - request.sent_at, arrived_at, allowed
+        )
+        if self.on_answer and not was_cancelled:
+            with _errors_logged():
                 self.on_answer(result.facts, result.stage_seconds, result.batch_size)
-            on_result(result)
 
     def _on_ready(self, process: EngineProcess, ready: EngineReady) -> None:
         """Use a process that has become ready, and send it the requests that waited for one."""
         self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
-        self._admission.expect(ready.seconds_of)
-        self._paused_without_process.close()
+        process.queue.seconds_each = self._seconds_each or expected_seconds_each(ready.seconds_of)
         pending, self._pending = self._pending, None
         if pending:
-            pending.move_to(process)
+            pending.move_to(process, time.monotonic())
+        self.reason = ""
         self._note_change()
 
     def _on_lost(self, process: EngineProcess) -> None:
         """Answer 503 to the requests of a process that has ended; queue new requests until there is another one."""
-        if not self._supervisor.processes and not self._closing:
-            self._pending = PendingQueue()
-            self._paused_without_process.enter_context(self.admission_paused())
+        self._seconds_each = process.queue.seconds_each
+        if not self._supervisor.processes:
+            self.reason = "its engine process died and is being replaced"
+            if not self._closing:
+                self._pending = PendingQueue()
         self._note_change()
         self._fail(process, "the engine process that had the request died and is being replaced; try again.")
+
+    async def _on_not_replaced(self, error: Exception) -> None:
+        """Reject the requests that wait for a process, and report a bundle that has changed on disk."""
+        if not self.alive:
+            self.reason = f"no engine process could be started: {error}"
+        self._reject_pending()
+        if self.on_bundle_changed and isinstance(error, BundleChangedError):
+            with _errors_logged():
+                await self.on_bundle_changed()
 
     def _reject_pending(self) -> None:
         """Answer 503 to requests that wait for a process that cannot be started."""
@@ -266,12 +244,10 @@ class EnginePool:
             self._release(request)
         problem = make_problem(503, detail)
         for request in lost:
-            if on_result := request.on_result:
-                request.on_result = None
-                on_result(ProblemError(problem, self._retry_after()))
+            request.finish(ProblemError(problem, self._retry_after()))
 
-    def _release(self, request: PendingRequest, answered_at: float | None = None, batch_size: int = 0) -> None:
-        self._admission.release(request.num_images, answered_at, batch_size)
+    def _release(self, request: PendingRequest) -> None:
+        request.process.queue.num_images -= request.num_images
         if not self.num_waiting:
             self._emptied.set()
 
@@ -283,26 +259,27 @@ class EnginePool:
         if alive != self.alive:
             self.alive = alive
             if self.on_change:
-                self.on_change()
+                with _errors_logged():
+                    self.on_change()
 
     def _check_progress(self) -> None:
         """Answer 504 to requests whose deadline has passed, and kill stalled processes."""
         now = time.monotonic()
-        late = ProblemError(
-            make_problem(
-                504, "there was no answer within the deadline; send fewer images per request, or allow more time."
-            )
-        )
-        while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].on_result):
+        late = "there was no answer within the deadline; send fewer images per request, or allow more time."
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].result.done()):
             _, _, request = heapq.heappop(self._deadlines)
-            if on_result := request.on_result:
-                self.cancel(request)
-                on_result(late)
-        self._supervisor.kill_stalled(self._stall_seconds)
+            if not request.result.done():
+                self._cancel(request)
+                request.finish(ProblemError(make_problem(504, late)))
+        self._supervisor.kill_stalled(self._settings.stall_seconds)
         self._check_at = math.inf
         if self.num_waiting:
             next_deadline = self._deadlines[0][0] if self._deadlines else math.inf
             self._schedule_check(min(next_deadline, now + _CHECK_SECONDS))
+
+    def _cancel(self, request: PendingRequest) -> None:
+        if request.number in request.process.requests:
+            request.process.write(pack_cancel(request.number))
 
     def _schedule_check(self, at: float) -> None:
         if self._check:

@@ -18,13 +18,13 @@ from ltkd.errors import DeviceError, LtkdError, UsageError
 from serve.engine.messages import (
     EngineConfig,
     EngineReady,
-    EngineResponse,
     Failed,
     Kind,
     MessageReader,
-    unpack_response,
+    unpack_number,
     unpack_text,
 )
+from serve.pool.admission import ImageQueue
 from serve.pool.pending_requests import PendingRequest
 
 _START_SECONDS = 300.0
@@ -84,11 +84,12 @@ class EngineProcess(asyncio.Protocol):
 
     Args:
         child: The process.
-        on_response: Called with a request and the response to it.
+        on_response: Called with a request, the RESPONSE message and the time of its arrival.
         on_lost: Called when a process that was ready has ended.
 
     Attributes:
         requests: The requests that were sent and have no response yet, by number, the oldest first.
+        queue: Counts their images.
         ready: Whether the process can take requests. ``on_lost`` is called only for a process that was ready.
         ready_since: When it became ready, on the clock of ``time.monotonic``.
         last_message_at: When its last message arrived.
@@ -99,10 +100,11 @@ class EngineProcess(asyncio.Protocol):
     def __init__(
         self,
         child: ChildProcess,
-        on_response: Callable[[PendingRequest, EngineResponse], None],
+        on_response: Callable[[PendingRequest, memoryview, float], None],
         on_lost: Callable[["EngineProcess"], None],
     ) -> None:
         self.requests: dict[int, PendingRequest] = {}
+        self.queue = ImageQueue()
         self.ready = False
         self.ready_since = self.last_message_at = time.monotonic()
         self._child = child
@@ -169,16 +171,23 @@ class EngineProcess(asyncio.Protocol):
         """Handle every message that has arrived completely."""
         self.last_message_at = time.monotonic()
         for kind, message in self._reader.feed(data):
-            if kind == Kind.RESPONSE:
-                response = unpack_response(message)
-                if request := self.requests.pop(response.number, None):
-                    self._on_response(request, response)
-            elif kind == Kind.LOG:
-                _log.error("in the engine process: %s", unpack_text(message).rstrip())
-            elif kind == Kind.READY and not self._is_ready.done():  # cancelled if the pool is closing
-                self._is_ready.set_result(EngineReady.model_validate_json(unpack_text(message)))
-            elif kind == Kind.FAILED and not self._is_ready.done():
-                self._is_ready.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
+            try:
+                self._handle(kind, message)
+            except Exception as error:  # a defect; the other messages must be handled and the process kept
+                _log.exception("a message of the engine process could not be handled")
+                if not self._is_ready.done():
+                    self._is_ready.set_exception(DeviceError(f"the engine process did not start correctly: {error}"))
+
+    def _handle(self, kind: int, message: memoryview) -> None:
+        if kind == Kind.RESPONSE:
+            if request := self.requests.pop(unpack_number(message), None):
+                self._on_response(request, message, self.last_message_at)
+        elif kind == Kind.LOG:
+            _log.error("in the engine process: %s", unpack_text(message).rstrip())
+        elif kind == Kind.READY and not self._is_ready.done():  # cancelled if the pool is closing
+            self._is_ready.set_result(EngineReady.model_validate_json(unpack_text(message)))
+        elif kind == Kind.FAILED and not self._is_ready.done():
+            self._is_ready.set_exception(_error(Failed.model_validate_json(unpack_text(message))))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the end of the process."""

@@ -7,7 +7,7 @@
 A reload reads the directory again. A new bundle is verified and warmed up in a new engine process while the old bundle
 is still served. Then new requests are sent to the new process, and the old one ends when it has answered the requests
 that it had accepted. If the new bundle fails, the old one stays in service. A bundle that has not changed is not loaded
-again.
+again. If an engine process dies and its bundle has changed on disk meanwhile, that version is reloaded in the same way.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -41,15 +40,14 @@ class EngineClient(Protocol):
     precision: Precision
     provider: str
     alive: bool
+    reason: str
     on_change: Callable[[], None] | None
     on_answer: AnswerCallback | None
+    on_bundle_changed: Callable[[], Awaitable[object]] | None
 
     @property
     def num_waiting(self) -> int:
         """Images that were accepted and have no result yet."""
-
-    def admission_paused(self) -> AbstractContextManager[None]:
-        """Reject no request for its waiting time while another model is started on the same cores."""
 
     async def close(self, drain_seconds: float) -> None:
         """Answer the accepted requests, then end the engine processes."""
@@ -129,6 +127,14 @@ class Reloaded(Record):
     models: tuple[ModelReloaded, ...]
 
 
+class UnavailableModel(Record):
+    """A model version that cannot answer now, and why."""
+
+    name: str
+    version: str
+    reason: str
+
+
 StartPool = Callable[[Path], Awaitable[AnyEngineClient]]
 """Starts the engine processes of a bundle: verified, golden samples replayed, warmed up. Raises LtkdError."""
 
@@ -154,19 +160,20 @@ class ModelRepository(Generic[AnyEngineClient]):
         self._defaults: dict[
             str | None, ServedModel[AnyEngineClient]
         ] = {}  # by name; None is the key of the default model
-        self._reload_lock = asyncio.Lock()
+        self._lock = asyncio.Lock()  # of the start and of each reload
         self._reloads: set[asyncio.Task[Reloaded]] = set()
         self._ends: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start every bundle below the root.
+        """Start every bundle below the root. A reload that is requested meanwhile waits.
 
         Raises:
             LtkdError: There is no bundle, or a bundle cannot be served.
         """
         try:
-            for key, path in self._offered().items():
-                await self._begin(key, path)
+            async with self._lock:
+                for key, path in self._offered().items():
+                    await self._begin(key, path)
         except BaseException:
             await self.close()
             raise
@@ -194,15 +201,23 @@ class ModelRepository(Generic[AnyEngineClient]):
 
     @property
     def ready(self) -> bool:
-        """Whether every model version can answer now."""
-        return bool(self._served) and all(served.pool.alive for served in self._served.values())
+        """Whether any model version can answer now."""
+        return any(served.pool.alive for served in self._served.values())
 
-    async def reload(self) -> Reloaded:
-        """Read the directory again. A second reload waits until the first has ended.
+    def unavailable(self) -> tuple[UnavailableModel, ...]:
+        """The model versions that cannot answer now."""
+        return tuple(
+            UnavailableModel(name=served.key.name, version=served.key.version, reason=served.pool.reason)
+            for served in self.all()
+            if not served.pool.alive
+        )
+
+    async def reload(self, only: ModelKey | None = None) -> Reloaded:
+        """Read the directory again, for one model version or for all. A second reload waits until the first has ended.
 
         A reload continues if its caller is cancelled, so a client that disconnects does not interrupt it.
         """
-        task = asyncio.get_running_loop().create_task(self._reload())
+        task = asyncio.get_running_loop().create_task(self._reload(only))
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
         return await asyncio.shield(task)
@@ -218,15 +233,18 @@ class ModelRepository(Generic[AnyEngineClient]):
         while self._ends:
             await asyncio.gather(*self._ends)
 
-    async def _reload(self) -> Reloaded:
-        async with self._reload_lock:
+    async def _reload(self, only: ModelKey | None) -> Reloaded:
+        async with self._lock:
             try:
                 offered = await asyncio.to_thread(self._offered)
             except LtkdError as reason:
-                return Reloaded(models=tuple(self._outcome(served.key, "failed", str(reason)) for served in self.all()))
-            done = [await self._reload_one(key, path) for key, path in offered.items()]
+                failed = [served.key for served in self.all() if only in (None, served.key)]
+                return Reloaded(models=tuple(self._outcome(key, "failed", str(reason)) for key in failed))
+            if only not in offered:  # the name in the manifest of a single bundle may have changed
+                only = None
+            done = [await self._reload_one(key, path) for key, path in offered.items() if only in (None, key)]
             gone = sorted(self._served.keys() - offered.keys(), key=_by_name_and_number)
-            if any(model.outcome == "failed" for model in done):
+            if only or any(model.outcome == "failed" for model in done):
                 gone = []  # the bundle may have been renamed, and its new name failed to load
             for key in gone:
                 before = self._served.pop(key)
@@ -253,10 +271,7 @@ class ModelRepository(Generic[AnyEngineClient]):
     async def _begin(self, key: ModelKey, path: Path) -> None:
         """Start the engine processes of a bundle, and send them requests."""
         fingerprint = fingerprint_of(path)
-        with contextlib.ExitStack() as admission_paused:
-            for served in self._served.values():
-                admission_paused.enter_context(served.pool.admission_paused())
-            pool = await self._start_pool(path)
+        pool = await self._start_pool(path)
         task, certified = pool.manifest.task, pool.manifest.precisions[pool.precision]
         window = Window(certified.calibration, self._settings.window_images)
         labels = ModelLabels(*key, pool.precision, pool.provider, certified.sha256)
@@ -265,13 +280,14 @@ class ModelRepository(Generic[AnyEngineClient]):
         pool.on_answer = metrics.record_request
         pool.on_change = lambda: metrics.count_restart() if pool.alive else None
         feedback = FeedbackWindow(task, certified.calibration, metrics, self._settings.feedback_images)
+        pool.on_bundle_changed = lambda: self.reload(key)
         self._served[key] = ServedModel(key, fingerprint, pool, metrics, feedback)
         self._update_defaults()
 
     def _end(self, served: ServedModel[AnyEngineClient], drain_seconds: float) -> None:
         """End a model version in the background when it has answered its accepted requests."""
         self._telemetry.remove_model(served.metrics)
-        served.pool.on_change = None
+        served.pool.on_change = served.pool.on_bundle_changed = None
         task = asyncio.get_running_loop().create_task(served.end(drain_seconds))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)

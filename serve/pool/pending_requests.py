@@ -1,10 +1,12 @@
 """Requests that were accepted and have no result yet, and the results they get."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from serve.engine.messages import EngineResponse, PredictionFacts
+from serve.pool.admission import ImageQueue
 from serve.problems import Problem, ProblemError, make_problem
 
 if TYPE_CHECKING:
@@ -28,8 +30,6 @@ class RequestResult(NamedTuple):
     batch_size: int
 
 
-ResultCallback = Callable[[RequestResult | ProblemError], None]
-"""Called once per request with its result."""
 AnswerCallback = Callable[[Sequence[PredictionFacts | None], Mapping[str, float], int], None]
 """Called for every answered request with its ``facts``, ``stage_seconds`` and ``batch_size``."""
 
@@ -44,7 +44,8 @@ class PendingRequest:
         problems: Problems of the images that were not sent, by position.
         num_images: Number of images that were sent.
         sent_at: Time of sending, on the clock of ``time.monotonic``.
-        on_result: Called with the result; None once it was called, or when the request was cancelled.
+        deadline: On the same clock.
+        result: Its result, or the problem that prevented one. A callback of it cannot disturb other requests.
     """
 
     number: int
@@ -52,7 +53,13 @@ class PendingRequest:
     problems: dict[int, Problem]
     num_images: int
     sent_at: float
-    on_result: ResultCallback | None
+    deadline: float
+    result: "asyncio.Future[RequestResult | ProblemError]"
+
+    def finish(self, result: RequestResult | ProblemError) -> None:
+        """Set the result, unless the request has one or was cancelled."""
+        if not self.result.done():
+            self.result.set_result(result)
 
 
 class PendingQueue:
@@ -60,21 +67,24 @@ class PendingQueue:
 
     Attributes:
         requests: The waiting requests, by number.
+        queue: Counts their images; how long they wait is not known.
     """
 
     def __init__(self) -> None:
         self.requests: dict[int, PendingRequest] = {}
+        self.queue = ImageQueue()
         self._messages: list[bytes] = []
 
     def write(self, message: bytes) -> None:
         """Keep a message for the next engine process."""
         self._messages.append(message)
 
-    def move_to(self, process: "EngineProcess") -> None:
+    def move_to(self, process: "EngineProcess", now: float) -> None:
         """Send all waiting requests to an engine process."""
         for request in self.requests.values():
             request.process = process
         process.requests.update(self.requests)
+        process.queue.add(self.queue.num_images, now)
         process.write(b"".join(self._messages))
 
 

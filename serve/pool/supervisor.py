@@ -4,15 +4,14 @@ The supervisor does not handle requests. The dispatcher passes callbacks to it a
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ltkd.contract.bundle import Manifest
 from ltkd.errors import BundleError, LtkdError
-from serve.engine.messages import EngineConfig, EngineReady, EngineResponse
+from serve.engine.messages import EngineConfig, EngineReady
 from serve.pool.engine_process import ChildProcess, EngineProcess
 from serve.pool.pending_requests import PendingRequest
 from serve.settings import Settings
@@ -23,16 +22,19 @@ _STABLE_SECONDS = 30.0  # if a process ran for this long before it ended, its re
 _log = logging.getLogger(__name__)
 
 
+class BundleChangedError(BundleError):
+    """A replacement serves another bundle than the processes before."""
+
+
 class Supervisor:
     """The running engine processes of one model version. All of it runs in the event loop's thread.
 
     Args:
         start_process: Starts one engine process.
-        on_response: Called with a request and the response to it.
+        on_response: Called with a request, the message with its response and the time of its arrival.
         on_ready: Called when a process can take requests.
         on_lost: Called when a process that was ready has ended, before its replacement is started.
-        on_not_replaced: Called after each failed attempt to replace a process.
-        while_replacing: A context manager that is entered for each attempt to replace a process.
+        on_not_replaced: Awaited with the error after each failed attempt to replace a process.
 
     Attributes:
         processes: The processes that are ready.
@@ -43,11 +45,10 @@ class Supervisor:
         self,
         start_process: Callable[[], ChildProcess],
         *,
-        on_response: Callable[[PendingRequest, EngineResponse], None],
+        on_response: Callable[[PendingRequest, memoryview, float], None],
         on_ready: Callable[[EngineProcess, EngineReady], None],
         on_lost: Callable[[EngineProcess], None],
-        on_not_replaced: Callable[[], None],
-        while_replacing: Callable[[], contextlib.AbstractContextManager[None]],
+        on_not_replaced: Callable[[Exception], Awaitable[None]],
     ) -> None:
         self.processes: list[EngineProcess] = []
         self.started_in_seconds = 1.0
@@ -56,7 +57,6 @@ class Supervisor:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._on_not_replaced = on_not_replaced
-        self._while_replacing = while_replacing
         self._manifest: Manifest | None = None
         self._replacing = True
         self._replacements: set[asyncio.Task[None]] = set()
@@ -104,7 +104,7 @@ class Supervisor:
         ready = await process.open()
         if self._manifest not in (None, ready.manifest):
             await process.end()
-            raise BundleError("the bundle on disk differs from the one that was served; reload to serve it.")
+            raise BundleChangedError("the bundle on disk is another one than the processes before served.")
         self._manifest = ready.manifest
         self.started_in_seconds = time.monotonic() - began
         process.ready = True
@@ -130,12 +130,12 @@ class Supervisor:
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
             attempt += 1
             try:
-                with self._while_replacing():
-                    await self._start_one()
+                await self._start_one()
                 return
-            except (LtkdError, OSError) as error:
-                _log.error("no engine process could be started: %s", error)
-                self._on_not_replaced()
+            except Exception as error:  # also of a defect: the next attempt may succeed
+                is_known = isinstance(error, LtkdError | OSError)
+                _log.error("no engine process could be started: %s", error, exc_info=not is_known)
+                await self._on_not_replaced(error)
 
 
 def engine_config(bundle: Path, settings: Settings) -> EngineConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_toys import Served, bomb_png, encoded, served, toy_pixels, write_toy_bundle
+from serve_toys import SERVE, Served, bomb_png, encoded, served, toy_pixels, write_toy_bundle
 
 from ltkd.errors import UsageError
 from serve.classify_files import classify_files
@@ -143,7 +143,8 @@ def test_sigterm_ends_the_process_even_if_its_engine_hangs(bundle_path: Path) ->
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 0
         assert answer.result().status_code == 503
-        assert not Path(f"/proc/{engine}").exists()
+        while is_running(engine):  # the timeout of the test ends this loop
+            pass
 
 
 @on_linux
@@ -151,8 +152,16 @@ def test_an_engine_process_ends_when_the_server_process_is_killed(bundle_path: P
     with served(bundle_path) as service:
         (_, engine) = service.pids()
         service.process.kill()
-        while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split()[2]:
+        while is_running(engine):
             pass
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs (Linux); one that has ended may wait for its parent to notice."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager
@@ -196,6 +205,45 @@ def test_a_body_of_100_mb_is_413_with_flat_memory(service: Served, declared: boo
     assert response.status_code == 413
     # without a Content-Length, 20 MiB are held before the limit is reached; the list of chunks is never joined
     assert service.peak_bytes() - before < (4 if declared else 40) * MIB
+
+
+@on_linux
+def test_sighup_during_the_start_is_obeyed_after_it(bundle_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(bundle_path), "{}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while not (pids := children.read_text().split()):
+            assert process.poll() is None
+        os.kill(int(pids[0]), signal.SIGSTOP)  # the service cannot start before its engine process
+        process.send_signal(signal.SIGHUP)
+        os.kill(int(pids[0]), signal.SIGCONT)
+        assert process.stdout is not None
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        while 'ltkd_reloads_total{outcome="unchanged"} 1.0' not in httpx.get(f"{url}/metrics").text:
+            pass
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_sighup_does_not_hide_the_error_of_a_start_that_fails(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise UsageError("cannot start")
+
+    monkeypatch.setattr("serve.server.run", fail)
+    with pytest.raises(UsageError, match="cannot start"):
+        serve(bundle_path, Settings(port=0))
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_a_port_in_use_is_a_one_line_error(bundle_path: Path) -> None:

@@ -5,12 +5,28 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
-from serve_toys import CLASS_NAMES, SIZE_PX, blocked_engine, encoded, running, toy_app, toy_engine, toy_pixels
+from serve_toys import (
+    CLASS_NAMES,
+    SIZE_PX,
+    blocked_engine,
+    encoded,
+    running,
+    toy_app,
+    toy_engine,
+    toy_pixels,
+    toy_process,
+    write_toy_bundle,
+)
 
 from ltkd.contract.image_decoding import decode_image
+from serve.api.app import create_app
+from serve.http.service import Service
+from serve.pool.dispatcher import EnginePool
+from serve.pool.engine_process import ChildProcess
 from serve.settings import Settings
 from tests.serve.http.test_bodies import problem
 
@@ -57,6 +73,52 @@ def test_the_health_checks_list_the_models(client: httpx.Client) -> None:
     ready = client.get("/readyz").json()
     (model,) = ready["models"]
     assert (ready["status"], model["provider"], model["sha256"]) == ("ready", "ToyProvider", "f" * 64)
+    assert ready["unavailable"] == []
+
+
+def test_readiness_is_that_of_any_model_and_the_others_are_named(tmp_path: Path) -> None:
+    processes: dict[str, list[ChildProcess]] = {"birds": [], "cars": []}
+
+    async def start_pool(path: Path) -> EnginePool:
+        def start_process() -> ChildProcess:
+            if processes[path.name]:
+                raise OSError("out of memory")
+            processes[path.name].append(toy_process(toy_engine()))
+            return processes[path.name][0]
+
+        return await EnginePool.start_with(start_process, Settings())
+
+    for name in processes:
+        write_toy_bundle(tmp_path / name)
+    service = Service(tmp_path, Settings(delay_seconds=0), start_pool)
+    with running(create_app(service)) as client:
+        processes["birds"][0].kill()
+        while "out of memory" not in client.get("/readyz").text:
+            pass
+        ready = client.get("/readyz").json()
+        (birds,) = ready["unavailable"]
+        assert (len(ready["models"]), birds["name"], birds["version"]) == (1, "birds", "1")
+        assert client.get("/v2/health/ready").status_code == 200
+        for path in ("ready", "versions/1/ready"):
+            assert client.get(f"/v2/models/cars/{path}").status_code == 200
+            not_ready = client.get(f"/v2/models/birds/{path}")
+            assert (not_ready.status_code, not_ready.headers["retry-after"]) == (503, "1")
+            assert "birds version 1 is not ready" in not_ready.json()["error"]
+        index = client.post("/v2/repository/index").json()
+        assert [(entry["name"], entry["state"], "out of memory" in entry["reason"]) for entry in index] == [
+            ("birds", "UNAVAILABLE", True),
+            ("cars", "READY", False),
+        ]
+        assert client.post("/v1/classify?model=cars", content=PNG).status_code == 200
+        assert "out of memory" in problem(client.post("/v1/classify?model=birds", content=PNG), 503)
+
+        processes["cars"][0].kill()
+        while client.get("/readyz").status_code == 200:
+            pass
+        while "cars version 1: no engine process could be started" not in (detail := client.get("/readyz").text):
+            assert "birds version 1: no engine process could be started" in detail
+        assert "no model can answer" in client.get("/v2/health/ready").json()["error"]
+        assert client.get("/livez").status_code == 200
 
 
 def test_requests_before_the_service_is_ready_are_503() -> None:

@@ -236,6 +236,8 @@ class ToyPool:
 
     manifest: Manifest = field(default_factory=lambda: toy_engine().manifest)
     seconds_left: list[float] = field(default_factory=list)
+    alive: bool = True
+    reason: str = ""
 
     async def infer(
         self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float

@@ -28,7 +28,7 @@ from serve.settings import Settings
 from tests.serve.http.test_bodies import problem
 
 PNG = encoded(toy_pixels(3))
-LARGE = encoded(toy_pixels(5, 300, 300))  # arrives in several pieces
+LARGE = encoded(toy_pixels(5, 200, 200))  # arrives in several pieces, but fits into the socket of the engine process
 AS_PNG = {"Content-Type": "image/png"}
 
 

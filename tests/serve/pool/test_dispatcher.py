@@ -156,10 +156,54 @@ def test_a_request_beyond_the_queue_time_gets_429_with_the_seconds_that_the_queu
             with pytest.raises(ProblemError) as raised:
                 await pool.classify([PNG], 1, deadline())
             assert raised.value.problem.status == 429
-            assert raised.value.headers == {"Retry-After": "12"}
+            assert raised.value.headers == {"Retry-After": "2"}  # of the 12 s that the queue takes, 10 s are allowed
             engine.go.set()
             await asyncio.gather(*requests)
             await pool.classify([PNG], 1, deadline())  # accepted again
+
+    run(test)
+
+
+def test_by_default_128_requests_wait_if_they_are_answered_within_a_second() -> None:
+    async def test() -> None:
+        engine = blocked_engine()
+        engine.seconds_of = {1: 0.0077}  # the last of 128 waits for 0.98 s
+        async with toy_pool(engine) as pool:
+            requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(128)]
+            await until(lambda: pool.num_waiting == 128)
+            engine.go.set()
+            assert [len(result.results) for result in await asyncio.gather(*requests)] == [1] * 128
+
+    run(test)
+
+
+def test_a_request_goes_to_the_process_with_the_fewest_images() -> None:
+    async def test() -> None:
+        engine = blocked_engine()
+        async with toy_pool(engine, Settings(processes=2)) as pool:
+            requests = []
+            for num_images in (8, 1, 2, 4, 1):
+                before = pool.num_waiting
+                requests.append(asyncio.create_task(pool.classify([PNG] * num_images, 1, deadline())))
+                await until(lambda before=before: pool.num_waiting > before)  # type: ignore[misc]
+            assert sorted(process.queue.num_images for process in pool._supervisor.processes) == [8, 8]
+            engine.go.set()
+            await asyncio.gather(*requests)
+            assert pool.num_waiting == 0
+
+    run(test)
+
+
+def test_a_replacement_is_expected_to_be_as_fast_as_the_process_that_died() -> None:
+    async def test() -> None:
+        async with toy_pool() as pool:
+            (process,) = pool._supervisor.processes
+            assert process.queue.seconds_each == 0.001 / 32
+            process.queue.seconds_each = 0.5
+            process.kill()
+            await until(lambda: not pool.alive)
+            await until(lambda: pool.alive)
+            assert pool._supervisor.processes[0].queue.seconds_each == 0.5
 
     run(test)
 

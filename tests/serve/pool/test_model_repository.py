@@ -7,8 +7,7 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,11 @@ class InThisProcess:
         self.precision: Precision = engine.precision
         self.provider = engine.provider
         self.alive = True
+        self.reason = ""
         self.on_change: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
-        self.num_waiting = self.num_pauses = 0
+        self.on_bundle_changed: Callable[[], Awaitable[object]] | None = None
+        self.num_waiting = 0
         self.closed_with: float | None = None
         self._engine = engine
 
@@ -48,12 +49,6 @@ class InThisProcess:
         self.num_waiting -= 1
         logits: list[float] = self._engine.logits(PIXELS[None])[0].tolist()
         return logits
-
-    @contextmanager
-    def admission_paused(self) -> Iterator[None]:
-        self.num_pauses += 1
-        yield
-        self.num_pauses -= 1
 
     async def close(self, drain_seconds: float) -> None:
         while self.num_waiting:
@@ -219,26 +214,6 @@ def test_a_new_bundle_replaces_the_old_one_and_the_old_process_ends(bundle: Path
             await asyncio.sleep(0)
 
     assert 'ltkd_reloads_total{outcome="replaced"} 1.0' in running(bundle, scenario)
-
-
-def test_while_a_process_starts_no_request_to_other_models_is_rejected_for_its_waiting_time(bundle: Path) -> None:
-    admission_paused: list[int] = []
-
-    async def scenario(models: ToyModels) -> None:
-        first = models.find().pool
-        watched.append(first)
-        next_bundle(bundle)
-        await models.reload()
-        assert models.find().pool is not first
-        assert (admission_paused, first.num_pauses) == ([1], 0)
-
-    watched: list[InThisProcess] = []
-
-    async def start(path: Path) -> InThisProcess:
-        admission_paused.extend(pool.num_pauses for pool in watched)
-        return await start_pool(path)
-
-    running(bundle, scenario, start)
 
 
 def test_versions_are_added_and_removed(tmp_path: Path) -> None:
@@ -472,15 +447,76 @@ def test_closing_does_not_wait_for_a_reload(bundle: Path) -> None:
     assert [pool.alive for pool in started] == [False]
 
 
-def test_a_replaced_process_is_counted_and_the_service_is_not_ready_meanwhile(bundle: Path) -> None:
+def test_a_replaced_process_is_counted(bundle: Path) -> None:
     async def scenario(models: ToyModels) -> None:
         pool = models.find().pool
-        assert models.ready
         for alive in (False, True):
             pool.alive = alive
             assert pool.on_change is not None
             pool.on_change()
-            assert models.ready is alive
         assert re.search(r"ltkd_worker_restarts_total\{.*\} 1\.0", models._telemetry.exposition().decode())
+
+    running(bundle, scenario)
+
+
+def test_the_models_are_ready_while_any_answers_and_those_that_do_not_are_named(tmp_path: Path) -> None:
+    for name in ("birds", "cars/1", "cars/2"):
+        write_toy_bundle(tmp_path / name)
+
+    async def scenario(models: ToyModels) -> None:
+        assert (models.ready, models.unavailable()) == (True, ())
+        for number, served in enumerate(models.all()):
+            assert models.ready
+            served.pool.alive, served.pool.reason = False, f"reason {number}"
+            assert models.unavailable()[-1].reason == f"reason {number}"
+        named = [(model.name, model.version) for model in models.unavailable()]
+        assert (models.ready, named) == (False, [("birds", "1"), ("cars", "1"), ("cars", "2")])
+
+    running(tmp_path, scenario)
+
+
+def test_a_reload_during_the_start_waits_for_it(bundle: Path) -> None:
+    async def run_scenario() -> None:
+        begun, may_continue = asyncio.Event(), asyncio.Event()
+        started: list[Path] = []
+
+        async def slow(path: Path) -> InThisProcess:
+            started.append(path)
+            begun.set()
+            await may_continue.wait()
+            return await start_pool(path)
+
+        models = ModelRepository(bundle, slow, Telemetry(), Settings())
+        start = asyncio.create_task(models.start())
+        await begun.wait()
+        reload = asyncio.create_task(models.reload())
+        await asyncio.sleep(0)  # the reload begins
+        may_continue.set()
+        await start
+        assert outcomes(await reload) == {("toy", "1"): "unchanged"}
+        assert started == [bundle]
+        await models.close()
+
+    asyncio.run(run_scenario())
+
+
+def test_one_version_is_reloaded_without_the_others(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        write_toy_bundle(tmp_path / "cars" / version)
+
+    async def scenario(models: ToyModels) -> None:
+        next_bundle(tmp_path / "cars" / "2")
+        shutil.rmtree(tmp_path / "cars" / "1")
+        assert outcomes(await models.reload(ModelKey("cars", "2"))) == {("cars", "2"): "replaced"}
+        assert [served.key.version for served in models.all()] == ["1", "2"]
+
+    running(tmp_path, scenario)
+
+
+def test_if_the_name_in_the_manifest_has_changed_a_reload_of_the_version_is_one_of_all(bundle: Path) -> None:
+    async def scenario(models: ToyModels) -> None:
+        content = json.loads((bundle / MANIFEST_FILE).read_text())
+        (bundle / MANIFEST_FILE).write_text(json.dumps(content | {"name": "new"}))
+        assert outcomes(await models.reload(ModelKey("toy", "1"))) == {("new", "1"): "loaded", ("toy", "1"): "retired"}
 
     running(bundle, scenario)

@@ -115,4 +115,4 @@ def test_a_replacement_that_serves_another_bundle_is_not_used(caplog: pytest.Log
             await pool.close(5)
 
     run(test)
-    assert "the bundle on disk differs from the one that was served" in caplog.text
+    assert "the bundle on disk is another one than the processes before served" in caplog.text
