@@ -47,6 +47,7 @@ from ltkd.contract.bundle import (
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.image_decoding import MAX_PIXELS
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
@@ -260,6 +261,7 @@ class ToyEngine:
     manifest: Manifest
     precision: Precision = "fp32"
     provider: str = "ToyProvider"
+    nodes: NodeAssignment = NodeAssignment(num_nodes={"ToyProvider": 1})
     fails: bool = False
     seconds_of: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 4, 8, 16, 32), 0.001))
 

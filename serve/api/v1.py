@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import FORMATS
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.api.openapi import CLASSIFY_BODY, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
@@ -30,6 +31,7 @@ class ModelFacts(Record):
 
     model: ModelRef
     version: str
+    nodes: NodeAssignment
     preprocessing: Preprocessing
     manifest: Manifest
 
@@ -107,6 +109,7 @@ def model_routes(service: Service) -> APIRouter:
         return ModelFacts(
             model=model_ref(manifest, served.pool.precision, served.pool.provider),
             version=served.key.version,
+            nodes=served.pool.nodes,
             preprocessing=Preprocessing(
                 formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
             ),

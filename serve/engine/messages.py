@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ltkd.contract.bundle import Manifest, Precision
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.engine.answers import DECISIONS, Decision
 
@@ -57,12 +58,14 @@ class EngineReady(Record):
         manifest: The manifest of the bundle it opened.
         precision: Which of the bundle's models runs.
         provider: The execution provider that really runs it, by ONNX Runtime's name.
+        nodes: How many of the model's nodes run on which provider.
         seconds_of: The batch sizes that are run, and how long each takes.
     """
 
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
     seconds_of: dict[int, float]
 
 

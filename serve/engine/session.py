@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ltkd.contract.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Precision
+from ltkd.contract.node_assignment import AssignedNode, GraphNode, NodeAssignment, check_assignment, read_graph
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
 from serve.engine.messages import Device
@@ -58,6 +60,10 @@ class Engine(Protocol):
         """The execution provider that really runs it, by ONNX Runtime's name."""
 
     @property
+    def nodes(self) -> NodeAssignment:
+        """How many of the model's nodes run on which provider."""
+
+    @property
     def seconds_of(self) -> Mapping[int, float]:
         """The batch sizes that are run, and how long each takes."""
 
@@ -77,6 +83,7 @@ class OnnxEngine:
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
     seconds_of: Mapping[int, float]
     session: ort.InferenceSession
 
@@ -218,7 +225,9 @@ def _load(bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision |
     path = bundle.model_path(chosen)
     options = _session_options(num_threads)
     session = _cuda_session(path, options) if device == "cuda" else _session(path, [CPU], options)
-    return OnnxEngine(bundle.manifest, chosen, session.get_providers()[0], {}, session)
+    provider = session.get_providers()[0]
+    nodes = node_assignment(session, provider, path)
+    return OnnxEngine(bundle.manifest, chosen, provider, nodes, {}, session)
 
 
 def num_cuda_devices() -> int:
@@ -249,7 +258,6 @@ def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.Inferenc
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
     missing = _preload_libraries()
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
     except BundleError as reason:
@@ -257,6 +265,32 @@ def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.Inferenc
     if session.get_providers()[0] != CUDA:
         raise _no_cuda(missing or "its CUDA provider did not load")
     return session
+
+
+def node_assignment(session: ort.InferenceSession, provider: str, model_path: Path) -> NodeAssignment:
+    """Where the nodes of a session run.
+
+    Raises:
+        DeviceError: An image would flow through a node on another provider.
+    """
+    assigned = [
+        AssignedNode(node.name, node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    graphs = (lambda: read_graph(model_path.read_bytes()), lambda: _rewritten_graph(model_path))
+    return check_assignment(assigned, provider, graphs)
+
+
+def _rewritten_graph(model_path: Path) -> list[GraphNode]:
+    """The graph whose nodes ONNX Runtime assigns to providers: after its basic optimisations, which create nodes."""
+    options = _session_options(num_threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, model_path.name)
+        options.optimized_model_filepath = str(path)
+        _session(model_path, [CPU], options)
+        return read_graph(path.read_bytes())
 
 
 def _preload_libraries() -> str:
@@ -274,6 +308,7 @@ def _session_options(num_threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_FATAL_ONLY
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the image decoder needs the cores too
     return options
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
+from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.answers import model_ref
 from serve.engine.messages import EngineReady, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
 from serve.pool.admission import Admission
@@ -43,6 +44,7 @@ class EnginePool:
         manifest: The manifest of its bundle.
         precision: Which of the bundle's models runs.
         provider: The execution provider that runs it, by ONNX Runtime's name.
+        nodes: How many of the model's nodes run on which provider.
         alive: Whether at least one engine process is ready.
         on_change: Called when ``alive`` changes.
         on_answer: Called for every answered request that was not cancelled, of /v1 and of /v2.
@@ -51,6 +53,7 @@ class EnginePool:
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
 
     def __init__(self, start_process: Callable[[], ChildProcess], settings: Settings) -> None:
         self.alive = False
@@ -237,6 +240,7 @@ class EnginePool:
     def _on_ready(self, process: EngineProcess, ready: EngineReady) -> None:
         """Use a process that has become ready, and send it the requests that waited for one."""
         self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
+        self.nodes = ready.nodes
         self._admission.expect(ready.seconds_of)
         self._paused_without_process.close()
         pending, self._pending = self._pending, None
