@@ -261,7 +261,7 @@ class ToyEngine:
     manifest: Manifest
     precision: Precision = "fp32"
     provider: str = "ToyProvider"
-    nodes: NodeAssignment = NodeAssignment(num_nodes={"ToyProvider": 1})
+    nodes: NodeAssignment = field(default_factory=lambda: NodeAssignment(num_nodes={"ToyProvider": 1}))
     fails: bool = False
     seconds_of: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 4, 8, 16, 32), 0.001))
 

@@ -1,8 +1,8 @@
 """Which execution provider runs each node of an ONNX model, and whether the image stays on the requested one.
 
-ONNX Runtime assigns nodes to the CPU if the requested provider has no kernel for them, and also on purpose: a shape that
-depends on the batch size is computed on the CPU, because providers read shapes there. The second is harmless, the
-first is not what was requested. The difference is whether the image flows through the node.
+ONNX Runtime assigns nodes to the CPU if the requested provider has no kernel for them, which is not what was requested.
+It also does so on purpose, which is harmless: a shape that depends on the batch size is computed on the CPU, because
+providers read shapes there. The difference is whether the image flows through the node.
 """
 
 from collections import Counter

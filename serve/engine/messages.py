@@ -19,14 +19,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.engine.answers import DECISIONS, Decision
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class EngineConfig(Record):
@@ -34,7 +32,7 @@ class EngineConfig(Record):
 
     Attributes:
         bundle: The bundle's directory.
-        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        device: ``cpu``, ``cuda:INDEX`` or ``auto:INDEX``, as ``serve.engine.session.open_engine`` takes it.
         precision: One of the bundle's precisions; None uses the fastest certified one for the device.
         max_batch: The largest batch size.
         max_wait_ms: How long an image may wait for more images; None uses the default of the device.
@@ -43,7 +41,7 @@ class EngineConfig(Record):
     """
 
     bundle: Path
-    device: Device
+    device: str
     precision: Precision | None
     max_batch: int
     max_wait_ms: float | None

@@ -6,17 +6,15 @@ Shape legend: N images, S side in pixels, C classes, M golden samples.
 """
 
 import contextlib
-import ctypes
 import io
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -26,7 +24,7 @@ from ltkd.contract.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Pre
 from ltkd.contract.node_assignment import AssignedNode, GraphNode, NodeAssignment, check_assignment, read_graph
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
-from serve.engine.messages import Device
+from serve.engine.devices import num_cuda_devices, parse_device, require_gpu
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 """uint8 [N, S, S, 3], or N times [S, S, 3]."""
@@ -115,7 +113,7 @@ class OnnxEngine:
 
 def open_engine(
     bundle: Bundle,
-    device: Device = "auto",
+    device: str = "auto",
     precision: Precision | None = None,
     num_threads: int | None = None,
     max_batch: int = 32,
@@ -124,23 +122,26 @@ def open_engine(
 
     Args:
         bundle: An opened bundle: its hashes have been checked.
-        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU. ``:INDEX`` after them
+            chooses the GPU, by default the first.
         precision: One of the bundle's precisions; None uses the fastest certified one for the device.
         num_threads: How many CPU cores a run may use; None uses all cores of this process.
         max_batch: The largest batch size to run.
 
     Raises:
+        UsageError: There is no such kind of device.
         DeviceError: ``cuda`` was requested and does not work.
         BundleError: The model cannot be run, or its logits differ from the certified ones.
     """
     ort.set_default_logger_severity(_LOG_FATAL_ONLY)
     num_threads = num_threads or num_cores()
-    if device == "auto" and num_cuda_devices() > 0:
+    kind, index = parse_device(device)
+    if kind == "auto" and num_cuda_devices() > 0:
         try:
-            return _verified(_load(bundle, "cuda", precision, num_threads), bundle.golden(), max_batch)
+            return _verified(_load(bundle, index or 0, precision, num_threads), bundle.golden(), max_batch)
         except DeviceError as reason:
             _log.warning("--device auto uses the CPU: %s", reason)
-    engine = _load(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
+    engine = _load(bundle, (index or 0) if kind == "cuda" else None, precision, num_threads)
     return _verified(engine, bundle.golden(), max_batch)
 
 
@@ -219,27 +220,17 @@ def _replay(engine: OnnxEngine, golden: Golden, rows: NDArray[np.intp]) -> float
     return seconds
 
 
-def _load(bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int) -> OnnxEngine:
+def _load(bundle: Bundle, gpu: int | None, precision: Precision | None, num_threads: int) -> OnnxEngine:
+    """Load a model on a GPU, or on the CPU if ``gpu`` is None."""
     certified = bundle.manifest.precisions
-    chosen = precision if precision else next(name for name in FASTEST[device] if name in certified)
+    fastest = FASTEST["cpu" if gpu is None else "cuda"]
+    chosen = precision if precision else next(name for name in fastest if name in certified)
     path = bundle.model_path(chosen)
     options = _session_options(num_threads)
-    session = _cuda_session(path, options) if device == "cuda" else _session(path, [CPU], options)
+    session = _session(path, [CPU], options) if gpu is None else _cuda_session(path, gpu, options)
     provider = session.get_providers()[0]
     nodes = node_assignment(session, provider, path)
     return OnnxEngine(bundle.manifest, chosen, provider, nodes, {}, session)
-
-
-def num_cuda_devices() -> int:
-    """How many NVIDIA GPUs the driver reports; 0 without a driver. ONNX Runtime would log an error without one."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-            return 0
-    except (OSError, AttributeError):
-        return 0
-    return count.value
 
 
 def both_runtimes() -> bool:
@@ -252,14 +243,15 @@ def both_runtimes() -> bool:
     return installed == 2
 
 
-def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _cuda_session(model_path: Path, gpu: int, options: ort.SessionOptions) -> ort.InferenceSession:
     if CUDA not in ort.get_available_providers():
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
+    require_gpu(gpu, num_cuda_devices())
     missing = _preload_libraries()
     try:
-        session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
+        session = _session(model_path, [(CUDA, {**CUDA_OPTIONS, "device_id": str(gpu)})], options)
     except BundleError as reason:
         raise _no_cuda(missing or str(reason).rstrip(".")) from None
     if session.get_providers()[0] != CUDA:

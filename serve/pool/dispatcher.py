@@ -9,9 +9,11 @@ they get a 503.
 import asyncio
 import contextlib
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -19,7 +21,15 @@ from typing import Self
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.answers import model_ref
-from serve.engine.messages import EngineReady, EngineRequest, EngineResponse, OutputKind, pack_cancel, pack_request
+from serve.engine.messages import (
+    EngineConfig,
+    EngineReady,
+    EngineRequest,
+    EngineResponse,
+    OutputKind,
+    pack_cancel,
+    pack_request,
+)
 from serve.pool.admission import Admission
 from serve.pool.engine_process import ChildProcess, EngineProcess, launch
 from serve.pool.pending_requests import (
@@ -30,7 +40,7 @@ from serve.pool.pending_requests import (
     ResultCallback,
     request_result,
 )
-from serve.pool.supervisor import Supervisor, engine_config
+from serve.pool.supervisor import Supervisor, engine_configs
 from serve.problems import Content, Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -79,25 +89,37 @@ class EnginePool:
         self._check_at = math.inf
 
     @classmethod
-    async def start(cls, bundle: Path, settings: Settings) -> Self:
+    async def start(
+        cls, bundle: Path, settings: Settings, launch: Callable[[EngineConfig], ChildProcess] = launch
+    ) -> Self:
         """Start the engine processes of a bundle: verified, its golden samples replayed, warmed up.
 
         Args:
             bundle: The bundle's directory.
             settings: Device, precision, sizes and limits.
+            launch: Starts an engine process.
 
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        return await cls.start_with(lambda: launch(engine_config(bundle, settings)), settings)
+        configs = engine_configs(bundle, settings)
+        following = itertools.cycle(configs)
+
+        def start_process(config: EngineConfig | None = None) -> ChildProcess:
+            config = config or next(following)
+            return replace(launch(config), start_again=lambda: start_process(config))
+
+        return await cls.start_with(start_process, settings, len(configs))
 
     @classmethod
-    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
-        """Start with engine processes that ``start_process`` makes."""
+    async def start_with(
+        cls, start_process: Callable[[], ChildProcess], settings: Settings, num_processes: int | None = None
+    ) -> Self:
+        """Start with engine processes that ``start_process`` makes, by default as many as the settings say, or one."""
         pool = cls(start_process, settings)
         try:
             with pool.admission_paused():
-                await pool._supervisor.start(settings.processes)
+                await pool._supervisor.start(num_processes or settings.processes or 1)
         except BaseException:
             await pool.close(0)
             raise

@@ -41,11 +41,13 @@ class ChildProcess:
         connection: The server process's end of the socket pair.
         kill: Kills the process; has no effect if it has ended.
         pid: Its process id.
+        start_again: Starts a replacement, on the same GPU; None if all processes of the pool have the same device.
     """
 
     connection: socket.socket
     kill: Callable[[], None]
     pid: int
+    start_again: Callable[[], "ChildProcess"] | None = None
 
 
 def launch(config: EngineConfig) -> ChildProcess:
@@ -132,6 +134,11 @@ class EngineProcess(asyncio.Protocol):
             raise
         self.ready_since = time.monotonic()
         return ready
+
+    @property
+    def start_again(self) -> Callable[[], ChildProcess] | None:
+        """Starts a replacement of the process."""
+        return self._child.start_again
 
     def write(self, message: bytes) -> None:
         """Send a message. All messages of one iteration of the event loop are sent in one write."""

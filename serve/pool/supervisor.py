@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ltkd.contract.bundle import Manifest
-from ltkd.errors import BundleError, LtkdError
+from ltkd.errors import BundleError, DeviceError, LtkdError
+from serve.engine.devices import engine_devices, num_cuda_devices
 from serve.engine.messages import EngineConfig, EngineReady, EngineResponse
 from serve.pool.engine_process import ChildProcess, EngineProcess
 from serve.pool.pending_requests import PendingRequest
@@ -27,7 +28,7 @@ class Supervisor:
     """The running engine processes of one model version. All of it runs in the event loop's thread.
 
     Args:
-        start_process: Starts one engine process.
+        start_process: Starts one engine process. If that has a ``start_again``, it starts its replacements.
         on_response: Called with a request and the response to it.
         on_ready: Called when a process can take requests.
         on_lost: Called when a process that was ready has ended, before its replacement is started.
@@ -58,6 +59,7 @@ class Supervisor:
         self._on_not_replaced = on_not_replaced
         self._while_replacing = while_replacing
         self._manifest: Manifest | None = None
+        self._runs = ""
         self._replacing = True
         self._replacements: set[asyncio.Task[None]] = set()
 
@@ -67,7 +69,7 @@ class Supervisor:
         Raises:
             LtkdError: A process could not become ready. The others may be running; ``close`` ends them.
         """
-        starts = [self._start_one() for _ in range(num_processes)]
+        starts = [self._start_one(self._start_process) for _ in range(num_processes)]
         for outcome in await asyncio.gather(*starts, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -97,15 +99,21 @@ class Supervisor:
                     )
                     process.kill()
 
-    async def _start_one(self) -> None:
+    async def _start_one(self, start_process: Callable[[], ChildProcess]) -> None:
         """Start an engine process and wait until it is ready."""
         began = time.monotonic()
-        process = EngineProcess(self._start_process(), self._on_response, self._lost)
+        process = EngineProcess(start_process(), self._on_response, self._lost)
         ready = await process.open()
         if self._manifest not in (None, ready.manifest):
             await process.end()
             raise BundleError("the bundle on disk differs from the one that was served; reload to serve it.")
-        self._manifest = ready.manifest
+        runs = f"{ready.precision} on {ready.provider}"
+        if self.processes and runs != self._runs:  # "auto" on several GPUs of which one does not work
+            await process.end()
+            raise DeviceError(
+                f"an engine process would run {runs}, but the others run {self._runs}; name the --device."
+            )
+        self._manifest, self._runs = ready.manifest, runs
         self.started_in_seconds = time.monotonic() - began
         process.ready = True
         self.processes.append(process)
@@ -131,21 +139,29 @@ class Supervisor:
             attempt += 1
             try:
                 with self._while_replacing():
-                    await self._start_one()
+                    await self._start_one(lost.start_again or self._start_process)
                 return
             except (LtkdError, OSError) as error:
                 _log.error("no engine process could be started: %s", error)
                 self._on_not_replaced()
 
 
-def engine_config(bundle: Path, settings: Settings) -> EngineConfig:
-    """The configuration of a bundle's engine processes."""
-    return EngineConfig(
+def engine_configs(bundle: Path, settings: Settings) -> list[EngineConfig]:
+    """The configuration of each engine process of a bundle.
+
+    Raises:
+        UsageError: The processes cannot be divided equally among the GPUs.
+        DeviceError: There is no such GPU.
+    """
+    num_gpus = 0 if settings.device == "cpu" else num_cuda_devices()
+    devices = engine_devices(settings.device, settings.processes, num_gpus)
+    config = EngineConfig(
         bundle=bundle.resolve(),
-        device=settings.device,
+        device=devices[0],
         precision=settings.precision,
         max_batch=settings.max_batch,
         max_wait_ms=settings.max_wait_ms,
         max_pixels=settings.max_pixels,
-        processes=settings.processes,
+        processes=len(devices),
     )
+    return [config.model_copy(update={"device": device}) for device in devices]

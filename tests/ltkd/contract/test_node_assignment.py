@@ -1,4 +1,4 @@
-"""The rule for the nodes of a model on a GPU: what an image flows through runs there, shapes may be computed elsewhere."""
+"""What an image flows through must run on the GPU; shapes may be computed elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -61,7 +61,9 @@ def test_nodes_that_only_compute_a_shape_may_run_on_the_cpu_and_are_listed() -> 
 @pytest.mark.parametrize("name", ["cast", "to_planes", "relu", "from_planes", "reshape", "classifier"])
 def test_a_node_that_the_image_flows_through_must_run_on_cuda(name: str) -> None:
     graph = read_graph(model_with_a_dynamic_shape().SerializeToString())
-    with pytest.raises(DeviceError, match=rf"1 of 9 nodes compute with the image .* on CPUExecutionProvider: {name} \("):
+    with pytest.raises(
+        DeviceError, match=rf"1 of 9 nodes compute with the image .* on CPUExecutionProvider: {name} \("
+    ):
         check(graph, planted(graph, name, "slice"))
 
 
@@ -84,7 +86,10 @@ def test_a_node_that_is_in_no_graph_or_has_an_ambiguous_name_is_refused_on_the_c
 
 
 def test_control_flow_counts_as_reading_the_image_because_its_body_may() -> None:
-    graph = [GraphNode("if", "If", ("condition",), ("branch",)), GraphNode("add", "Add", ("branch", "one"), ("logits",))]
+    graph = [
+        GraphNode("if", "If", ("condition",), ("branch",)),
+        GraphNode("add", "Add", ("branch", "one"), ("logits",)),
+    ]
     for name in ("if", "add"):
         with pytest.raises(DeviceError, match=name):
             check(graph, planted(graph, name))

@@ -17,7 +17,8 @@ import serve.engine.session
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.errors import BundleError, DeviceError
-from serve.engine.session import Images, OnnxEngine, batch_sizes, node_assignment, num_cuda_devices, open_engine
+from serve.engine.devices import num_cuda_devices
+from serve.engine.session import Images, OnnxEngine, batch_sizes, node_assignment, open_engine
 
 
 @pytest.fixture
@@ -245,3 +246,22 @@ def test_on_cuda_shapes_may_be_computed_on_the_cpu_and_the_image_may_not(tmp_pat
 def test_the_engine_publishes_how_many_nodes_run_on_which_provider(bundle_path: Path) -> None:
     engine = open_engine(open_bundle(bundle_path), "cpu")
     assert engine.nodes == NodeAssignment(num_nodes={"CPUExecutionProvider": 4})
+
+
+def test_an_engine_runs_on_the_gpu_of_its_index_and_a_missing_one_is_an_error(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[object] = []
+
+    def session(path: Path, providers: list[tuple[str, dict[str, str]]], options: ort.SessionOptions) -> object:
+        requested.extend(settings["device_id"] for _, settings in providers)
+        raise BundleError("there is no such GPU here")
+
+    monkeypatch.setattr(serve.engine.session, "num_cuda_devices", lambda: 2)
+    monkeypatch.setattr(serve.engine.session, "_session", session)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        with pytest.raises(DeviceError):
+            open_engine(open_bundle(bundle_path), device)
+    assert requested == ["0", "0", "1"]
+    with pytest.raises(DeviceError, match="asked for cuda:2, but there are 2 GPUs"):
+        open_engine(open_bundle(bundle_path), "cuda:2")

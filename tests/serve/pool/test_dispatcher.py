@@ -243,9 +243,9 @@ async def between_two_processes(
     pool = await EnginePool.start_with(start, settings or Settings())
     connect = pool._supervisor._start_one
 
-    async def connect_later() -> None:
+    async def connect_later(start_process: Callable[[], ChildProcess]) -> None:
         await may_start.wait()
-        await connect()
+        await connect(start_process)
 
     pool._supervisor._start_one = connect_later  # type: ignore[method-assign]
     started[0].kill()

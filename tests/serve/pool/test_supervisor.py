@@ -15,9 +15,12 @@ from serve_toys import (
     write_toy_bundle,
 )
 
-from ltkd.errors import BundleError, DeviceError
+import serve.pool.supervisor
+from ltkd.errors import BundleError, DeviceError, UsageError
+from serve.engine.messages import EngineConfig
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess
+from serve.pool.supervisor import engine_configs
 from serve.problems import ProblemError
 from serve.settings import Settings
 from tests.serve.pool.test_dispatcher import PNG, deadline, problem_of_request, real_process, run, until
@@ -116,3 +119,58 @@ def test_a_replacement_that_serves_another_bundle_is_not_used(caplog: pytest.Log
 
     run(test)
     assert "the bundle on disk differs from the one that was served" in caplog.text
+
+
+def test_each_gpu_has_a_process_and_a_replacement_runs_on_the_gpu_of_the_lost_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve.pool.supervisor, "num_cuda_devices", lambda: 2)
+    launched: list[EngineConfig] = []
+    children: list[ChildProcess] = []
+
+    def launch(config: EngineConfig) -> ChildProcess:
+        launched.append(config)
+        children.append(toy_process(toy_engine()))
+        return children[-1]
+
+    async def test() -> None:
+        pool = await EnginePool.start(toy_bundle(), Settings(device="cuda"), launch)
+        try:
+            children[1].kill()
+            await until(lambda: len(launched) == 3)
+            children[0].kill()
+            await until(lambda: len(launched) == 4)
+        finally:
+            await pool.close(5)
+
+    run(test)
+    assert [config.device for config in launched] == ["cuda:0", "cuda:1", "cuda:1", "cuda:0"]
+    assert {config.processes for config in launched} == {2}
+
+
+def test_processes_of_one_model_do_not_differ_in_their_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.pool.supervisor, "num_cuda_devices", lambda: 2)
+
+    def launch(config: EngineConfig) -> ChildProcess:
+        engine = toy_engine()
+        engine.provider = {"auto:0": "CUDAExecutionProvider", "auto:1": "CPUExecutionProvider"}[config.device]
+        return toy_process(engine)
+
+    async def test() -> None:
+        with pytest.raises(
+            DeviceError, match=r"fp32 on C.*ExecutionProvider, but the others run fp32 on C.*; name the"
+        ):
+            await EnginePool.start(toy_bundle(), Settings(), launch)
+
+    run(test)
+
+
+def test_processes_that_do_not_fit_the_gpus_are_an_error_before_a_process_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve.pool.supervisor, "num_cuda_devices", lambda: 2)
+    with pytest.raises(UsageError, match="3 processes cannot be divided equally among 2 GPUs"):
+        engine_configs(toy_bundle(), Settings(processes=3))
+    assert [config.device for config in engine_configs(toy_bundle(), Settings(device="cpu", processes=3))] == 3 * [
+        "cpu"
+    ]
