@@ -129,13 +129,22 @@ def check_provider(session: InferenceSession, provider: str, content: bytes) -> 
     check_assignment(assigned, provider, (lambda: read_graph(content), lambda: _rewritten_graph(content)))
 
 
-def cuda_works() -> bool:
-    """Test whether ONNX Runtime can run a model on CUDA here, by opening a small one."""
+def require_cuda() -> None:
+    """Open a small model on CUDA.
+
+    Raises:
+        DeviceError: ONNX Runtime cannot run it there.
+    """
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in (INPUT, OUTPUT)]
     graph = helper.make_graph([helper.make_node("Relu", [INPUT], [OUTPUT])], "relu", value[:1], value[1:])
     smallest = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    open_session(smallest.SerializeToString(), CUDA)
+
+
+def cuda_works() -> bool:
+    """Test whether ONNX Runtime can run a model on CUDA here."""
     try:
-        open_session(smallest.SerializeToString(), CUDA)
+        require_cuda()
     except DeviceError:
         return False
     return True

@@ -78,12 +78,12 @@ def _otlp_provider() -> "TracerProvider":
 
 
 def _send_the_rest_at_exit(processor: "BatchSpanProcessor") -> None:
-    """Send the last spans when the process ends, for a limited time. At that point no thread can be started any more."""
+    """Send the last spans when the process ends, for a limited time. The thread is started now: then it is too late."""
     ending, sent = threading.Event(), threading.Event()
 
     def send() -> None:
         ending.wait()
-        processor.shutdown()
+        processor.shutdown()  # type: ignore[no-untyped-call]
         sent.set()
 
     threading.Thread(target=send, name="send-spans", daemon=True).start()

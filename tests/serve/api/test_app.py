@@ -48,6 +48,7 @@ def test_a_top_k_that_is_not_a_positive_number_is_400(client: httpx.Client, top_
 def test_the_model_route_has_the_manifest_and_the_preprocessing(client: httpx.Client) -> None:
     body = client.get("/v1/model").json()
     assert body["model"]["provider"] == "ToyProvider"
+    assert body["nodes"] == {"num_nodes": {"ToyProvider": 1}, "shape_nodes": []}
     assert body["preprocessing"]["input_px"] == 8
     assert body["manifest"]["task"]["class_names"] == list(CLASS_NAMES)
 

@@ -75,7 +75,9 @@ def test_a_trace_that_the_client_does_not_record_is_continued_but_not_recorded(
     client: httpx.Client, spans: InMemorySpanExporter
 ) -> None:
     response = client.post("/v1/classify", content=PNG, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
-    assert response.headers["traceparent"].startswith(f"00-{TRACE}-") and response.headers["traceparent"].endswith("-00")
+    assert response.headers["traceparent"].startswith(f"00-{TRACE}-") and response.headers["traceparent"].endswith(
+        "-00"
+    )
     assert spans.get_finished_spans() == ()
 
 
