@@ -10,8 +10,9 @@ size:
     bound       as the engine runs it: input and output bound to the device
     graph       one CUDA graph per batch size, replayed; its logits must agree with those of the loop
 
-It also measures the service over HTTP, with enough connections to fill its batches. Without CUDA it prints the reason
-and exits with code 2.
+It also measures the service over HTTP, with enough connections to fill its batches. Before all that, it exports and
+serves networks of several kinds on CUDA and lists which nodes run where (benchmarks/cuda_networks.py); if one of them
+is refused, the exit code is 1. Without CUDA it prints the reason and exits with code 2.
 """
 
 import argparse
@@ -20,17 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from benchmarks.cuda_networks import NETWORKS, check_networks, networks_table
 from benchmarks.load import closed_loop
 from benchmarks.run_metadata import run_metadata
 from benchmarks.servers import ROOT, running_service
 from benchmarks.serving import WorkloadInputs, comma_separated, make_workloads
 from benchmarks.workload_specs import WORKLOADS
+from export.conversion.session import require_cuda
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import decode_image
 from ltkd.errors import DeviceError
@@ -160,7 +164,7 @@ def table(name: str, found: Mapping[str, object]) -> str:
 
 
 def main() -> int:
-    """Measure and write the report; the exit code is 2 without CUDA."""
+    """Measure and write the report; the exit code is 1 if a network is refused and 2 without CUDA."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--workloads", type=comma_separated(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS)
@@ -169,16 +173,20 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
+            require_cuda()
+            networks = check_networks(NETWORKS, Path(folder, "networks"))
             inputs = make_workloads(arguments.workloads, Path(folder))
             results = {name: measure_workload(workload, arguments.seconds) for name, workload in inputs.items()}
     except DeviceError as reason:
         print(reason, file=sys.stderr)
         return 2
+    print(networks_table(networks))
     for name, result in results.items():
         print(table(name, result))
+    listed = [{**asdict(one), "nodes": one.nodes and one.nodes.model_dump()} for one in networks]
     metadata = run_metadata("python -m benchmarks.cuda", ("onnxruntime-gpu", "numpy"))
-    OUT.write_text(json.dumps({**metadata, "workloads": results}, indent=2) + "\n")
-    return 0
+    OUT.write_text(json.dumps({**metadata, "networks": listed, "workloads": results}, indent=2) + "\n")
+    return 1 if any(one.nodes is None for one in networks) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import MAX_PIXELS, DecodedImage, decode_image
 from ltkd.errors import ImageError, UsageError
 from serve.engine.answers import Answer, AnswerBuilder, RejectedImage
-from serve.engine.messages import Device
 from serve.engine.session import open_engine
 from serve.problems import image_problem
 
@@ -20,7 +19,7 @@ _BATCH = 64  # files decoded at a time; more would only use memory
 
 
 def classify_files(
-    bundle_path: Path, images: list[Path], top_k: int = 5, device: Device = "auto"
+    bundle_path: Path, images: list[Path], top_k: int = 5, device: str = "auto"
 ) -> list[Answer | RejectedImage]:
     """Classify image files as the service would.
 

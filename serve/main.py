@@ -9,14 +9,16 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from ltkd.contract.bundle import MANIFEST_FILE
 from ltkd.errors import UsageError
+from serve.engine.messages import EngineConfig
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess, launch
-from serve.pool.supervisor import engine_config
+from serve.pool.supervisor import engine_configs
 from serve.settings import Settings
 
 
@@ -38,13 +40,14 @@ def serve(
         gc.disable()  # until the service has started (ltkd.contract.resources)
         started_early: list[ChildProcess] = []
         if (path / MANIFEST_FILE).exists():
-            started_early.append(launch(engine_config(path, settings)))
+            started_early.append(launch(engine_configs(path, settings)[0]))
+
+        def launch_or_use_early(config: EngineConfig) -> ChildProcess:
+            return started_early.pop() if started_early else launch(config)
 
         async def start_pool(bundle: Path) -> EnginePool:
-            def start_process() -> ChildProcess:
-                return started_early.pop() if started_early else launch(engine_config(bundle, settings))
-
-            return await EnginePool.start_with(start_process, settings)
+            starts = [partial(launch_or_use_early, config) for config in engine_configs(bundle, settings)]
+            return await EnginePool.start(starts, settings)
 
         try:
             from serve.server import run  # noqa: PLC0415 - slow; the engine process starts meanwhile

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ltkd.contract.bundle import Precision
 from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.errors import UsageError
-from serve.engine.messages import Device
+from serve.engine.devices import DEVICE_CHOICES, parse_device
 
 PREFIX = "LTKD_"
 PILLOW_MAX_PIXELS = 89_478_485
@@ -23,9 +23,11 @@ class Settings(BaseModel):
     Attributes:
         host: Address to listen on; the default is reachable from this machine only.
         port: TCP port; 0 chooses a free one.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``cuda`` runs on all visible GPUs, ``cuda:1`` on one of them, ``cpu`` on none. ``auto`` is ``cuda`` if
+            it works, else ``cpu``.
         precision: ``fp32``, ``int8`` or ``fp16``; by default the fastest one that is certified and suits the device.
-        processes: Engine processes per model version; they share the cores.
+        processes: Engine processes per model version; they share the cores. By default one for each GPU, or one on a
+            CPU; on several GPUs, a multiple of their number.
         max_batch: Images in one run of the network.
         max_wait_ms: How long an image waits for others to fill its batch; by default 0 on a CPU and 1 on a GPU.
         max_body_bytes: Larger request bodies are rejected with 413 while they arrive.
@@ -64,9 +66,9 @@ class Settings(BaseModel):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
-    device: Device = "auto"
+    device: str = "auto"
     precision: Precision | None = None
-    processes: int = Field(default=1, gt=0, le=256)
+    processes: int | None = Field(default=None, gt=0, le=256)
     max_batch: int = Field(default=32, gt=0, le=1024)
     max_wait_ms: float | None = Field(default=None, ge=0, le=1000)
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
@@ -93,6 +95,15 @@ class Settings(BaseModel):
     feedback_images: int = Field(default=10_000, gt=0)
     log_format: Literal["plain", "json"] = "plain"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        try:
+            parse_device(device)
+        except UsageError:
+            raise ValueError(f"choose {DEVICE_CHOICES}") from None
+        return device
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -138,5 +149,6 @@ def read_settings(given: Mapping[str, str | int | float | Path | None]) -> Setti
             ) from None
         name = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"the setting {name} ({PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}."
+            f"the setting {name} ({PREFIX}{name.upper()}) is {first['input']!r}: "
+            f"{first['msg'].removeprefix('Value error, ')}."
         ) from None

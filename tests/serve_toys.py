@@ -48,6 +48,7 @@ from ltkd.contract.bundle import (
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.image_decoding import MAX_PIXELS
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
@@ -261,6 +262,7 @@ class ToyEngine:
     manifest: Manifest
     precision: Precision = "fp32"
     provider: str = "ToyProvider"
+    nodes: NodeAssignment = field(default_factory=lambda: NodeAssignment(num_nodes={"ToyProvider": 1}))
     fails: bool = False
     seconds_of: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 4, 8, 16, 32), 0.001))
 
@@ -344,7 +346,7 @@ def toy_service(
         return next(processes) if processes else toy_process(engine, settings.max_pixels)
 
     async def start_pool(_: Path) -> EnginePool:
-        return await EnginePool.start_with(start_process, settings)
+        return await EnginePool.start([start_process], settings)
 
     return Service(toy_bundle(), settings, start_pool)
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 
+from ltkd.contract.node_assignment import AssignedNode, GraphNode, check_assignment, read_graph
 from ltkd.contract.resources import num_cores
 from ltkd.contract.task import Task
 from ltkd.data.image_files import Images
@@ -88,7 +90,9 @@ def read_model(content: bytes) -> ModelProto:
 
 
 def open_session(content: bytes, provider: str = CPU, *, tf32: bool = False) -> InferenceSession:
-    """Open a model on a provider, with all of its nodes on that provider.
+    """Open a model on a provider that computes everything that an image flows through.
+
+    On CUDA, nodes that only compute shapes may run on the CPU (ltkd.contract.node_assignment).
 
     Args:
         content: The ONNX file.
@@ -97,34 +101,50 @@ def open_session(content: bytes, provider: str = CPU, *, tf32: bool = False) -> 
 
     Raises:
         BundleError: ONNX Runtime cannot open the model.
-        DeviceError: The provider does not work here, or ONNX Runtime would run a node on another provider.
+        DeviceError: The provider does not work here, or an image would flow through a node on another provider.
     """
     if provider not in (CPU, CUDA):
         raise DeviceError(f"the provider '{provider}' is not supported; choose {CPU} or {CUDA}.")
-    options = SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    options.intra_op_num_threads = num_cores()
-    options.inter_op_num_threads = 1
+    options = _session_options()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if provider == CUDA:
         session = _create_cuda_session(content, options, tf32=tf32)
     else:
         session = _create_session(content, options, CPU, {})
-    others = {part.ep_name for part in session.get_provider_graph_assignment_info()} - {provider}
-    if others:
-        raise DeviceError(
-            f"asked for {provider}, but ONNX Runtime placed nodes on {', '.join(others)}; reinstall ONNX Runtime."
-        )
+    check_provider(session, provider, content)
     return session
 
 
-def cuda_works() -> bool:
-    """Test whether ONNX Runtime can run a model on CUDA here, by opening a small one."""
+def check_provider(session: InferenceSession, provider: str, content: bytes) -> None:
+    """Check that a session computes everything that an image flows through on the requested provider.
+
+    Raises:
+        DeviceError: It does not.
+    """
+    assigned = [
+        AssignedNode(node.name, node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    check_assignment(assigned, provider, (lambda: read_graph(content), lambda: _rewritten_graph(content)))
+
+
+def require_cuda() -> None:
+    """Open a small model on CUDA.
+
+    Raises:
+        DeviceError: ONNX Runtime cannot run it there.
+    """
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in (INPUT, OUTPUT)]
     graph = helper.make_graph([helper.make_node("Relu", [INPUT], [OUTPUT])], "relu", value[:1], value[1:])
     smallest = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    open_session(smallest.SerializeToString(), CUDA)
+
+
+def cuda_works() -> bool:
+    """Test whether ONNX Runtime can run a model on CUDA here."""
     try:
-        open_session(smallest.SerializeToString(), CUDA)
+        require_cuda()
     except DeviceError:
         return False
     return True
@@ -135,16 +155,34 @@ def _create_cuda_session(content: bytes, options: SessionOptions, *, tf32: bool)
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     onnxruntime.set_default_logger_severity(_FATAL_ONLY)  # the provider would log missing libraries
     missing = _preload_cuda_libraries()
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         settings = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
         session = _create_session(content, options, CUDA, settings)
     except BundleError:
         open_session(content)  # raises if the model does not open on the CPU either, so CUDA is not the cause
-        raise _no_cuda(missing or "ONNX Runtime would run a part of the model on the CPU") from None
+        raise _no_cuda(missing or "ONNX Runtime cannot open the model there") from None
     if session.get_providers()[0] != CUDA:
         raise _no_cuda(missing or "its CUDA provider did not load")
     return session
+
+
+def _session_options() -> SessionOptions:
+    options = SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = num_cores()
+    options.inter_op_num_threads = 1
+    return options
+
+
+def _rewritten_graph(content: bytes) -> list[GraphNode]:
+    """Read the graph whose nodes ONNX Runtime assigns: after its basic optimisations, which create nodes."""
+    options = _session_options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        options.optimized_model_filepath = str(path)
+        _create_session(content, options, CPU, {})
+        return read_graph(path.read_bytes())
 
 
 def _preload_cuda_libraries() -> str:

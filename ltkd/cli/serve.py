@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltkd.cli.options import DEVICES, path_argument
+from ltkd.cli.options import path_argument
 
 if TYPE_CHECKING:
     from serve.engine.answers import Answer, RejectedImage
@@ -21,9 +21,9 @@ ROLES = ["classify", "feedback", "metrics", "admin"]
 @click.option("--port", type=int, help="TCP port to listen on; 0 selects a free port.  [default: 8000]")
 @click.option(
     "--device",
-    type=click.Choice(DEVICES),
-    help="Device to run the models on. auto: CUDA if it works, else the CPU. cuda: stop with an error if CUDA does not "
-    "work.  [default: auto]",
+    metavar="[auto|cpu|cuda|cuda:N]",
+    help="Device to run the models on. cuda: all visible GPUs; stop with an error if CUDA does not work. cuda:N: one "
+    "of the GPUs. auto: cuda if it works, else the CPU.  [default: auto]",
 )
 @click.option(
     "--precision",
@@ -32,7 +32,10 @@ ROLES = ["classify", "feedback", "metrics", "admin"]
     "fp32]",
 )
 @click.option(
-    "--processes", type=int, help="Number of engine processes per model; they share the CPU cores.  [default: 1]"
+    "--processes",
+    type=int,
+    help="Number of engine processes per model; they share the CPU cores. On several GPUs, a multiple of their "
+    "number.  [default: one for each GPU, or one on the CPU]",
 )
 @click.option("--max-body-bytes", type=int, help="Size of the largest accepted request body.  [default: 20 MiB]")
 @click.option(

@@ -14,6 +14,7 @@ from serve.api.v1 import classify_routes, model_routes
 from serve.api.v2 import open_inference
 from serve.http.middleware import RequestMiddleware, answer_http, answer_problem, answer_validation
 from serve.http.service import Service
+from serve.monitoring.tracing import add_tracing
 from serve.problems import ProblemError
 
 
@@ -41,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.add_middleware(RequestMiddleware, service=service)
+    add_tracing(app)
     app.include_router(classify_routes(service))
     app.include_router(model_routes(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys, service.settings))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ltkd.contract.bundle import Manifest
 from ltkd.contract.image_decoding import FORMATS
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
@@ -35,6 +36,7 @@ class ModelFacts(Record):
 
     model: ModelRef
     version: str
+    nodes: NodeAssignment
     preprocessing: Preprocessing
     manifest: Manifest
 
@@ -156,6 +158,7 @@ def model_routes(service: Service) -> APIRouter:
         return ModelFacts(
             model=model_ref(manifest, served.pool.precision, served.pool.provider),
             version=served.key.version,
+            nodes=served.pool.nodes,
             preprocessing=Preprocessing(
                 formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
             ),

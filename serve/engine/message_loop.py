@@ -96,6 +96,7 @@ def serve_connection(
         manifest=engine.manifest,
         precision=engine.precision,
         provider=engine.provider,
+        nodes=engine.nodes,
         seconds_of=dict(engine.seconds_of),
     )
     _warm_decoders()

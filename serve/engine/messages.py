@@ -19,13 +19,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ltkd.contract.bundle import Manifest, Precision
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.engine.answers import DECISIONS, Decision
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class EngineConfig(Record):
@@ -33,7 +32,7 @@ class EngineConfig(Record):
 
     Attributes:
         bundle: The bundle's directory.
-        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        device: ``cpu``, ``cuda:INDEX`` or ``auto:INDEX``, as ``serve.engine.session.open_engine`` takes it.
         precision: One of the bundle's precisions; None uses the fastest certified one for the device.
         max_batch: The largest batch size.
         max_wait_ms: How long an image may wait for more images; None uses the default of the device.
@@ -42,7 +41,7 @@ class EngineConfig(Record):
     """
 
     bundle: Path
-    device: Device
+    device: str
     precision: Precision | None
     max_batch: int
     max_wait_ms: float | None
@@ -57,12 +56,14 @@ class EngineReady(Record):
         manifest: The manifest of the bundle it opened.
         precision: Which of the bundle's models runs.
         provider: The execution provider that really runs it, by ONNX Runtime's name.
+        nodes: How many of the model's nodes run on which provider.
         seconds_of: The batch sizes that are run, and how long each takes.
     """
 
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
     seconds_of: dict[int, float]
 
 

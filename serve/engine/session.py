@@ -6,25 +6,25 @@ Shape legend: N images, S side in pixels, C classes, M golden samples.
 """
 
 import contextlib
-import ctypes
 import io
 import logging
-import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ltkd.contract.bundle import GOLDEN_TOLERANCE, Bundle, Golden, Manifest, Precision
+from ltkd.contract.node_assignment import AssignedNode, GraphNode, NodeAssignment, check_assignment, read_graph
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
-from serve.engine.messages import Device
+from serve.engine.devices import num_cuda_devices, parse_device, require_gpu
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 """uint8 [N, S, S, 3], or N times [S, S, 3]."""
@@ -58,6 +58,10 @@ class Engine(Protocol):
         """The execution provider that really runs it, by ONNX Runtime's name."""
 
     @property
+    def nodes(self) -> NodeAssignment:
+        """How many of the model's nodes run on which provider."""
+
+    @property
     def seconds_of(self) -> Mapping[int, float]:
         """The batch sizes that are run, and how long each takes."""
 
@@ -77,6 +81,7 @@ class OnnxEngine:
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
     seconds_of: Mapping[int, float]
     session: ort.InferenceSession
 
@@ -108,7 +113,7 @@ class OnnxEngine:
 
 def open_engine(
     bundle: Bundle,
-    device: Device = "auto",
+    device: str = "auto",
     precision: Precision | None = None,
     num_threads: int | None = None,
     max_batch: int = 32,
@@ -117,23 +122,26 @@ def open_engine(
 
     Args:
         bundle: An opened bundle: its hashes have been checked.
-        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU.
+        device: ``cuda`` runs on CUDA or fails; ``auto`` uses CUDA if it works, else the CPU. ``:INDEX`` after them
+            chooses the GPU, by default the first.
         precision: One of the bundle's precisions; None uses the fastest certified one for the device.
         num_threads: How many CPU cores a run may use; None uses all cores of this process.
         max_batch: The largest batch size to run.
 
     Raises:
+        UsageError: There is no such kind of device.
         DeviceError: ``cuda`` was requested and does not work.
         BundleError: The model cannot be run, or its logits differ from the certified ones.
     """
     ort.set_default_logger_severity(_LOG_FATAL_ONLY)
     num_threads = num_threads or num_cores()
-    if device == "auto" and num_cuda_devices() > 0:
+    kind, index = parse_device(device)
+    if kind == "auto" and num_cuda_devices() > 0:
         try:
-            return _verified(_load(bundle, "cuda", precision, num_threads), bundle.golden(), max_batch)
+            return _verified(_load(bundle, index or 0, precision, num_threads), bundle.golden(), max_batch)
         except DeviceError as reason:
             _log.warning("--device auto uses the CPU: %s", reason)
-    engine = _load(bundle, "cuda" if device == "cuda" else "cpu", precision, num_threads)
+    engine = _load(bundle, (index or 0) if kind == "cuda" else None, precision, num_threads)
     return _verified(engine, bundle.golden(), max_batch)
 
 
@@ -212,25 +220,17 @@ def _replay(engine: OnnxEngine, golden: Golden, rows: NDArray[np.intp]) -> float
     return seconds
 
 
-def _load(bundle: Bundle, device: Literal["cpu", "cuda"], precision: Precision | None, num_threads: int) -> OnnxEngine:
+def _load(bundle: Bundle, gpu: int | None, precision: Precision | None, num_threads: int) -> OnnxEngine:
+    """Load a model on a GPU, or on the CPU if ``gpu`` is None."""
     certified = bundle.manifest.precisions
-    chosen = precision if precision else next(name for name in FASTEST[device] if name in certified)
+    fastest = FASTEST["cpu" if gpu is None else "cuda"]
+    chosen = precision if precision else next(name for name in fastest if name in certified)
     path = bundle.model_path(chosen)
     options = _session_options(num_threads)
-    session = _cuda_session(path, options) if device == "cuda" else _session(path, [CPU], options)
-    return OnnxEngine(bundle.manifest, chosen, session.get_providers()[0], {}, session)
-
-
-def num_cuda_devices() -> int:
-    """How many NVIDIA GPUs the driver reports; 0 without a driver. ONNX Runtime would log an error without one."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-            return 0
-    except (OSError, AttributeError):
-        return 0
-    return count.value
+    session = _session(path, [CPU], options) if gpu is None else _cuda_session(path, gpu, options)
+    provider = session.get_providers()[0]
+    nodes = node_assignment(session, provider, path)
+    return OnnxEngine(bundle.manifest, chosen, provider, nodes, {}, session)
 
 
 def both_runtimes() -> bool:
@@ -243,20 +243,46 @@ def both_runtimes() -> bool:
     return installed == 2
 
 
-def _cuda_session(model_path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _cuda_session(model_path: Path, gpu: int, options: ort.SessionOptions) -> ort.InferenceSession:
     if CUDA not in ort.get_available_providers():
         raise _no_cuda("the installed ONNX Runtime was built without CUDA")
     if num_cuda_devices() == 0:
         raise _no_cuda("there is no NVIDIA GPU or driver")
+    require_gpu(gpu, num_cuda_devices())
     missing = _preload_libraries()
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = _session(model_path, [(CUDA, CUDA_OPTIONS)], options)
+        session = _session(model_path, [(CUDA, {**CUDA_OPTIONS, "device_id": str(gpu)})], options)
     except BundleError as reason:
         raise _no_cuda(missing or str(reason).rstrip(".")) from None
     if session.get_providers()[0] != CUDA:
         raise _no_cuda(missing or "its CUDA provider did not load")
     return session
+
+
+def node_assignment(session: ort.InferenceSession, provider: str, model_path: Path) -> NodeAssignment:
+    """Where the nodes of a session run.
+
+    Raises:
+        DeviceError: An image would flow through a node on another provider.
+    """
+    assigned = [
+        AssignedNode(node.name, node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    graphs = (lambda: read_graph(model_path.read_bytes()), lambda: _rewritten_graph(model_path))
+    return check_assignment(assigned, provider, graphs)
+
+
+def _rewritten_graph(model_path: Path) -> list[GraphNode]:
+    """The graph whose nodes ONNX Runtime assigns to providers: after its basic optimisations, which create nodes."""
+    options = _session_options(num_threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, model_path.name)
+        options.optimized_model_filepath = str(path)
+        _session(model_path, [CPU], options)
+        return read_graph(path.read_bytes())
 
 
 def _preload_libraries() -> str:
@@ -274,6 +300,7 @@ def _session_options(num_threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_FATAL_ONLY
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the image decoder needs the cores too
     return options
 

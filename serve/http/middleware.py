@@ -36,7 +36,9 @@ class RequestMiddleware:
             return
         headers = Headers(scope=scope)
         context = self._service.request_context(headers.get("x-request-id", ""), headers.get("traceparent", ""))
-        scope.setdefault("state", {})["context"] = context
+        state = scope.setdefault("state", {})
+        state["context"] = context
+        context.trace = state.get("trace", context.trace)  # serve/monitoring/tracing.py
         request = RequestScope(context, self._service, receive, send)
         try:
             if scope["http_version"] == "1.1" and len(headers.getlist("host")) != 1:

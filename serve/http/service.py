@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import launch
 from serve.pool.model_repository import ModelRepository, ServedModel, StartPool
 from serve.pool.pending_requests import RequestResult
-from serve.pool.supervisor import engine_config
+from serve.pool.supervisor import engine_configs
 from serve.problems import Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -85,7 +86,8 @@ class Service:
 
     def __init__(self, root: Path, settings: Settings, start_pool: StartPool[EnginePool] | None = None) -> None:
         async def start(path: Path) -> EnginePool:
-            return await EnginePool.start_with(lambda: launch(engine_config(path, settings)), settings)
+            starts = [partial(launch, config) for config in engine_configs(path, settings)]
+            return await EnginePool.start(starts, settings)
 
         self.settings = settings
         self.telemetry = Telemetry()

@@ -17,12 +17,13 @@ from functools import cached_property
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
+from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.answers import model_ref
 from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
-from serve.pool.engine_process import ChildProcess, EngineProcess
+from serve.pool.engine_process import EngineProcess
 from serve.pool.pending_requests import AnswerCallback, PendingQueue, PendingRequest, RequestResult, request_result
-from serve.pool.supervisor import BundleChangedError, Supervisor
+from serve.pool.supervisor import BundleChangedError, StartProcess, Supervisor
 from serve.problems import Content, Problem, ProblemError, make_problem
 from serve.settings import Settings
 
@@ -46,6 +47,7 @@ class EnginePool:
         manifest: The manifest of its bundle.
         precision: Which of the bundle's models runs.
         provider: The execution provider that runs it, by ONNX Runtime's name.
+        nodes: How many of the model's nodes run on which provider.
         alive: Whether at least one engine process is ready.
         reason: Why none is ready; empty while one is.
         on_change: Called when ``alive`` changes.
@@ -56,8 +58,9 @@ class EnginePool:
     manifest: Manifest
     precision: Precision
     provider: str
+    nodes: NodeAssignment
 
-    def __init__(self, start_process: Callable[[], ChildProcess], settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.alive = False
         self.reason = "it is starting"
         self.on_change: Callable[[], None] | None = None
@@ -65,7 +68,6 @@ class EnginePool:
         self.on_bundle_changed: Callable[[], Awaitable[object]] | None = None
         self._settings = settings
         self._supervisor = Supervisor(
-            start_process,
             on_response=self._on_response,
             on_ready=self._on_ready,
             on_lost=self._on_lost,
@@ -81,15 +83,19 @@ class EnginePool:
         self._check_at = math.inf
 
     @classmethod
-    async def start_with(cls, start_process: Callable[[], ChildProcess], settings: Settings) -> Self:
+    async def start(cls, starts: Sequence[StartProcess], settings: Settings) -> Self:
         """Start engine processes: the bundle is verified, its golden samples are replayed, and they are warmed up.
+
+        Args:
+            starts: One for each engine process; it starts the process and its replacements.
+            settings: Limits.
 
         Raises:
             LtkdError: The bundle or the device cannot be used.
         """
-        pool = cls(start_process, settings)
+        pool = cls(settings)
         try:
-            await pool._supervisor.start(settings.processes)
+            await pool._supervisor.start(starts)
         except BaseException:
             await pool.close(0)
             raise
@@ -204,6 +210,7 @@ class EnginePool:
     def _on_ready(self, process: EngineProcess, ready: EngineReady) -> None:
         """Use a process that has become ready, and send it the requests that waited for one."""
         self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
+        self.nodes = ready.nodes
         process.queue.seconds_each = self._seconds_each or expected_seconds_each(ready.seconds_of)
         pending, self._pending = self._pending, None
         if pending:

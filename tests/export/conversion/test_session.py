@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+from assignment_toys import cuda_session, model_with_a_dynamic_shape
 from export_toys import toy
 from quantise_toys import labelled_images, small_onnx
 
 from export.conversion.fp16 import to_fp16
 from export.conversion.int8 import Int8Config, collect_ranges
-from export.conversion.session import CUDA, cuda_works, instruction_set, open_session, read_model
+from export.conversion.session import CUDA, check_provider, cuda_works, instruction_set, open_session, read_model
 from ltkd.contract.resources import num_cores
 from ltkd.errors import BundleError, DeviceError
 
@@ -45,6 +46,19 @@ def test_on_cuda_every_node_runs_there_with_and_without_tf32() -> None:
         session = open_session(to_fp16(small_onnx()), CUDA, tf32=tf32)
         assert {assigned.ep_name for assigned in session.get_provider_graph_assignment_info()} == {CUDA}
         assert session.get_provider_options()[CUDA]["use_tf32"] == str(int(tf32))
+
+
+def test_on_cuda_shapes_may_be_computed_on_the_cpu_and_the_image_may_not() -> None:
+    content = model_with_a_dynamic_shape().SerializeToString()
+    check_provider(cuda_session(content, on_cpu={"Gather", "Slice", "Concat"}), CUDA, content)
+    for operator in ("Relu", "MatMul", "Cast"):
+        with pytest.raises(DeviceError, match=rf"asked for CUDAExecutionProvider, but 1 of 8 .*\({operator}\)"):
+            check_provider(cuda_session(content, on_cpu={operator, "Slice"}), CUDA, content)
+
+
+@WITH_CUDA
+def test_a_model_with_a_dynamic_shape_opens_on_cuda() -> None:
+    open_session(model_with_a_dynamic_shape().SerializeToString(), CUDA)
 
 
 def test_an_unknown_provider_is_rejected() -> None:

@@ -64,6 +64,7 @@ def test_a_top_k_that_is_not_a_positive_number_is_400(client: httpx.Client, top_
 def test_the_model_route_has_the_manifest_and_the_preprocessing(client: httpx.Client) -> None:
     body = client.get("/v1/model").json()
     assert body["model"]["provider"] == "ToyProvider"
+    assert body["nodes"] == {"num_nodes": {"ToyProvider": 1}, "shape_nodes": []}
     assert body["preprocessing"]["input_px"] == 8
     assert body["manifest"]["task"]["class_names"] == list(CLASS_NAMES)
 
@@ -86,7 +87,7 @@ def test_readiness_is_that_of_any_model_and_the_others_are_named(tmp_path: Path)
             processes[path.name].append(toy_process(toy_engine()))
             return processes[path.name][0]
 
-        return await EnginePool.start_with(start_process, Settings())
+        return await EnginePool.start([start_process], Settings())
 
     for name in processes:
         write_toy_bundle(tmp_path / name)

@@ -9,13 +9,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from assignment_toys import cuda_session, model_with_a_dynamic_shape
 from numpy.typing import NDArray
 from serve_toys import convolution, expected_logits, toy_model, toy_pixels, write_toy_bundle
 
 import serve.engine.session
 from ltkd.contract.bundle import open_bundle
+from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.errors import BundleError, DeviceError
-from serve.engine.session import Images, OnnxEngine, batch_sizes, num_cuda_devices, open_engine
+from serve.engine.devices import num_cuda_devices
+from serve.engine.session import Images, OnnxEngine, batch_sizes, node_assignment, open_engine
 
 
 @pytest.fixture
@@ -225,3 +228,40 @@ def test_a_newer_schema_version_is_an_error(bundle_path: Path) -> None:
     (bundle_path / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(BundleError, match=r"schema version 99.*install a newer ltkd"):
         open_bundle(bundle_path)
+
+
+def test_on_cuda_shapes_may_be_computed_on_the_cpu_and_the_image_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    content = model_with_a_dynamic_shape().SerializeToString()
+    path.write_bytes(content)
+    shapes = cuda_session(content, on_cpu={"Gather", "Slice", "Concat"})  # ONNX Runtime created the Gather
+    nodes = node_assignment(shapes, "CUDAExecutionProvider", path)
+    assert nodes.num_nodes == {"CUDAExecutionProvider": 5, "CPUExecutionProvider": 3}
+    assert set(nodes.shape_nodes) == {"Gather (Gather)", "slice (Slice)", "concat (Concat)"}
+    for operator in ("Relu", "MatMul", "Cast"):
+        with pytest.raises(DeviceError, match=rf"compute with the image and would run on CPU.*: \w+ \({operator}\)"):
+            node_assignment(cuda_session(content, on_cpu={operator, "Slice"}), "CUDAExecutionProvider", path)
+
+
+def test_the_engine_publishes_how_many_nodes_run_on_which_provider(bundle_path: Path) -> None:
+    engine = open_engine(open_bundle(bundle_path), "cpu")
+    assert engine.nodes == NodeAssignment(num_nodes={"CPUExecutionProvider": 4})
+
+
+def test_an_engine_runs_on_the_gpu_of_its_index_and_a_missing_one_is_an_error(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[object] = []
+
+    def session(path: Path, providers: list[tuple[str, dict[str, str]]], options: ort.SessionOptions) -> object:
+        requested.extend(settings["device_id"] for _, settings in providers)
+        raise BundleError("there is no such GPU here")
+
+    monkeypatch.setattr(serve.engine.session, "num_cuda_devices", lambda: 2)
+    monkeypatch.setattr(serve.engine.session, "_session", session)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        with pytest.raises(DeviceError):
+            open_engine(open_bundle(bundle_path), device)
+    assert requested == ["0", "0", "1"]
+    with pytest.raises(DeviceError, match="asked for cuda:2, but there are 2 GPUs"):
+        open_engine(open_bundle(bundle_path), "cuda:2")

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from serve.monitoring.prometheus import Telemetry
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import launch
 from serve.pool.model_repository import ModelRepository, ServedModel
-from serve.pool.supervisor import engine_config
+from serve.pool.supervisor import engine_configs
 from serve.problems import ProblemError
 from serve.settings import Settings
 from tests.serve.pool.test_dispatcher import PNG, deadline, run, until
@@ -35,7 +36,7 @@ async def served_models(bundle: Path, telemetry: Telemetry | None = None) -> Asy
     settings = Settings(device="cpu")
 
     async def start_pool(path: Path) -> EnginePool:
-        return await EnginePool.start_with(lambda: launch(engine_config(path, settings)), settings)
+        return await EnginePool.start([partial(launch, config) for config in engine_configs(path, settings)], settings)
 
     models: Models = ModelRepository(bundle, start_pool, telemetry or Telemetry(), settings)
     await models.start()

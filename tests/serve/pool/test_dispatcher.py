@@ -46,7 +46,8 @@ async def toy_pool(
 ) -> AsyncIterator[EnginePool]:
     settings = settings or Settings()
     toy = engine or toy_engine()
-    pool = await EnginePool.start_with(lambda: toy_process(toy, settings.max_pixels, num_threads), settings)
+    starts = (settings.processes or 1) * [lambda: toy_process(toy, settings.max_pixels, num_threads)]
+    pool = await EnginePool.start(starts, settings)
     try:
         yield pool
     finally:
@@ -253,7 +254,7 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
         started: list[ChildProcess] = []
         changes: list[bool] = []
         settings = Settings(max_queue_seconds=SOON)  # a busy machine must not reject the requests
-        pool = await EnginePool.start_with(real_process(toy_bundle(), started), settings)
+        pool = await EnginePool.start([real_process(toy_bundle(), started)], settings)
         pool.on_change = lambda: changes.append(pool.alive)
         try:
             before = await pool.classify([PNG], 1, deadline())
@@ -284,12 +285,12 @@ async def between_two_processes(
         started.append(toy_process(toy_engine()) if not started else then())
         return started[-1]
 
-    pool = await EnginePool.start_with(start, settings or Settings())
+    pool = await EnginePool.start([start], settings or Settings())
     connect = pool._supervisor._start_one
 
-    async def connect_later() -> None:
+    async def connect_later(start_process: Callable[[], ChildProcess]) -> None:
         await may_start.wait()
-        await connect()
+        await connect(start_process)
 
     pool._supervisor._start_one = connect_later  # type: ignore[method-assign]
     started[0].kill()

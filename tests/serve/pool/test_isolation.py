@@ -232,7 +232,7 @@ def test_a_process_whose_first_message_cannot_be_read_is_an_error_at_once(kind: 
         with theirs:
             theirs.sendall(pack_text(kind, "{}"))
             with pytest.raises(DeviceError, match="did not start correctly"):
-                await EnginePool.start_with(lambda: ChildProcess(ours, lambda: None, 0), Settings())
+                await EnginePool.start([lambda: ChildProcess(ours, lambda: None, 0)], Settings())
 
     run(test)
 
