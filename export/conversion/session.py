@@ -47,7 +47,7 @@ def model_metadata(task: Task) -> dict[str, str]:
         "train_counts": task.train_counts,
         "groups": task.groups.model_dump(mode="json"),
         "preprocessing": {
-            "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
+            "outside": task.preprocessing.description,
             "inside": {"scale": "1/255", "mean": task.mean, "std": task.std},
         },
     }

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
+from ltkd.contract import preprocessing
 from ltkd.contract.bundle import Manifest
-from ltkd.contract.image_decoding import FORMATS
+from ltkd.contract.image_decoding import FORMATS, MAX_HEADER_PIXELS
 from ltkd.contract.records import Record
 from serve.api.openapi import CLASSIFY_BODY, problem_responses
 from serve.engine.answers import Answers, ModelRef, model_ref
@@ -13,16 +14,13 @@ from serve.http.bodies import read_images
 from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 
 
-class Preprocessing(Record):
-    """How an image is prepared for the network."""
+class Preprocessing(preprocessing.Preprocessing):
+    """How an image is prepared for the network. ``max_pixels`` counts them as they are decoded."""
 
-    formats: tuple[str, ...]
-    input_px: int
+    formats: tuple[str, ...] = FORMATS
     max_pixels: int
-    rules: str = (
-        "EXIF orientation is applied, the first frame counts, transparency is laid on white, 16-bit grey is scaled "
-        "to 8 bit, everything becomes RGB; the centre square is resized bilinearly; normalisation is in the graph"
-    )
+    max_header_pixels: int = MAX_HEADER_PIXELS
+    rules: str
 
 
 class ModelFacts(Record):
@@ -107,9 +105,7 @@ def model_routes(service: Service) -> APIRouter:
         return ModelFacts(
             model=model_ref(manifest, served.pool.precision, served.pool.provider),
             version=served.key.version,
-            preprocessing=Preprocessing(
-                formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
-            ),
+            preprocessing=_preprocessing(manifest.task.preprocessing, service.settings.max_pixels),
             manifest=manifest,
         )
 
@@ -124,3 +120,11 @@ def model_routes(service: Service) -> APIRouter:
         return Ready(models=tuple(model_ref(pool.manifest, pool.precision, pool.provider) for pool in pools))
 
     return router
+
+
+def _preprocessing(model: preprocessing.Preprocessing, max_pixels: int) -> Preprocessing:
+    rules = (
+        "EXIF orientation is applied, the first frame counts, transparency is laid on white, 16-bit grey is scaled "
+        f"to 8 bit, everything becomes RGB; {model.rule}; normalisation is in the graph"
+    )
+    return Preprocessing(**dict(model), max_pixels=max_pixels, rules=rules)
