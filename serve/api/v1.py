@@ -17,9 +17,9 @@ from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 class Preprocessing(preprocessing.Preprocessing):
     """How an image is prepared for the network. ``max_pixels`` counts them as they are decoded."""
 
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...]
     max_pixels: int
-    max_header_pixels: int = MAX_HEADER_PIXELS
+    max_header_pixels: int
     rules: str
 
 
@@ -127,4 +127,6 @@ def _preprocessing(model: preprocessing.Preprocessing, max_pixels: int) -> Prepr
         "EXIF orientation is applied, the first frame counts, transparency is laid on white, 16-bit grey is scaled "
         f"to 8 bit, everything becomes RGB; {model.rule}; normalisation is in the graph"
     )
-    return Preprocessing(**dict(model), max_pixels=max_pixels, rules=rules)
+    return Preprocessing(
+        **dict(model), formats=FORMATS, max_pixels=max_pixels, max_header_pixels=MAX_HEADER_PIXELS, rules=rules
+    )
