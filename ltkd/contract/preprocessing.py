@@ -28,7 +28,7 @@ class Resizing(Record):
     """
 
     interpolation: Interpolation = "bilinear"
-    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    crop_ratio: float = Field(default=1.0, ge=0.1, le=1)
     jpeg_scaling: JpegScaling = "twice"
 
 
