@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from benchmarks.load import poisson, quantile_of, uniform
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SHARE = 0.8
@@ -63,7 +64,7 @@ def p99_ratio(
 def decode_and_run(session: ort.InferenceSession, files: list[bytes], size_px: int, first: int, batch: int) -> None:
     """Decode a batch and run the model on it."""
     contents = [files[(first + number) % len(files)] for number in range(batch)]
-    pixels_NSS3 = np.stack([decode_image(content, size_px).pixels_SS3 for content in contents])
+    pixels_NSS3 = np.stack([decode_image(content, Preprocessing(input_px=size_px)).pixels_SS3 for content in contents])
     session.run(["logits"], {"image": pixels_NSS3})
 
 

@@ -37,6 +37,7 @@ from benchmarks.workload_specs import WORKLOADS
 from export.conversion.session import require_cuda
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.errors import DeviceError
 from serve.engine.session import CUDA, CUDA_OPTIONS, OnnxEngine, batch_sizes, open_engine
 
@@ -143,7 +144,8 @@ def measure_workload(inputs: WorkloadInputs, seconds: float) -> dict[str, object
     graphs = ort.InferenceSession(
         bundle.model_path("fp32"), providers=[(CUDA, {**CUDA_OPTIONS, "enable_cuda_graph": "1"})]
     )
-    pixels = [decode_image(image, inputs.workload.input_px).pixels_SS3 for image in inputs.images[:MAX_BATCH]]
+    preprocessing = Preprocessing(input_px=inputs.workload.input_px)
+    pixels = [decode_image(image, preprocessing).pixels_SS3 for image in inputs.images[:MAX_BATCH]]
     return {
         "provider": engine.provider,
         "images_per_s": speeds(engine, graphs, np.stack(pixels), seconds),

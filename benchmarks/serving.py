@@ -48,6 +48,7 @@ from benchmarks.servers import (
 from benchmarks.serving_report import write_report
 from benchmarks.workload_specs import WORKLOADS, Workload
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 
 OUT = ROOT / "docs" / "benchmarks"
 SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
@@ -185,7 +186,8 @@ class WorkloadInputs:
     def classes(self, model: str) -> list[int]:
         """The correct class of each image: the prediction of the model in this process, one image at a time."""
         session = ort.InferenceSession(self.folder / model, providers=["CPUExecutionProvider"])
-        pixels = [decode_image(image, self.workload.input_px).pixels_SS3 for image in self.images]
+        preprocessing = Preprocessing(input_px=self.workload.input_px)
+        pixels = [decode_image(image, preprocessing).pixels_SS3 for image in self.images]
         return [int(session.run(["logits"], {"image": image_SS3[None]})[0].argmax()) for image_SS3 in pixels]
 
 

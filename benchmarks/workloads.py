@@ -50,6 +50,7 @@ from ltkd.contract.bundle import (
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from ltkd.data.long_tail import long_tailed_counts
@@ -64,8 +65,8 @@ NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy 
 def make_workload(workload: Workload, folder: Path) -> None:
     """Make the images and both bundles of a workload."""
     candidates = [encode_image(number, workload) for number in range(NUM_IMAGES * 3 // 2)]
-    pixels_NSS3 = np.stack([decode_image(content, workload.input_px).pixels_SS3 for content in candidates])
     task = task_of(workload)
+    pixels_NSS3 = np.stack([decode_image(content, task.preprocessing).pixels_SS3 for content in candidates])
     network = build_network(workload.network, NUM_CLASSES, seed=0)
     set_statistics(network, task, pixels_NSS3)
     fp32 = to_onnx(network, task)
@@ -112,6 +113,7 @@ def task_of(workload: Workload) -> Task:
         input_px=workload.input_px,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
+        resizing=Resizing(),
     )
 
 

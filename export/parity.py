@@ -28,6 +28,7 @@ from export.certification.statistics import CONFIDENCE
 from export.conversion.session import CPU, INPUT, instruction_set, open_session, read_model, runtime_version
 from export.schema import CandidateReport, DataRecord, ParityReport, Runtime
 from ltkd.contract.bundle import MANIFEST_FILE, Precision, open_bundle
+from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.records import sha256_of
 from ltkd.contract.task import Task
 from ltkd.data.datasets import Dataset
@@ -57,6 +58,29 @@ class ComparedModel:
     content: bytes | None
     precision: Precision
     logits: Callable[[Images], NDArray[np.floating]]
+
+
+def common_resizing(*paths: Path) -> Resizing:
+    """How images are resized for a comparison: as the runs and bundles among the models state it, else as in new runs.
+
+    Raises:
+        UsageError: Two models state different ways.
+        RunError: A run cannot be used.
+        BundleError: A bundle cannot be used.
+    """
+    stated: dict[Path, Resizing] = {}
+    for path in paths:
+        if (path / CONFIG_FILE).is_file():
+            stated[path] = open_run(path).task.resizing
+        elif (path / MANIFEST_FILE).is_file():
+            stated[path] = open_bundle(path).manifest.task.resizing
+    if len(set(stated.values())) > 1:
+        ways = "; ".join(f"{path}: {resizing!r}" for path, resizing in stated.items())
+        raise UsageError(
+            f"the two models are for images that are resized differently ({ways}). To resize the images for one of "
+            "them, give the other as an ONNX file, which states none."
+        )
+    return next(iter(stated.values()), Resizing())
 
 
 def open_model(path: Path, task: Task) -> ComparedModel:

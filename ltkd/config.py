@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ltkd.contract.preprocessing import FULL_DECODING, Resizing
 from ltkd.contract.records import Record, VersionedRecord
 
 Parameter = float | int | bool | str
@@ -23,6 +24,7 @@ class DataConfig(Record):
             and the test set.
         groups: ``share`` (33/34/33), ``count`` (many/medium/few), ``quantile:K`` or the path of a JSON mapping.
         input_px: Side of the square images; None takes the data set's own size.
+        resizing: How image files are cropped and scaled to that side.
         skip_unreadable: Exclude image files that cannot be read instead of rejecting the data set.
         train_list: For a data set given by lists, a file with a line ``path label`` for each training image. The paths
             are relative to the root.
@@ -35,6 +37,7 @@ class DataConfig(Record):
     holdout: float = Field(default=0.0, ge=0, lt=1)
     groups: str = "share"
     input_px: int | None = Field(default=None, gt=0)
+    resizing: Resizing = FULL_DECODING
     skip_unreadable: bool = False
     train_list: Path | None = None
     test_list: Path | None = None
@@ -99,6 +102,7 @@ class RunConfig(VersionedRecord):
         versions: Package name to version at training time.
     """
 
+    schema_version: int = 2
     data: DataConfig
     model: str
     method: MethodConfig

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import MAX_PIXELS, DecodedImage, decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.errors import ImageError, UsageError
 from serve.engine.answers import Answer, AnswerBuilder, RejectedImage
 from serve.engine.session import open_engine
@@ -34,7 +35,7 @@ def classify_files(
     builder = AnswerBuilder(engine.manifest, engine.precision)
     results: list[Answer | RejectedImage] = []
     for first in range(0, len(images), _BATCH):
-        decoded = [_decode(path, engine.manifest.task.input_px) for path in images[first : first + _BATCH]]
+        decoded = [_decode(path, engine.manifest.task.preprocessing) for path in images[first : first + _BATCH]]
         usable = [image for image in decoded if isinstance(image, DecodedImage)]
         predictions = builder.predict(engine.logits([image.pixels_SS3 for image in usable]))
         answers = iter(builder.records(predictions, [top_k] * len(usable), [image.warnings for image in usable]))
@@ -42,13 +43,13 @@ def classify_files(
     return results
 
 
-def _decode(path: Path, size_px: int) -> DecodedImage | RejectedImage:
+def _decode(path: Path, preprocessing: Preprocessing) -> DecodedImage | RejectedImage:
     try:
         content = path.read_bytes()
     except OSError as reason:
         raise UsageError(f"{path} cannot be read ({reason.strerror}); give the path of an image file.") from None
     with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
         try:
-            return decode_image(content, size_px, MAX_PIXELS)
+            return decode_image(content, preprocessing, MAX_PIXELS)
         except ImageError as error:
             return RejectedImage(error=image_problem(error))

@@ -9,12 +9,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ltkd.contract.bundle import Precision
-from ltkd.contract.image_decoding import MAX_PIXELS
+from ltkd.contract.image_decoding import MAX_HEADER_PIXELS, MAX_PIXELS
 from ltkd.errors import UsageError
 from serve.engine.devices import DEVICE_CHOICES, parse_device
 
 PREFIX = "LTKD_"
-PILLOW_MAX_PIXELS = 89_478_485
 
 
 class Settings(BaseModel):
@@ -31,7 +30,9 @@ class Settings(BaseModel):
         max_batch: Images in one run of the network.
         max_wait_ms: How long an image waits for others to fill its batch; by default 0 on a CPU and 1 on a GPU.
         max_body_bytes: Larger request bodies are rejected with 413 while they arrive.
-        max_pixels: Images with more pixels are rejected before they are decoded. The upper limit is that of Pillow.
+        max_pixels: Decoded pixels of an image; one with more is rejected from its header. A JPEG that is scaled down
+            while it is decoded counts the pixels that remain, but at least an eighth of its own; a progressive JPEG
+            counts in full. No image may have more than 89,478,485 pixels of its own.
         max_images: Images per request.
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
         max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are
@@ -72,7 +73,7 @@ class Settings(BaseModel):
     max_batch: int = Field(default=32, gt=0, le=1024)
     max_wait_ms: float | None = Field(default=None, ge=0, le=1000)
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_HEADER_PIXELS)
     max_images: int = Field(default=64, gt=0, le=10_000)
     max_queue_images: int = Field(default=1024, gt=0)
     max_queue_bytes: int = Field(default=128 * 2**20, gt=0)

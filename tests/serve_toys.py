@@ -49,6 +49,7 @@ from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, Gr
 from ltkd.contract.class_groups import ClassGroups
 from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.contract.node_assignment import NodeAssignment
+from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
@@ -69,6 +70,7 @@ TASK = Task(
     input_px=SIZE_PX,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
+    resizing=Resizing(),
 )
 
 

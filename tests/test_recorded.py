@@ -25,6 +25,7 @@ from export.conversion.fp32 import to_onnx
 from export.conversion.session import open_session, run
 from export.verify import verify_bundle
 from ltkd.contract.bundle import open_bundle
+from ltkd.contract.preprocessing import FULL_DECODING
 from ltkd.methods.registry import METHODS, ClassStatistics, LossInputs, build_method, method_config
 from ltkd.training.run_folder import open_run
 
@@ -158,6 +159,7 @@ def test_the_bundle_verifies() -> None:
 def test_the_run_opens_and_gives_the_logits_of_its_bundle() -> None:
     opened, bundle = open_run(RUN), open_bundle(BUNDLE)
     assert opened.task == bundle.manifest.task
+    assert opened.task.resizing == opened.config.data.resizing == FULL_DECODING
     with np.load(BUNDLE / "golden.npz") as golden:
         pixels_NSS3, expected_NC = golden["images"], golden["logits_fp32"]
     session = open_session(to_onnx(opened.load_network(), opened.task))

@@ -10,6 +10,7 @@ import ltkd
 from ltkd.cli.main import cli
 from ltkd.config import RunConfig
 from ltkd.contract.bundle import Manifest
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.contract.task import Task
 
 DATA = {
@@ -67,7 +68,7 @@ def test_the_commands_have_these_options_and_no_others() -> None:
 
 def test_the_files_on_disk_have_these_fields_and_no_others() -> None:
     assert set(Task.model_fields) == {
-        "schema_version", "class_names", "train_counts", "groups", "input_px", "mean", "std",
+        "schema_version", "class_names", "train_counts", "groups", "input_px", "mean", "std", "resizing",
     }  # fmt: skip
     assert set(RunConfig.model_fields) == {
         "schema_version", "data", "model", "method", "recipe", "seed", "execution", "weights_from",
@@ -76,5 +77,6 @@ def test_the_files_on_disk_have_these_fields_and_no_others() -> None:
     assert set(Manifest.model_fields) == {
         "schema_version", "name", "task", "precisions", "parity", "report", "card", "golden", "certified_on", "source",
     }  # fmt: skip
-    assert {model.model_fields["schema_version"].default for model in (Task, RunConfig)} == {1}
-    assert Manifest.model_fields["schema_version"].default == 2
+    assert set(Preprocessing.model_fields) == {"input_px", "interpolation", "crop_ratio", "jpeg_scaling"}
+    versions = {model: model.model_fields["schema_version"].default for model in (Task, RunConfig, Manifest)}
+    assert versions == {Task: 1, RunConfig: 2, Manifest: 3}

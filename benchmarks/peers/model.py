@@ -23,6 +23,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 
 SIZE_PX, PORT = int(os.environ["PEER_SIZE_PX"]), int(os.environ["PEER_PORT"])
 MAX_BATCH, WAIT_MS = int(os.environ["PEER_MAX_BATCH"]), float(os.environ["PEER_WAIT_MS"])
@@ -44,8 +45,8 @@ def open_session() -> ort.InferenceSession:
 
 
 def decode(content: bytes) -> NDArray[np.uint8]:
-    """The pixels of an image, uint8 [S, S, 3], by the decoder of ``ltkd.contract``."""
-    return decode_image(content, SIZE_PX).pixels_SS3
+    """The pixels of an image, uint8 [S, S, 3], by the decoder of ``ltkd.contract``; JPEG in full, as is usual."""
+    return decode_image(content, Preprocessing(input_px=SIZE_PX, jpeg_scaling="none")).pixels_SS3
 
 
 def classify_batch(session: ort.InferenceSession, images: Sequence[NDArray[np.uint8]]) -> list[ClassifyResponse]:

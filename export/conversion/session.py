@@ -21,6 +21,7 @@ from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 
 from ltkd.contract.node_assignment import AssignedNode, GraphNode, check_assignment, read_graph
+from ltkd.contract.preprocessing import FULL_DECODING
 from ltkd.contract.resources import num_cores
 from ltkd.contract.task import Task
 from ltkd.data.image_files import Images
@@ -44,12 +45,14 @@ INSTRUCTION_SETS = {  # names of the kernel's flags, fastest at int8 first
 
 def model_metadata(task: Task) -> dict[str, str]:
     """Build the metadata of an ONNX file as JSON texts: all that is needed to use the file without its bundle."""
+    stated = {} if task.resizing == FULL_DECODING else {"resizing": task.resizing.model_dump(mode="json")}
     entries = {
         "class_names": task.class_names,
         "train_counts": task.train_counts,
         "groups": task.groups.model_dump(mode="json"),
         "preprocessing": {
             "outside": f"decode to RGB, centre square, resize to {task.input_px} x {task.input_px}",
+            **stated,
             "inside": {"scale": "1/255", "mean": task.mean, "std": task.std},
         },
     }

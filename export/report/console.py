@@ -143,7 +143,7 @@ def _facts(bundle: Bundle) -> Table:
         "classes": f"{len(task.class_names):,} ({counts})",
         "training images": f"{min(task.train_counts):,} to {max(task.train_counts):,} per class",
         "input": f"image, uint8 [N, {task.input_px}, {task.input_px}, 3], RGB; the model normalises it",
-        "preprocessing": f"decode to RGB, crop to the centre square, resize to {task.input_px} x {task.input_px}",
+        "preprocessing": task.preprocessing.description,
         "source": f"run {source.run}: {source.model} by {source.method}, weights {source.weights_sha256[:12]}",
         "certified on": manifest.certified_on,
     }

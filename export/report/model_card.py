@@ -88,12 +88,11 @@ def _head(task: Task, source: Provenance, report: ParityReport) -> Iterator[str]
 
 
 def _use(task: Task) -> Iterator[str]:
-    size = f"{task.input_px} x {task.input_px}"
     yield "## Intended use"
     yield (
         "The model predicts one class per image, out of those listed under Data, for images of the same kind as it was "
-        f"trained and certified on. The input `image` is uint8 [N, {task.input_px}, {task.input_px}, 3], RGB: decode "
-        f"the image, crop it to its centre square and resize it to {size}. The model normalises its input. The output "
+        f"trained and certified on. The input `image` is uint8 [N, {task.input_px}, {task.input_px}, 3], RGB: "
+        f"{task.preprocessing.description}. The model normalises its input. The output "
         f"`logits` is float32 [N, {len(task.class_names)}]."
     )
     yield (

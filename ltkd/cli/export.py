@@ -101,14 +101,15 @@ def parity(
 
     Exit codes: 0 PASS, 1 FAIL, 2 error in usage or input, 3 INCONCLUSIVE (too few images).
     """
-    from export.parity import compare_models, open_model
+    from export.parity import common_resizing, compare_models, open_model
     from export.report.console import print_report
     from export.report.html import write_report
     from export.schema import EXIT_CODES
     from ltkd.training.progress import load_with_progress
 
     console = make_console()
-    data = load_with_progress(data_config, console)
+    resizing = common_resizing(reference, candidate)
+    data = load_with_progress(data_config.model_copy(update={"resizing": resizing}), console)
     report = compare_models(
         open_model(reference, data.task), open_model(candidate, data.task), data, parse_margins(margins)
     )

@@ -112,7 +112,7 @@ class Manifest(VersionedRecord):
         source: The run from which the bundle was exported.
     """
 
-    schema_version: int = 2
+    schema_version: int = 3
     name: str
     task: Task
     precisions: dict[Precision, CertifiedModel]

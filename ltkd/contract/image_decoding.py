@@ -2,8 +2,9 @@
 
 Only JPEG, PNG and WebP are accepted. The EXIF orientation is applied. Only the first frame of an animation is used.
 Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Grey, palette and CMYK images become RGB.
-The centre square is cropped and resized with an anti-aliased bilinear filter. An image that already has the target size
-is not resized.
+The centre square is cropped and resized as a ``Preprocessing`` states; an image that already has the target size is not
+resized. Depending on the preprocessing, the JPEG decoder scales down while it decodes, which saves most of the time and
+memory of a photograph. The limit of pixels counts them as they are decoded.
 
 The number of parts of a file (PNG chunks, JPEG segments and scans) is limited to more than any encoder writes, because
 a decoder can spend minutes on a megabyte of empty chunks, colour profiles or scans.
@@ -23,11 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 25_000_000  # of an image that somebody sends
+MAX_PIXELS_OF_FILES = 50_000_000  # of the files of a data set
+MAX_HEADER_PIXELS = 89_478_485  # whatever the decoder scales; Pillow warns of more
+_JPEG_PIXELS_PER_DECODED = 8  # the codes of all pixels are read, which takes about an eighth of their decoding
 MAX_PARTS = 10_000  # PNG chunks, JPEG segments; libpng writes a chunk every 8 kB
 MAX_SCANS = 32  # scans of a progressive JPEG; encoders write about ten
 BACKGROUND = (255, 255, 255)
@@ -51,6 +56,7 @@ _JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xda-\xef\xfe]")  # markers
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_SCALABLE = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # with a DCT; decoders cannot scale lossless JPEGs
 
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
@@ -62,27 +68,36 @@ class DecodedImage:
 
     Attributes:
         pixels_SS3: uint8 [S, S, 3], RGB.
+        decoded_pixels: The number of pixels that ``max_pixels`` limits, a measure of the time and memory of decoding.
         warnings: Changes to the image that the sender may not expect.
     """
 
     pixels_SS3: NDArray[np.uint8]
+    decoded_pixels: int
     warnings: tuple[str, ...]
 
 
-def decode_image(content: bytes, size_px: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Decode one image and resize it to a square of ``size_px``.
+def decode_image(content: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Decode one image and crop and resize it.
 
     Args:
         content: A whole JPEG, PNG or WebP file.
-        size_px: Side of the result in pixels.
-        max_pixels: Images with more pixels are rejected after reading the header, before memory is allocated.
+        preprocessing: Size of the result, and how the image is cropped and scaled to it.
+        max_pixels: An image that needs more decoded pixels is rejected after reading the header, before memory is
+            allocated. A JPEG that the decoder scales down counts as the pixels that remain, but at least an eighth of
+            its own; a progressive one counts in full, because its decoder holds the coefficients of all pixels.
 
     Raises:
         ImageTypeError: The bytes are not of one of these types.
         ImageDecodeError: The image is damaged, truncated or too large.
     """
-    with _open_image(content, max_pixels) as image:
-        return _square(image, size_px)
+    with _open_image(content, max_pixels, MAX_HEADER_PIXELS) as image:
+        size = f"{image.width} x {image.height} pixels"
+        decoded_pixels = _scale_while_decoding(image, content, preprocessing)
+        if decoded_pixels > max_pixels:
+            raise ImageDecodeError(_too_large(size, max_pixels))
+        rgb, warnings = _decode_upright(image)
+        return DecodedImage(_square(rgb, preprocessing), decoded_pixels, warnings)
 
 
 def is_known_type(content: bytes) -> bool:
@@ -92,19 +107,11 @@ def is_known_type(content: bytes) -> bool:
     )
 
 
-def load_image(path: Path, size_px: int, *, draft: bool = False) -> NDArray[np.uint8]:
-    """Decode one image file to uint8 [S, S, 3]; errors name the file.
-
-    Args:
-        path: A JPEG, PNG or WebP file.
-        size_px: Side of the result in pixels.
-        draft: Let the JPEG decoder scale down by 2, 4 or 8, but not below ``size_px``. It reads the whole file and
-            finds the same damage in a fraction of the time; the pixels differ slightly.
-    """
-    with _errors_with_path(path), _open_image(path.read_bytes(), MAX_PIXELS) as image:
-        if draft:
-            image.draft(image.mode, (size_px, size_px))
-        return _square(image, size_px).pixels_SS3
+def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one image file of a data set to the pixels of ``decode_image``, uint8 [S, S, 3]; errors name the file."""
+    with _errors_with_path(path), _open_file(path) as (image, content):
+        _scale_while_decoding(image, content, preprocessing)
+        return _square(_decode_upright(image)[0], preprocessing)
 
 
 def load_crop(path: Path, size_px: int, choose_box: Callable[[int, int], Box]) -> NDArray[np.uint8]:
@@ -117,7 +124,7 @@ def load_crop(path: Path, size_px: int, choose_box: Callable[[int, int], Box]) -
         size_px: Side of the result in pixels.
         choose_box: Returns the box for the width and height of the upright image. It is called before decoding.
     """
-    with _errors_with_path(path), _open_image(path.read_bytes(), MAX_PIXELS) as image:
+    with _errors_with_path(path), _open_file(path) as (image, _):
         stored_width = image.width
         swapped = _orientation(image)[0] in _SWAPS_SIDES
         width, height = (image.height, image.width) if swapped else image.size
@@ -154,8 +161,14 @@ def save_image(pixels_HW3: NDArray[np.uint8], path: Path) -> None:
 
 
 @contextmanager
-def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """Read the header of an image; every exception inside the context becomes an ImageError."""
+def _open_image(content: bytes, max_pixels: int, max_header_pixels: int) -> Iterator[Image.Image]:
+    """Read the header of an image; every exception inside the context becomes an ImageError.
+
+    Args:
+        content: The whole file.
+        max_pixels: The limit that an error names.
+        max_header_pixels: Images with more pixels are rejected, even if a decoder would scale them down.
+    """
     if not content:
         raise ImageTypeError("the image is empty (0 bytes); send a JPEG, PNG or WebP file.")
     if not is_known_type(content):
@@ -166,18 +179,25 @@ def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     _check_parts(content)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageDecodeError(_too_large(f"{image.width} x {image.height}", max_pixels))
+            if image.width * image.height > max_header_pixels:
+                raise ImageDecodeError(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
             yield image
     except ImageDecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageDecodeError(_too_large("far too many", max_pixels)) from None
+        raise ImageDecodeError(_too_large("far too many pixels", max_pixels)) from None
     except UnidentifiedImageError:  # Pillow's message has only the address of a buffer
         raise ImageDecodeError("the image is damaged or truncated (no readable header); send the whole file.") from None
     except Exception as reason:  # decoders raise many types of exception for damaged or malicious files
         summary = str(reason).partition("\n")[0][:100] or type(reason).__name__
         raise ImageDecodeError(f"the image is damaged or truncated ({summary}); send the whole file.") from None
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[tuple[Image.Image, bytes]]:
+    content = path.read_bytes()
+    with _open_image(content, MAX_PIXELS_OF_FILES, MAX_PIXELS_OF_FILES) as image:
+        yield image, content
 
 
 def _check_parts(content: bytes) -> None:
@@ -233,15 +253,29 @@ def _after_segment(content: bytes, start: int) -> int:
     return start + int.from_bytes(content[start : start + 2])
 
 
-def _jpeg_scans(content: bytes) -> Iterator[int]:
-    """The start positions of the scans that a JPEG decoder reads."""
-    progressive, components = False, b""
+@dataclass(frozen=True)
+class _Scan:
+    """One scan that a JPEG decoder reads.
+
+    Attributes:
+        is_whole: Whether it has the whole image; otherwise the decoder holds the coefficients of all pixels.
+        is_scalable: Whether the image is coded with a DCT, in which the decoder can scale; lossless JPEGs are not.
+    """
+
+    is_whole: bool
+    is_scalable: bool
+
+
+def _jpeg_scans(content: bytes) -> Iterator[_Scan]:
+    """The scans that a JPEG decoder reads."""
+    frame, components = 0, b""
     for marker, start in _jpeg_segments(content):
         if marker in _START_OF_FRAME:
-            progressive, components = marker in _PROGRESSIVE, content[start + 7 : start + 8]
+            frame, components = marker, content[start + 7 : start + 8]
         elif marker == _START_OF_SCAN:
-            yield start
-            if not progressive and content[start + 2 : start + 3] == components:
+            whole = frame not in _PROGRESSIVE and content[start + 2 : start + 3] == components
+            yield _Scan(whole, frame in _SCALABLE)
+            if whole:
                 return  # this scan has all colours, and the decoder stops after it
 
 
@@ -256,11 +290,24 @@ def _errors_with_path(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from None
 
 
-def _square(image: Image.Image, size_px: int) -> DecodedImage:
-    rgb, warnings = _decode_upright(image)
-    if rgb.size != (size_px, size_px):
-        rgb = ImageOps.fit(rgb, (size_px, size_px), Image.Resampling.BILINEAR)
-    return DecodedImage(np.asarray(rgb, dtype=np.uint8), warnings)
+def _scale_while_decoding(image: Image.Image, content: bytes, preprocessing: Preprocessing) -> int:
+    """Set the scale of a JPEG's decoder; return the number of pixels for ``max_pixels``. Nothing is decoded yet."""
+    num_pixels, side_px = image.width * image.height, preprocessing.min_decoded_px
+    scan = next(_jpeg_scans(content), None) if content.startswith(b"\xff\xd8") else None
+    if side_px is None or scan is None or not scan.is_scalable:
+        return num_pixels
+    image.draft(image.mode, (side_px, side_px))
+    if not scan.is_whole:
+        return num_pixels
+    return max(image.width * image.height, num_pixels // _JPEG_PIXELS_PER_DECODED)
+
+
+def _square(rgb: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    size = (preprocessing.input_px, preprocessing.input_px)
+    if rgb.size != size or preprocessing.crop_ratio < 1:
+        filter_ = Image.Resampling[preprocessing.interpolation.upper()]
+        rgb = ImageOps.fit(rgb, size, filter_, bleed=(1 - preprocessing.crop_ratio) / 2)
+    return np.asarray(rgb, dtype=np.uint8)
 
 
 def _decode_upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
@@ -309,4 +356,4 @@ def _grey_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _too_large(size: str, max_pixels: int) -> str:
-    return f"the image has {size} pixels (the limit is {max_pixels:,}); scale it down."
+    return f"the image has {size} (the limit is {max_pixels:,}); scale it down."

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from ltkd.contract.class_groups import ClassGroups
+from ltkd.contract.preprocessing import FULL_DECODING, Preprocessing, Resizing
 from ltkd.contract.records import VersionedRecord
 
 
@@ -16,6 +17,7 @@ class Task(VersionedRecord):
         input_px: Width and height of the network's input in pixels.
         mean: Channel means of RGB scaled to 0..1; the exported graph contains the normalisation.
         std: Channel standard deviations of RGB scaled to 0..1.
+        resizing: How image files are cropped and scaled to ``input_px``.
     """
 
     class_names: tuple[str, ...] = Field(min_length=2)
@@ -24,6 +26,7 @@ class Task(VersionedRecord):
     input_px: int = Field(gt=0)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resizing: Resizing = FULL_DECODING
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "Task":
@@ -31,6 +34,11 @@ class Task(VersionedRecord):
         if len(sizes) != 1:
             raise ValueError("class_names, train_counts and groups must have the same length")
         return self
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image file becomes the network's input, up to the normalisation, which is in the graph."""
+        return Preprocessing(input_px=self.input_px, **dict(self.resizing))
 
     def group_name(self, label: int) -> str:
         """The name of the group that a class belongs to."""

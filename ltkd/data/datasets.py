@@ -23,6 +23,7 @@ from ltkd.contract.class_groups import (
     groups_by_quantile,
     groups_by_share,
 )
+from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.task import Task
 from ltkd.data.formats import DATASETS, Statistics, is_tiny_imagenet, is_utf8
 from ltkd.data.image_files import FileImages, Images, channel_levels, check_files, unreadable_error
@@ -115,6 +116,7 @@ def load_dataset(config: DataConfig, on_file: Callable[[int, int], None] = lambd
         input_px=train.images[:1].shape[1],
         mean=mean,
         std=std,
+        resizing=config.resizing,
     )
     return Dataset(
         task, train.images, train.labels_N, test.images, test.labels_N, source.mirror, train.files, len(problems)
@@ -168,7 +170,13 @@ def data_config(
     if groups not in ("share", "count") and Path(groups).is_file():
         groups = str(Path(groups).resolve())  # a run may be repeated from another directory
     config = DataConfig(
-        name=data, gamma=gamma, holdout=holdout, groups=groups, input_px=input_px, skip_unreadable=skip_unreadable
+        name=data,
+        gamma=gamma,
+        holdout=holdout,
+        groups=groups,
+        input_px=input_px,
+        resizing=Resizing(),
+        skip_unreadable=skip_unreadable,
     )
     if train_list is not None or test_list is not None:
         return _with_lists(config, train_list, test_list)

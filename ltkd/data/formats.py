@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ltkd.config import DataConfig
 from ltkd.contract.image_decoding import SUFFIXES, image_size_px
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.data import glyphs
 from ltkd.data.image_files import FileImages, Images
 from ltkd.errors import DataError, ImageError, UsageError
@@ -322,13 +323,13 @@ def folder_source(config: DataConfig) -> DatasetSource:
         raise DataError(
             f"{config.root / 'train'} has {len(listing.class_names)} class folder; a classifier needs at least two."
         )
-    return _files_source(listing, config.input_px or _own_size_px(listing))
+    return _files_source(listing, config, config.input_px or _own_size_px(listing))
 
 
 def tiny_imagenet_source(config: DataConfig) -> DatasetSource:
     """TinyImageNet: 200 classes of 500 images, 64 x 64; its 10,000 validation images are the test set."""
     assert config.root is not None, "data_config sets the root"
-    return _files_source(tiny_imagenet(config.root), config.input_px or 64)
+    return _files_source(tiny_imagenet(config.root), config, config.input_px or 64)
 
 
 def lists_source(config: DataConfig) -> DatasetSource:
@@ -337,16 +338,17 @@ def lists_source(config: DataConfig) -> DatasetSource:
     listing = index_lists(config.root, config.train_list, config.test_list)
     if len(listing.class_names) < 2:
         raise DataError(f"{config.train_list} has one class; a classifier needs at least two.")
-    return _files_source(listing, config.input_px or _own_size_px(listing))
+    return _files_source(listing, config, config.input_px or _own_size_px(listing))
 
 
-def _files_source(listing: FileListing, size_px: int) -> DatasetSource:
+def _files_source(listing: FileListing, config: DataConfig, input_px: int) -> DatasetSource:
+    preprocessing = Preprocessing(input_px=input_px, **dict(config.resizing))
     return DatasetSource(
         listing.class_names,
         listing.train.labels_N,
         listing.test.labels_N,
-        FileImages(listing.train.files, size_px),
-        FileImages(listing.test.files, size_px),
+        FileImages(listing.train.files, preprocessing),
+        FileImages(listing.test.files, preprocessing),
         mirror=True,
     )
 

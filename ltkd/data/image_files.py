@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltkd.contract.image_decoding import load_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.contract.resources import num_cores
 from ltkd.errors import DataError, ImageError
 
@@ -42,11 +43,16 @@ class FileImages:
 
     Attributes:
         paths: N files.
-        size_px: Side that images are resized to.
+        preprocessing: How the files are decoded.
     """
 
     paths: tuple[Path, ...]
-    size_px: int
+    preprocessing: Preprocessing
+
+    @property
+    def size_px(self) -> int:
+        """Side of the images in pixels."""
+        return self.preprocessing.input_px
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +67,7 @@ class FileImages:
         images_BSS3 = np.empty((len(paths), self.size_px, self.size_px, 3), dtype=np.uint8)
 
         def load(position: int) -> None:
-            images_BSS3[position] = load_image(paths[position], self.size_px)
+            images_BSS3[position] = load_image(paths[position], self.preprocessing)
 
         for _ in _in_threads(load, len(paths)):
             pass
@@ -70,7 +76,7 @@ class FileImages:
     def take(self, rows: slice | NDArray[np.int64]) -> "FileImages":
         """Select files without reading them."""
         chosen = self.paths[rows] if isinstance(rows, slice) else tuple(self.paths[row] for row in rows.tolist())
-        return FileImages(chosen, self.size_px)
+        return FileImages(chosen, self.preprocessing)
 
 
 @dataclass
@@ -95,16 +101,18 @@ def check_files(
 
     Args:
         files: The files.
-        keep: Return the images. Otherwise JPEG files are decoded in draft mode, which finds the same damage.
+        keep: Return the images. Otherwise the JPEG decoder scales down as far as it can, which finds the same damage.
         on_file: Called after every file with the number of files checked.
         levels: Count the levels of the channels.
     """
-    size_px = files.size_px
+    size_px, preprocessing = files.size_px, files.preprocessing
+    if not keep:
+        preprocessing = preprocessing.model_copy(update={"jpeg_scaling": "once"})
     check = FileCheck(np.empty((len(files), size_px, size_px, 3), dtype=np.uint8) if keep else None)
 
     def decode(position: int) -> str | NDArray[np.int64] | None:
         try:
-            pixels_SS3 = load_image(files.paths[position], size_px, draft=not keep)
+            pixels_SS3 = load_image(files.paths[position], preprocessing)
         except ImageError as error:
             return str(error)
         if check.images_NSS3 is not None:

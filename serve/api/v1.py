@@ -8,8 +8,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 
+from ltkd.contract import preprocessing
 from ltkd.contract.bundle import Manifest
-from ltkd.contract.image_decoding import FORMATS
+from ltkd.contract.image_decoding import FORMATS, MAX_HEADER_PIXELS
 from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
@@ -19,16 +20,13 @@ from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 from serve.pool.model_repository import UnavailableModel
 
 
-class Preprocessing(Record):
-    """How an image is prepared for the network."""
+class Preprocessing(preprocessing.Preprocessing):
+    """How an image is prepared for the network. ``max_pixels`` counts them as they are decoded."""
 
     formats: tuple[str, ...]
-    input_px: int
     max_pixels: int
-    rules: str = (
-        "EXIF orientation is applied, the first frame counts, transparency is laid on white, 16-bit grey is scaled "
-        "to 8 bit, everything becomes RGB; the centre square is resized bilinearly; normalisation is in the graph"
-    )
+    max_header_pixels: int
+    rules: str
 
 
 class ModelFacts(Record):
@@ -159,9 +157,7 @@ def model_routes(service: Service) -> APIRouter:
             model=model_ref(manifest, served.pool.precision, served.pool.provider),
             version=served.key.version,
             nodes=served.pool.nodes,
-            preprocessing=Preprocessing(
-                formats=FORMATS, input_px=manifest.task.input_px, max_pixels=service.settings.max_pixels
-            ),
+            preprocessing=_preprocessing(manifest.task.preprocessing, service.settings.max_pixels),
             manifest=manifest,
         )
 
@@ -179,3 +175,13 @@ def model_routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+def _preprocessing(model: preprocessing.Preprocessing, max_pixels: int) -> Preprocessing:
+    rules = (
+        "EXIF orientation is applied, the first frame counts, transparency is laid on white, 16-bit grey is scaled "
+        f"to 8 bit, everything becomes RGB; {model.rule}; normalisation is in the graph"
+    )
+    return Preprocessing(
+        **dict(model), formats=FORMATS, max_pixels=max_pixels, max_header_pixels=MAX_HEADER_PIXELS, rules=rules
+    )

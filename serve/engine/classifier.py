@@ -92,7 +92,7 @@ class Classifier:
 
     Args:
         engine: Computes the logits.
-        max_pixels: Images with more pixels are rejected from their header.
+        max_pixels: Images with more decoded pixels are rejected from their header.
         max_wait: How long an image may wait for more images, in seconds.
         send: Called with responses, several at a time, from several threads.
         report: Called with unexpected exceptions, for the log.
@@ -111,6 +111,7 @@ class Classifier:
     ) -> None:
         self._engine = engine
         self._answer_builder = AnswerBuilder(engine.manifest, engine.precision)
+        self._preprocessing = engine.manifest.task.preprocessing
         self._max_pixels = max_pixels
         self._send = send
         self._report = report
@@ -163,14 +164,15 @@ class Classifier:
         return None
 
     def _decode(self, request: Request, index: int) -> Item | ImageResult:
-        message, size_px = request.message, self._engine.manifest.task.input_px
+        message, preprocessing = request.message, self._preprocessing
         if request.cancelled or message.deadline <= time.monotonic():
             return _LATE
         content = message.contents[index]
         try:
             if message.output_kind == OutputKind.LOGITS_OF_PIXELS:
-                return Item(request, index, np.frombuffer(content, np.uint8).reshape(size_px, size_px, 3), ())
-            image = decode_image(content, size_px, self._max_pixels)
+                side = preprocessing.input_px
+                return Item(request, index, np.frombuffer(content, np.uint8).reshape(side, side, 3), ())
+            image = decode_image(content, preprocessing, self._max_pixels)
         except ImageError as error:
             problem = image_problem(error)
             return ImageResult(problem.status, problem.detail.encode(), None)

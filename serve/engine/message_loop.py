@@ -19,6 +19,7 @@ from PIL import Image
 
 from ltkd.contract.bundle import open_bundle
 from ltkd.contract.image_decoding import FORMATS, decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.contract.resources import num_cores, trim_memory
 from ltkd.errors import LtkdError
 from serve.engine.classifier import Classifier, Job
@@ -78,7 +79,7 @@ def serve_connection(
     Args:
         connection: A connected stream socket.
         engine: Verified and warm.
-        max_pixels: Images with more pixels are rejected from their header.
+        max_pixels: Images with more decoded pixels are rejected from their header.
         max_wait: How long an image may wait for more images, in seconds.
         num_threads: How many images are decoded at the same time.
     """
@@ -167,4 +168,4 @@ def _warm_decoders() -> None:
     for image_format in FORMATS:
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, image_format)
-        decode_image(file.getvalue(), 1)
+        decode_image(file.getvalue(), Preprocessing(input_px=1))

@@ -36,7 +36,7 @@ class EngineConfig(Record):
         precision: One of the bundle's precisions; None uses the fastest certified one for the device.
         max_batch: The largest batch size.
         max_wait_ms: How long an image may wait for more images; None uses the default of the device.
-        max_pixels: Images with more pixels are rejected from their header.
+        max_pixels: Images with more decoded pixels are rejected from their header.
         processes: How many engine processes share the cores.
     """
 

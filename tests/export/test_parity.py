@@ -1,6 +1,7 @@
 """Comparison of any two models: files of this project and of other tools, runs and bundles."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from export_toys import TAIL_CLASSES, TASK, damaged, edited, toy
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from export.parity import ComparedModel, compare_models, open_model, precision_of
+from export.parity import ComparedModel, common_resizing, compare_models, open_model, precision_of
+from ltkd.contract.preprocessing import FULL_DECODING, Resizing
 from ltkd.data.datasets import Dataset
 from ltkd.errors import BundleError, UsageError
 
+RECORDED = Path(__file__).parents[1] / "recorded"
 MEAN, STD = np.array(TASK.mean, np.float32), np.array(TASK.std, np.float32)
 
 
@@ -140,6 +143,20 @@ def test_a_file_with_another_number_of_classes_is_an_error_when_it_is_run(tmp_pa
     model = open_model(write_file(tmp_path, foreign_model("N")), task)
     with pytest.raises(BundleError, match=r"has shape \[4, 6\] for 4 images, expected logits \[4, 5\]"):
         model.logits(toy().images[:4])
+
+
+def test_images_are_resized_as_the_runs_and_bundles_among_the_models_state(tmp_path: Path) -> None:
+    before, file = RECORDED / "demo", write_file(tmp_path, toy().candidate)
+    assert common_resizing(file, file) == Resizing()
+    for models in ((before, file), (file, RECORDED / "run"), (before, RECORDED / "run")):
+        assert common_resizing(*models) == FULL_DECODING
+    new = tmp_path / "run"
+    shutil.copytree(RECORDED / "run", new)
+    task = json.loads((new / "task.json").read_text())
+    (new / "task.json").write_text(json.dumps({**task, "resizing": {"crop_ratio": 0.875}}))
+    assert common_resizing(new, file) == Resizing(crop_ratio=0.875)
+    with pytest.raises(UsageError, match=r"resized differently \(.*crop_ratio=0\.875.*as an ONNX file"):
+        common_resizing(before, new)
 
 
 def test_a_missing_path_is_an_error(tmp_path: Path) -> None:

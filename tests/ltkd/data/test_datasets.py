@@ -11,7 +11,8 @@ from PIL import Image
 from training_toys import write_tree
 
 from ltkd.config import DataConfig
-from ltkd.contract.image_decoding import load_image
+from ltkd.contract.image_decoding import decode_image, load_image
+from ltkd.contract.preprocessing import FULL_DECODING, Preprocessing, Resizing
 from ltkd.data import glyphs
 from ltkd.data.batches import make_batches
 from ltkd.data.datasets import Dataset, data_config, load_dataset
@@ -148,7 +149,7 @@ def test_the_files_of_training_images_are_known_by_position(tree: Path) -> None:
     data = load(tree, gamma=3)
     assert data.train_files is not None
     for row, path in enumerate(data.train_files):
-        assert np.array_equal(data.train_images[row : row + 1][0], load_image(path, 12))
+        assert np.array_equal(data.train_images[row : row + 1][0], load_image(path, Preprocessing(input_px=12)))
 
 
 def test_small_images_are_held_in_memory_and_larger_ones_stay_on_disk_with_the_same_pixels(tree: Path) -> None:
@@ -157,7 +158,9 @@ def test_small_images_are_held_in_memory_and_larger_ones_stay_on_disk_with_the_s
     for images, files in ((data.train_images, data.train_files), (data.test_images, None)):
         assert isinstance(images, FileImages)
         assert files is None or images.paths == files
-        np.testing.assert_array_equal(images[:], [load_image(path, 97) for path in images.paths])
+        np.testing.assert_array_equal(
+            images[:], [load_image(path, Preprocessing(input_px=97)) for path in images.paths]
+        )
     unit = data.train_images[:].reshape(-1, 3) / 255
     assert data.task.mean == pytest.approx(unit.mean(axis=0), abs=5e-5)  # rounded to four digits
 
@@ -340,6 +343,30 @@ def test_a_file_that_is_not_a_mapping_of_groups_is_rejected(tree: Path, tmp_path
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("input_px", [12, 128])
+def test_images_are_decoded_as_the_configuration_states_and_full_if_it_states_nothing(
+    tmp_path: Path, input_px: int
+) -> None:
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    tree = make_tree(tmp_path, {"ant": 1, "bee": 1, "cat": 1}, (12, 12))
+    for png in list(tree.rglob("*.png")):
+        coarse.resize((1200, 900), Image.Resampling.BICUBIC).save(png.with_suffix(".jpg"), quality=95)
+        png.unlink()
+    new = data_config(str(tree), None, "share", input_px)
+    assert new.resizing == Resizing()
+    before = DataConfig.model_validate(new.model_dump(exclude={"resizing"}))
+    bicubic = new.model_copy(update={"resizing": Resizing(interpolation="bicubic", crop_ratio=0.5)})
+    file = next((tree / "test").rglob("*.jpg"))
+    pixels = []
+    for config in (new, before, bicubic):
+        data = load_dataset(config)
+        assert data.task.preprocessing == Preprocessing(input_px=input_px, **dict(config.resizing))
+        pixels.append(data.test_images[:1][0])
+        assert np.array_equal(pixels[-1], decode_image(file.read_bytes(), data.task.preprocessing).pixels_SS3)
+    assert before.resizing == FULL_DECODING
+    assert not any(np.array_equal(pixels[a], pixels[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_a_mapping_without_one_of_the_classes_is_rejected(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "groups.json").write_text('{"a": ["ant"], "b": ["bee"]}')
     with pytest.raises(DataError, match="without a group: cat"):
@@ -423,7 +450,7 @@ def test_photographs_are_loaded_at_their_own_size_and_with_the_published_subset(
     assert (data.task.train_counts, data.task.input_px, len(data.test_labels)) == ((500, 158, 50), 32, 300)
     files = sorted((photographs / "train" / "apple").iterdir())
     for row, position in enumerate([90, 254, 283]):  # the first images of class 0 in the published subsets
-        assert np.array_equal(data.train_images[:][row], load_image(files[position], 32))
+        assert np.array_equal(data.train_images[:][row], load_image(files[position], Preprocessing(input_px=32)))
     assert all(0.3 < mean < 0.8 for mean in data.task.mean)
     assert all(0.2 < std < 0.4 for std in data.task.std)
 

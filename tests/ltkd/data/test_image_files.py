@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from ltkd.contract.image_decoding import load_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.data import image_files as files_module
 from ltkd.data.image_files import FileImages, channel_levels, check_files, unreadable_error
 from ltkd.errors import ImageError
@@ -18,11 +19,11 @@ def photographs(tmp_path: Path) -> FileImages:
         pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
         paths.append(tmp_path / f"{number}{('.png', '.jpg', '.webp')[number % 3]}")
         Image.fromarray(pixels).save(paths[-1])
-    return FileImages(tuple(paths), 16)
+    return FileImages(tuple(paths), Preprocessing(input_px=16))
 
 
 def test_files_are_decoded_by_position_with_the_shared_decoder(photographs: FileImages) -> None:
-    whole = np.stack([load_image(path, 16) for path in photographs.paths])
+    whole = np.stack([load_image(path, Preprocessing(input_px=16)) for path in photographs.paths])
     assert len(photographs) == 7
     for rows in (slice(None), slice(2, 5), slice(6, 99), slice(None, None, 3), np.array([5, 0, 5]), np.array([], int)):
         np.testing.assert_array_equal(photographs[rows], whole[rows])
@@ -33,7 +34,7 @@ def test_files_are_selected_without_reading_them(photographs: FileImages) -> Non
     for path in photographs.paths:
         path.unlink()
     selected = photographs.take(np.array([3, 1]))
-    assert selected == FileImages((photographs.paths[3], photographs.paths[1]), 16)
+    assert selected == FileImages((photographs.paths[3], photographs.paths[1]), Preprocessing(input_px=16))
     with pytest.raises(ImageError, match=r"1\.jpg: the file cannot be read"):
         selected[1:2]
 
@@ -51,7 +52,7 @@ def test_the_check_finds_every_unreadable_file_and_counts_the_levels_of_the_othe
     assert list(check.problems) == [0, 4]
     assert "0.png: the file is not a JPEG" in check.problems[0]
     assert "4.jpg: the image is damaged or truncated" in check.problems[4]
-    readable = [load_image(photographs.paths[position], 16) for position in (1, 2, 3, 5, 6)]
+    readable = [load_image(photographs.paths[position], Preprocessing(input_px=16)) for position in (1, 2, 3, 5, 6)]
     # the images are smaller than twice the result, so draft mode decodes them at full size
     np.testing.assert_array_equal(check.levels_3L, sum(map(channel_levels, readable)))
     if keep:
@@ -66,7 +67,7 @@ def test_all_files_are_read_if_there_are_more_than_fit_in_the_pending_tasks(
 ) -> None:
     monkeypatch.setattr(files_module, "_TASK", 2)
     monkeypatch.setattr(files_module, "_TASKS", 2)
-    expected = np.stack([load_image(path, 16) for path in photographs.paths])
+    expected = np.stack([load_image(path, Preprocessing(input_px=16)) for path in photographs.paths])
     np.testing.assert_array_equal(check_files(photographs, keep=True).images_NSS3, expected)
     photographs.paths[5].write_bytes(b"")
     assert list(check_files(photographs, keep=True).problems) == [5]

@@ -1,6 +1,7 @@
 """Routes, problems, headers, metrics and the OpenAPI description."""
 
 import base64
+import io
 import json
 import logging
 import threading
@@ -8,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from serve_toys import (
     CLASS_NAMES,
     SIZE_PX,
+    TASK,
     blocked_engine,
     encoded,
+    expected_logits,
     running,
     toy_app,
     toy_engine,
@@ -23,6 +28,8 @@ from serve_toys import (
 )
 
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
+from ltkd.data.datasets import data_config, load_dataset
 from serve.api.app import create_app
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
@@ -65,8 +72,56 @@ def test_the_model_route_has_the_manifest_and_the_preprocessing(client: httpx.Cl
     body = client.get("/v1/model").json()
     assert body["model"]["provider"] == "ToyProvider"
     assert body["nodes"] == {"num_nodes": {"ToyProvider": 1}, "shape_nodes": []}
-    assert body["preprocessing"]["input_px"] == 8
+    rules = body["preprocessing"].pop("rules")
+    assert "the centre square is resized bilinearly, after a JPEG was decoded at 1/2, 1/4 or 1/8" in rules
+    assert body["preprocessing"] == {
+        "formats": ["JPEG", "PNG", "WEBP"],
+        "input_px": 8,
+        "interpolation": "bilinear",
+        "crop_ratio": 1,
+        "jpeg_scaling": "twice",
+        "max_pixels": 25_000_000,
+        "max_header_pixels": 89_478_485,
+    }
     assert body["manifest"]["task"]["class_names"] == list(CLASS_NAMES)
+
+
+def test_a_photograph_gets_the_logits_of_the_pixels_that_training_evaluates(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    content = encoded(np.asarray(coarse.resize((800, 600), Image.Resampling.BICUBIC)), "JPEG")
+    for folder in (f"{split}/{name}" for split in ("train", "test") for name in "abc"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "photograph.jpg").write_bytes(content)
+    data = load_dataset(data_config(str(tmp_path), None, "share", SIZE_PX))
+    assert data.task.preprocessing == TASK.preprocessing
+    expected_C = expected_logits(data.test_images[:1])[0]
+    whole = decode_image(content, Preprocessing(input_px=SIZE_PX, jpeg_scaling="none")).pixels_SS3
+    assert not np.array_equal(expected_logits(whole[None])[0], expected_C)  # shows that the decoder scaled
+    tensor = {
+        "name": "image_bytes",
+        "shape": [1],
+        "datatype": "BYTES",
+        "data": [base64.b64encode(content).decode()],
+    }
+    body = {"inputs": [tensor], "outputs": [{"name": "logits"}]}
+    (output,) = client.post("/v2/models/toy/infer", json=body).json()["outputs"]
+    np.testing.assert_array_equal(np.float32(output["data"]), expected_C)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side_px", "status"), [("WEBP", 7071, 422), ("PNG", 7071, 422), ("WEBP", 4000, 200), ("JPEG", 7071, 200)]
+)
+def test_pixels_are_counted_as_they_are_decoded(client: httpx.Client, kind: str, side_px: int, status: int) -> None:
+    options = {"lossless": True, "quality": 0, "method": 0} if kind == "WEBP" else {}
+    file = io.BytesIO()
+    Image.new("L", (side_px, side_px)).save(file, kind, **options)
+    response = client.post("/v1/classify", content=file.getvalue())
+    if status == 200:
+        assert response.status_code == 200
+    else:
+        assert "7071 x 7071 pixels (the limit is 25,000,000)" in problem(response, status)
 
 
 def test_the_health_checks_list_the_models(client: httpx.Client) -> None:
@@ -205,7 +260,7 @@ def test_metrics_count_requests_stages_and_groups() -> None:
 
 
 def test_answers_and_their_feedback_are_counted_by_group_for_both_protocols() -> None:
-    pixels_SS3 = decode_image(PNG, SIZE_PX).pixels_SS3
+    pixels_SS3 = decode_image(PNG, TASK.preprocessing).pixels_SS3
     tensor = {
         "name": "image",
         "datatype": "UINT8",

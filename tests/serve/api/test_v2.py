@@ -256,7 +256,7 @@ def _bytes(content: Content) -> bytes:
 
 def _logits_of_file(file: bytes) -> bytes | Problem:
     try:
-        return expected_logits(decode_image(file, SIZE_PX).pixels_SS3[None])[0].tobytes()
+        return expected_logits(decode_image(file, TASK.preprocessing).pixels_SS3[None])[0].tobytes()
     except ImageError as error:
         return image_problem(error)
 

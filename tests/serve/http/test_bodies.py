@@ -15,6 +15,7 @@ from PIL import Image
 from serve_toys import encoded, expected_logits, running, toy_app, toy_pixels, without_ids
 
 from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from serve.http import bodies
 from serve.http.api_keys import make_key
 from serve.settings import Settings
@@ -370,7 +371,7 @@ def test_changes_to_an_image_are_listed_as_warnings(client: httpx.Client, conten
     response = client.post("/v1/classify", content=content)
     (result,) = response.json()["results"]
     assert result["warnings"] == [expected]
-    pixels = decode_image(content, 8).pixels_SS3[None]
+    pixels = decode_image(content, Preprocessing(input_px=8)).pixels_SS3[None]
     assert result["class_index"] == int(expected_logits(pixels).argmax())
 
 
