@@ -9,7 +9,6 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ltkd.contract.bundle import Precision
-from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.errors import UsageError
 from serve.engine.messages import Device
 
@@ -29,7 +28,9 @@ class Settings(BaseModel):
         max_batch: Images in one run of the network.
         max_wait_ms: How long an image waits for others to fill its batch; by default 0 on a CPU and 1 on a GPU.
         max_body_bytes: Larger request bodies are rejected with 413 while they arrive.
-        max_pixels: Images with more pixels are rejected before they are decoded. The upper limit is that of Pillow.
+        max_pixels: Images with more pixels, as they are decoded, are rejected before that. The upper limit is that of
+            Pillow.
+        max_request_pixels: If the images of one request have more pixels together, those beyond are rejected.
         max_images: Images per request.
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
         max_queue_bytes: Bytes of request bodies in memory; requests beyond this limit are rejected with 429.
@@ -43,7 +44,9 @@ class Settings(BaseModel):
         idle_seconds: A connection without a request is closed after this time.
         write_seconds: A connection is closed if the client does not read its response for this time.
         timeout_seconds: A request that is not answered within this time gets 504; a request may set a shorter time.
-        stall_seconds: An engine process that has requests but sends no message for this time is killed and replaced.
+        stall_seconds: An engine process that has requests but decodes no image and runs no batch for this time is
+            killed and replaced. It must be longer than the longest run of the network, and than 10 s, which one large
+            image may take.
         delay_seconds: Time after SIGTERM in which the service is not ready but still accepts connections, so that load
             balancers can send requests elsewhere.
         drain_seconds: Time after that delay in which accepted requests are answered. The two together must be shorter
@@ -67,7 +70,8 @@ class Settings(BaseModel):
     max_batch: int = Field(default=32, gt=0, le=1024)
     max_wait_ms: float | None = Field(default=None, ge=0, le=1000)
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
+    max_pixels: int = Field(default=25_000_000, gt=0, le=PILLOW_MAX_PIXELS)
+    max_request_pixels: int = Field(default=100_000_000, gt=0)
     max_images: int = Field(default=64, gt=0, le=10_000)
     max_queue_images: int = Field(default=1024, gt=0)
     max_queue_bytes: int = Field(default=128 * 2**20, gt=0)
@@ -80,7 +84,7 @@ class Settings(BaseModel):
     idle_seconds: float = Field(default=75, gt=0)
     write_seconds: float = Field(default=10, gt=0)
     timeout_seconds: float = Field(default=10, gt=0)
-    stall_seconds: float = Field(default=10, gt=0)
+    stall_seconds: float = Field(default=30, gt=0)
     delay_seconds: float = Field(default=0.5, ge=0)
     drain_seconds: int = Field(default=8, gt=0)
     top_k: int = Field(default=5, gt=0)
@@ -102,6 +106,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"max_queue_images ({self.max_queue_images:,}) is less than max_images ({self.max_images:,}): "
                 "the largest allowed request would always be rejected; raise the first or lower the second"
+            )
+        if self.max_pixels > self.max_request_pixels:
+            raise ValueError(
+                f"max_request_pixels ({self.max_request_pixels:,}) is less than max_pixels ({self.max_pixels:,}): "
+                "the largest allowed image would always be rejected; raise the first or lower the second"
             )
         if self.device == "cpu" and self.precision == "fp16":
             raise ValueError("precision fp16 needs CUDA, but device is cpu; use int8 or fp32")

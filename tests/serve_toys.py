@@ -46,11 +46,12 @@ from ltkd.contract.bundle import (
 )
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import ClassGroups
-from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
-from serve.engine.message_loop import serve_connection
+from serve.engine.decode_queue import PixelLimits
+from serve.engine.large_images import large_image_decoder
+from serve.engine.message_loop import LargeDecoder, serve_connection
 from serve.http.connection import Connection
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
@@ -300,10 +301,19 @@ def blocked_engine() -> BlockedEngine:
     return engine
 
 
-def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> ChildProcess:
+def toy_process(
+    engine: ToyEngine,
+    settings: Settings | None = None,
+    num_threads: int = 1,
+    large_decoder: LargeDecoder = large_image_decoder,
+) -> ChildProcess:
     """A toy engine process: a thread of this process, so that tests can block and inspect it."""
+    settings = settings or Settings()
     ours, theirs = connected_sockets()
-    thread = threading.Thread(target=serve_connection, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
+    limits = PixelLimits(settings.max_pixels, settings.max_request_pixels)
+    thread = threading.Thread(
+        target=serve_connection, args=(theirs, engine, limits, 0.0, num_threads, large_decoder), daemon=True
+    )
     thread.start()
 
     def kill() -> None:
@@ -335,7 +345,7 @@ def toy_service(
     settings = settings or Settings(delay_seconds=0)
 
     def start_process() -> ChildProcess:
-        return next(processes) if processes else toy_process(engine, settings.max_pixels)
+        return next(processes) if processes else toy_process(engine, settings)
 
     async def start_pool(_: Path) -> EnginePool:
         return await EnginePool.start_with(start_process, settings)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
+from ltkd.errors import ImageDecodeError, ImageError, ImageTooLargeError, ImageTypeError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -63,10 +63,12 @@ class DecodedImage:
     Attributes:
         pixels_SS3: uint8 [S, S, 3], RGB.
         warnings: Changes to the image that the sender may not expect.
+        decoded_pixels: Width times height of the image as it was decoded.
     """
 
     pixels_SS3: NDArray[np.uint8]
     warnings: tuple[str, ...]
+    decoded_pixels: int
 
 
 def decode_image(content: bytes, size_px: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
@@ -79,7 +81,8 @@ def decode_image(content: bytes, size_px: int, max_pixels: int = MAX_PIXELS) -> 
 
     Raises:
         ImageTypeError: The bytes are not of one of these types.
-        ImageDecodeError: The image is damaged, truncated or too large.
+        ImageDecodeError: The image is damaged or truncated.
+        ImageTooLargeError: It has too many pixels.
     """
     with _open_image(content, max_pixels) as image:
         return _square(image, size_px)
@@ -167,12 +170,12 @@ def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise ImageDecodeError(_too_large(f"{image.width} x {image.height}", max_pixels))
+                raise ImageTooLargeError(_too_large(f"{image.width} x {image.height}", max_pixels))
             yield image
     except ImageDecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageDecodeError(_too_large("far too many", max_pixels)) from None
+        raise ImageTooLargeError(_too_large("far too many", max_pixels)) from None
     except UnidentifiedImageError:  # Pillow's message has only the address of a buffer
         raise ImageDecodeError("the image is damaged or truncated (no readable header); send the whole file.") from None
     except Exception as reason:  # decoders raise many types of exception for damaged or malicious files
@@ -258,9 +261,10 @@ def _errors_with_path(path: Path) -> Iterator[None]:
 
 def _square(image: Image.Image, size_px: int) -> DecodedImage:
     rgb, warnings = _decode_upright(image)
+    decoded_pixels = rgb.width * rgb.height
     if rgb.size != (size_px, size_px):
         rgb = ImageOps.fit(rgb, (size_px, size_px), Image.Resampling.BILINEAR)
-    return DecodedImage(np.asarray(rgb, dtype=np.uint8), warnings)
+    return DecodedImage(np.asarray(rgb, dtype=np.uint8), warnings, decoded_pixels)
 
 
 def _decode_upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:

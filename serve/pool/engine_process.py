@@ -91,7 +91,7 @@ class EngineProcess(asyncio.Protocol):
         requests: The requests that were sent and have no response yet, by number, the oldest first.
         ready: Whether the process can take requests. ``on_lost`` is called only for a process that was ready.
         ready_since: When it became ready, on the clock of ``time.monotonic``.
-        last_message_at: When its last message arrived.
+        last_message_at: When its last message arrived; each shows that it has made progress.
     """
 
     transport: asyncio.Transport
@@ -149,7 +149,7 @@ class EngineProcess(asyncio.Protocol):
         self.transport.abort()
 
     async def end(self) -> None:
-        """Let the process end by itself; kill it if it does not."""
+        """Let the process end by itself; kill it if it does not, or if it still has requests: their time is over."""
         self.ready = False
         if not hasattr(self, "transport"):
             self._child.connection.close()
@@ -157,7 +157,7 @@ class EngineProcess(asyncio.Protocol):
             with contextlib.suppress(OSError, RuntimeError):  # it may have ended already
                 self.transport.write_eof()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), _END_SECONDS)
+                await asyncio.wait_for(self._ended.wait(), 0 if self.requests else _END_SECONDS)
             self.transport.abort()
         self._child.kill()
 
@@ -166,7 +166,7 @@ class EngineProcess(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's has the same methods but another base class
 
     def data_received(self, data: bytes) -> None:
-        """Handle every message that has arrived completely."""
+        """Handle every message that has arrived completely. ALIVE has no effect but that it arrived."""
         self.last_message_at = time.monotonic()
         for kind, message in self._reader.feed(data):
             if kind == Kind.RESPONSE:

@@ -46,7 +46,7 @@ async def toy_pool(
 ) -> AsyncIterator[EnginePool]:
     settings = settings or Settings()
     toy = engine or toy_engine()
-    pool = await EnginePool.start_with(lambda: toy_process(toy, settings.max_pixels, num_threads), settings)
+    pool = await EnginePool.start_with(lambda: toy_process(toy, settings, num_threads), settings)
     try:
         yield pool
     finally:
@@ -196,7 +196,13 @@ def test_closing_answers_accepted_requests_and_accepts_no_more() -> None:
 def real_process(bundle: Path, started: list[ChildProcess]) -> Callable[[], ChildProcess]:
     def start() -> ChildProcess:
         config = EngineConfig(
-            bundle=bundle, device="cpu", precision=None, max_batch=4, max_wait_ms=None, max_pixels=10**6
+            bundle=bundle,
+            device="cpu",
+            precision=None,
+            max_batch=4,
+            max_wait_ms=None,
+            max_pixels=10**6,
+            max_request_pixels=10**7,
         )
         started.append(launch(config))
         return started[-1]

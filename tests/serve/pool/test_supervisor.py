@@ -55,7 +55,7 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
             await pool.close(5)
 
     run(test)
-    assert "with requests sent no message for" in caplog.text
+    assert "with requests made no progress for" in caplog.text
 
 
 def test_a_bundle_that_cannot_be_served_gives_the_reason_and_leaves_no_process(tmp_path: Path) -> None:
