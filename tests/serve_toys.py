@@ -86,10 +86,10 @@ def toy_pixels(seed: int = 0, height_px: int = SIZE_PX, width_px: int = SIZE_PX)
     return np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
 
 
-def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", exif: Image.Exif | None = None) -> bytes:
+def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
-    image.save(file, kind, **({} if exif is None else {"exif": exif}))
+    image.save(file, kind, **options)
     return file.getvalue()
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -40,7 +40,8 @@ _NICENESS = 10  # about a tenth of the processor time while another process uses
 class _LargeImageDecoder:
     """Decodes images in another process, which is started for the first of them. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str]) -> None:
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -81,18 +82,23 @@ class _LargeImageDecoder:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with arguments of this module
-                [sys.executable, "-P", "-m", "serve.engine.large_images", str(theirs.fileno())],
+                [sys.executable, "-P", *self._program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,  # the system closes it when this process ends
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._connection = Connection(ours.detach())
         return self._connection
 
 
 @contextlib.contextmanager
-def large_image_decoder() -> Iterator[Decode]:
-    """A function that decodes one image at a time in another process, which ends with the context."""
-    decoder = _LargeImageDecoder()
+def large_image_decoder(program: Sequence[str] = ("-m", "serve.engine.large_images")) -> Iterator[Decode]:
+    """A function that decodes one image at a time in another process, which ends with the context.
+
+    Args:
+        program: What Python runs in that process.
+    """
+    decoder = _LargeImageDecoder(program)
     try:
         yield decoder.decode
     finally:

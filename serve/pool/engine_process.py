@@ -149,8 +149,8 @@ class EngineProcess(asyncio.Protocol):
         self.transport.abort()
 
     async def end(self) -> None:
-        """Let the process end by itself; kill it if it does not, or if it still has requests: their time is over."""
-        self.ready = False
+        """Let the process end by itself; kill it if it does not. If it still has requests, they are lost at once."""
+        self.ready = bool(self.requests)  # if so, its loss is reported
         if not hasattr(self, "transport"):
             self._child.connection.close()
         else:
