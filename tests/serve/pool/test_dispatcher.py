@@ -69,6 +69,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def stop(pid: int) -> None:
+    """Stop a process, as in a run that never ends, and wait until none of its threads can answer any more."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 async def problem_of_request(request: Awaitable[RequestResult]) -> Problem:
     with pytest.raises(ProblemError) as raised:
         await request
@@ -219,7 +225,7 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
         pool.on_change = lambda: changes.append(pool.alive)
         try:
             before = await pool.classify([PNG], 1, deadline())
-            os.kill(started[0].pid, signal.SIGSTOP)  # it still has the requests when it is killed
+            stop(started[0].pid)  # it still has the requests when it is killed
             requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(5)]
             await until(lambda: pool.num_waiting == 5)
             os.kill(started[0].pid, signal.SIGKILL)

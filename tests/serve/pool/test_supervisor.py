@@ -28,7 +28,7 @@ from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess
 from serve.problems import ProblemError
 from serve.settings import Settings
-from tests.serve.pool.test_dispatcher import PNG, deadline, problem_of_request, real_process, run, until
+from tests.serve.pool.test_dispatcher import PNG, deadline, problem_of_request, real_process, run, stop, until
 
 
 def test_with_two_processes_the_other_one_keeps_answering() -> None:
@@ -55,7 +55,7 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
         started: list[ChildProcess] = []
         pool = await EnginePool.start_with(real_process(toy_bundle(), started), Settings(stall_seconds=0.3))
         try:
-            os.kill(started[0].pid, signal.SIGSTOP)  # as in a run that never ends
+            stop(started[0].pid)
             assert (await problem_of_request(pool.classify([PNG], 1, deadline()))).status == 503
             await pool.classify([PNG], 1, deadline())
             assert len(started) == 2
@@ -136,7 +136,7 @@ def test_a_process_that_still_has_requests_when_its_time_is_over_is_killed_at_on
     async def test() -> None:
         started: list[ChildProcess] = []
         pool = await EnginePool.start_with(real_process(toy_bundle(), started), Settings())
-        os.kill(started[0].pid, signal.SIGSTOP)
+        stop(started[0].pid)
         request = asyncio.create_task(pool.classify([PNG], 1, deadline()))
         await until(lambda: pool.num_waiting == 1)
         await pool.close(0.01)
