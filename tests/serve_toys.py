@@ -399,11 +399,12 @@ class Served:
         return sum(_kibibytes(pid, "VmRSS") for pid in self.pids())
 
     def pids(self) -> list[int]:
-        """The ids of the server process and its engine processes (Linux)."""
+        """The ids of the server process, its engine processes, and theirs for large images (Linux)."""
         pids = [self.process.pid]
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
-                pids += [int(pid) for pid in (thread / "children").read_text().split()]
+        for pid in pids:  # it grows
+            with suppress(FileNotFoundError, ProcessLookupError):  # a process or thread has ended meanwhile
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    pids += [int(child) for child in (thread / "children").read_text().split()]
         return pids
 
 
