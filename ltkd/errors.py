@@ -6,6 +6,7 @@
     │   └── ImageError      one image cannot be used
     │       ├── ImageTypeError      the bytes are not a supported image type
     │       └── ImageDecodeError    the image is damaged, truncated or too large
+    │           └── ImageTooLargeError  it has too many pixels
     ├── TrainingError       training cannot continue, for example because the loss is not finite
     ├── StoppedError        a signal stopped training after a checkpoint was saved
     ├── RunError            a run folder cannot be used
@@ -40,6 +41,10 @@ class ImageTypeError(ImageError):
 
 class ImageDecodeError(ImageError):
     """An image of a known type that is damaged, truncated or has too many pixels."""
+
+
+class ImageTooLargeError(ImageDecodeError):
+    """An image of a known type that has too many pixels; nothing of it was decoded."""
 
 
 class TrainingError(LtkdError):

@@ -33,6 +33,7 @@ class Settings(BaseModel):
         max_pixels: Decoded pixels of an image; one with more is rejected from its header. A JPEG that is scaled down
             while it is decoded counts the pixels that remain, but at least an eighth of its own; a progressive JPEG
             counts in full. No image may have more than 89,478,485 pixels of its own.
+        max_request_pixels: Decoded pixels of all images of a request; the images beyond are rejected.
         max_images: Images per request.
         max_queue_images: Images that are queued or running; requests beyond this limit are rejected with 429.
         max_queue_bytes: Bytes of request bodies in memory, as received and decompressed; requests beyond this limit are
@@ -48,7 +49,9 @@ class Settings(BaseModel):
         idle_seconds: A connection without a request is closed after this time.
         write_seconds: A connection is closed if the client does not read its response for this time.
         timeout_seconds: A request that is not answered within this time gets 504; a request may set a shorter time.
-        stall_seconds: An engine process that has requests but sends no message for this time is killed and replaced.
+        stall_seconds: An engine process that has requests but decodes no image and runs no batch for this time is
+            killed and replaced. It must be longer than the longest run of the network, and than 10 s, which one large
+            image may take.
         delay_seconds: Time after SIGTERM in which the service is not ready but still accepts connections, so that load
             balancers can send requests elsewhere.
         drain_seconds: Time after that delay in which accepted requests are answered. Then the process ends, whatever it
@@ -74,6 +77,7 @@ class Settings(BaseModel):
     max_wait_ms: float | None = Field(default=None, ge=0, le=1000)
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, le=MAX_HEADER_PIXELS)
+    max_request_pixels: int = Field(default=100_000_000, gt=0)
     max_images: int = Field(default=64, gt=0, le=10_000)
     max_queue_images: int = Field(default=1024, gt=0)
     max_queue_bytes: int = Field(default=128 * 2**20, gt=0)
@@ -86,7 +90,7 @@ class Settings(BaseModel):
     idle_seconds: float = Field(default=75, gt=0)
     write_seconds: float = Field(default=10, gt=0)
     timeout_seconds: float = Field(default=10, gt=0)
-    stall_seconds: float = Field(default=10, gt=0)
+    stall_seconds: float = Field(default=30, gt=0)
     delay_seconds: float = Field(default=0.5, ge=0)
     drain_seconds: int = Field(default=8, gt=0)
     top_k: int = Field(default=5, gt=0)
@@ -117,6 +121,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"max_queue_images ({self.max_queue_images:,}) is less than max_images ({self.max_images:,}): "
                 "the largest allowed request would always be rejected; raise the first or lower the second"
+            )
+        if self.max_pixels > self.max_request_pixels:
+            raise ValueError(
+                f"max_request_pixels ({self.max_request_pixels:,}) is less than max_pixels ({self.max_pixels:,}): "
+                "the largest allowed image would always be rejected; raise the first or lower the second"
             )
         if self.device == "cpu" and self.precision == "fp16":
             raise ValueError("precision fp16 needs CUDA, but device is cpu; use int8 or fp32")

@@ -47,13 +47,14 @@ from ltkd.contract.bundle import (
 )
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import ClassGroups
-from ltkd.contract.image_decoding import MAX_PIXELS
 from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from serve.api.app import create_app
-from serve.engine.message_loop import serve_connection
+from serve.engine.decode_queue import PixelLimits
+from serve.engine.large_images import large_image_decoder
+from serve.engine.message_loop import LargeDecoder, serve_connection
 from serve.http.service import Service
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess, connected_sockets
@@ -89,10 +90,10 @@ def toy_pixels(seed: int = 0, height_px: int = SIZE_PX, width_px: int = SIZE_PX)
     return np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
 
 
-def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", exif: Image.Exif | None = None) -> bytes:
+def encoded(pixels: NDArray[np.uint8] | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
-    image.save(file, kind, **({} if exif is None else {"exif": exif}))
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -305,10 +306,19 @@ def blocked_engine() -> BlockedEngine:
     return engine
 
 
-def toy_process(engine: ToyEngine, max_pixels: int = MAX_PIXELS, num_threads: int = 1) -> ChildProcess:
+def toy_process(
+    engine: ToyEngine,
+    settings: Settings | None = None,
+    num_threads: int = 1,
+    large_decoder: LargeDecoder = large_image_decoder,
+) -> ChildProcess:
     """A toy engine process: a thread of this process, so that tests can block and inspect it."""
+    settings = settings or Settings()
     ours, theirs = connected_sockets()
-    thread = threading.Thread(target=serve_connection, args=(theirs, engine, max_pixels, 0.0, num_threads), daemon=True)
+    limits = PixelLimits(settings.max_pixels, settings.max_request_pixels)
+    thread = threading.Thread(
+        target=serve_connection, args=(theirs, engine, limits, 0.0, num_threads, large_decoder), daemon=True
+    )
     thread.start()
 
     def kill() -> None:
@@ -345,7 +355,7 @@ def toy_service(
     settings = settings or Settings(delay_seconds=0)
 
     def start_process() -> ChildProcess:
-        return next(processes) if processes else toy_process(engine, settings.max_pixels)
+        return next(processes) if processes else toy_process(engine, settings)
 
     async def start_pool(_: Path) -> EnginePool:
         return await EnginePool.start([start_process], settings)
@@ -403,11 +413,12 @@ class Served:
         return sum(_kibibytes(pid, "VmRSS") for pid in self.pids())
 
     def pids(self) -> list[int]:
-        """The ids of the server process and its engine processes (Linux)."""
+        """The ids of the server process, its engine processes, and theirs for large images (Linux)."""
         pids = [self.process.pid]
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
-                pids += [int(pid) for pid in (thread / "children").read_text().split()]
+        for pid in pids:  # it grows
+            with suppress(FileNotFoundError, ProcessLookupError):  # a process or thread has ended meanwhile
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    pids += [int(child) for child in (thread / "children").read_text().split()]
         return pids
 
 

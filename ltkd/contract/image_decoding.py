@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ltkd.contract.preprocessing import Preprocessing
-from ltkd.errors import ImageDecodeError, ImageError, ImageTypeError
+from ltkd.errors import ImageDecodeError, ImageError, ImageTooLargeError, ImageTypeError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -89,13 +89,14 @@ def decode_image(content: bytes, preprocessing: Preprocessing, max_pixels: int =
 
     Raises:
         ImageTypeError: The bytes are not of one of these types.
-        ImageDecodeError: The image is damaged, truncated or too large.
+        ImageDecodeError: The image is damaged or truncated.
+        ImageTooLargeError: It has too many pixels.
     """
     with _open_image(content, max_pixels, MAX_HEADER_PIXELS) as image:
         size = f"{image.width} x {image.height} pixels"
         decoded_pixels = _scale_while_decoding(image, content, preprocessing)
         if decoded_pixels > max_pixels:
-            raise ImageDecodeError(_too_large(size, max_pixels))
+            raise ImageTooLargeError(_too_large(size, max_pixels))
         rgb, warnings = _decode_upright(image)
         return DecodedImage(_square(rgb, preprocessing), decoded_pixels, warnings)
 
@@ -180,12 +181,12 @@ def _open_image(content: bytes, max_pixels: int, max_header_pixels: int) -> Iter
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_header_pixels:
-                raise ImageDecodeError(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
+                raise ImageTooLargeError(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
             yield image
     except ImageDecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageDecodeError(_too_large("far too many pixels", max_pixels)) from None
+        raise ImageTooLargeError(_too_large("far too many pixels", max_pixels)) from None
     except UnidentifiedImageError:  # Pillow's message has only the address of a buffer
         raise ImageDecodeError("the image is damaged or truncated (no readable header); send the whole file.") from None
     except Exception as reason:  # decoders raise many types of exception for damaged or malicious files

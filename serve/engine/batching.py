@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 _OVERHEAD_SECONDS = 2e-4  # per batch: stacking, building the answers, sending
 _GOOD_ENOUGH = 0.9  # of the best rate: the times were measured once, on a machine that had other work too
 _CLOSE_TIMEOUT_SECONDS = 10.0
+_MAX_BATCHES_WAITING = 2  # one that is run next, one that is filled meanwhile
 
 
 class Waiting(Protocol):
@@ -89,9 +90,17 @@ class Batcher(Generic[Item, Result]):
         self._num_to_take = [min(num, best_size(num, seconds_of)) for num in range(1, self.max_size + 1)]
         self._max_wait = max_wait
         self._queue: deque[Item] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._running = threading.Lock()
         self._closing = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether it runs its batches itself."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Start a thread that runs the batches."""
@@ -104,23 +113,34 @@ class Batcher(Generic[Item, Result]):
         return len(self._queue)
 
     def put(self, items: Sequence[Item]) -> None:
-        """Append items to the queue, in order."""
-        with self._changed:
+        """Append items to the queue, in order.
+
+        If the batcher has a thread, the call waits while the queue has two batches: images wait before they are
+        decoded, where requests take turns, and not here, where they do not.
+        """
+        with self._lock:
+            while self._thread and len(self._queue) >= _MAX_BATCHES_WAITING * self.max_size and not self._closing:
+                self._room.wait()
             was_empty = not self._queue
             self._queue.extend(items)
             if was_empty or len(self._queue) >= self.max_size:
                 self._changed.notify()
 
     def run_one(self) -> None:
-        """Run the next batch, if there is one, in the caller's thread; for a batcher that was not started."""
-        if self._queue:
-            self._drop_or_run(self._take())
+        """Run the next batch, if there is one, in the caller's thread; for a batcher that was not started.
+
+        Any thread may call it. One batch is run at a time.
+        """
+        with self._running:
+            if self._queue:
+                self._drop_or_run(self._take())
 
     def close(self) -> None:
         """Run all queued items, then end the thread. A run that does not return within 10 s is abandoned."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify()
+            self._room.notify_all()
         if self._thread:
             self._thread.join(_CLOSE_TIMEOUT_SECONDS)
         else:
@@ -133,12 +153,14 @@ class Batcher(Generic[Item, Result]):
 
     def _next(self) -> list[Item]:
         """Wait for items and take a batch from the queue; empty after ``close``."""
-        with self._changed:
+        with self._lock:
             while not self._queue and not self._closing:
                 self._changed.wait()
             if self._max_wait:
                 self._wait_for_more()
-            return self._take() if self._queue else []
+            batch = self._take() if self._queue else []
+            self._room.notify_all()
+            return batch
 
     def _wait_for_more(self) -> None:
         until = time.monotonic() + self._max_wait

@@ -6,14 +6,12 @@ closes its end of the socket or dies. It never imports FastAPI, so it starts fas
 
 import contextlib
 import io
-import queue
 import signal
 import socket
 import threading
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from PIL import Image
 
@@ -22,8 +20,11 @@ from ltkd.contract.image_decoding import FORMATS, decode_image
 from ltkd.contract.preprocessing import Preprocessing
 from ltkd.contract.resources import num_cores, trim_memory
 from ltkd.errors import LtkdError
-from serve.engine.classifier import Classifier, Job
+from serve.engine.classifier import Classifier
+from serve.engine.decode_queue import PixelLimits
+from serve.engine.large_images import Decode, large_image_decoder
 from serve.engine.messages import (
+    ALIVE,
     EngineConfig,
     EngineReady,
     EngineResponse,
@@ -40,6 +41,10 @@ from serve.engine.messages import (
 from serve.engine.session import CPU, Engine, open_engine
 
 _MAX_WAIT_SECONDS_ON_A_GPU = 0.001
+_MAX_LARGE_IMAGES = 4  # decoded at the same time; each may need 0.6 GB
+
+LargeDecoder = Callable[[], contextlib.AbstractContextManager[Decode]]
+"""Starts something that decodes one large image at a time."""
 
 
 def prepare(descriptor: int, config_json: str) -> Callable[[], None]:
@@ -68,30 +73,39 @@ def prepare(descriptor: int, config_json: str) -> Callable[[], None]:
     trim_memory()
     default_wait = 0.0 if engine.provider == CPU else _MAX_WAIT_SECONDS_ON_A_GPU
     max_wait = default_wait if config.max_wait_ms is None else config.max_wait_ms / 1000
-    return lambda: serve_connection(connection, engine, config.max_pixels, max_wait, num_threads)
+    limits = PixelLimits(config.max_pixels, config.max_request_pixels)
+    return lambda: serve_connection(connection, engine, limits, max_wait, num_threads)
 
 
 def serve_connection(
-    connection: socket.socket, engine: Engine, max_pixels: int, max_wait: float, num_threads: int
+    connection: socket.socket,
+    engine: Engine,
+    limits: PixelLimits,
+    max_wait: float,
+    num_threads: int,
+    large_decoder: LargeDecoder = large_image_decoder,
 ) -> None:
     """Send ``EngineReady``, then serve requests until the other end of the socket is closed.
 
     Args:
         connection: A connected stream socket.
         engine: Verified and warm.
-        max_pixels: Images with more decoded pixels are rejected from their header.
+        limits: Images with more decoded pixels are rejected from their header.
         max_wait: How long an image may wait for more images, in seconds.
-        num_threads: How many images are decoded at the same time.
+        num_threads: How many images are decoded at the same time; at most four of them are large.
+        large_decoder: Decodes the large ones.
     """
     sending = threading.Lock()
 
-    def send(responses: Sequence[EngineResponse]) -> None:
+    def send(*messages: bytes) -> None:
         with sending:
-            _send(connection, [pack_response(response) for response in responses])
+            _send(connection, messages)
+
+    def respond(responses: Sequence[EngineResponse]) -> None:
+        send(*[pack_response(response) for response in responses])
 
     def report(reason: Exception) -> None:
-        with sending:
-            _send(connection, [pack_text(Kind.LOG, "".join(traceback.format_exception(reason)))])
+        send(pack_text(Kind.LOG, "".join(traceback.format_exception(reason))))
 
     engine_ready = EngineReady(
         manifest=engine.manifest,
@@ -101,61 +115,78 @@ def serve_connection(
         seconds_of=dict(engine.seconds_of),
     )
     _warm_decoders()
-    _send(connection, [pack_text(Kind.READY, engine_ready.model_dump_json())])
-    classifier = Classifier(engine, max_pixels, max_wait, send, report)
-    if num_threads == 1 and not max_wait:
-        _serve_in_one_thread(connection, classifier)
-    else:
-        _serve_in_threads(connection, classifier, num_threads)
+    send(pack_text(Kind.READY, engine_ready.model_dump_json()))
+    classifier = Classifier(engine, limits, max_wait, respond, report, lambda: send(ALIVE))
+    with _large_images_decoded(classifier, large_decoder, min(num_threads, _MAX_LARGE_IMAGES)):
+        if num_threads == 1 and not max_wait:
+            _serve_in_one_thread(connection, classifier)
+        else:
+            _serve_in_threads(connection, classifier, num_threads)
     classifier.close()
     connection.close()
 
 
 def _serve_in_one_thread(connection: socket.socket, classifier: Classifier) -> None:
     """Read, decode, run and respond in this thread: on one core, several threads would only wait for each other."""
-    reader, batcher = MessageReader(), classifier.batcher
-    jobs: deque[Job] = deque()
-    while (data := read_some(connection, wait=not jobs and not batcher.num_waiting)) != b"":
+    reader, ordinary, batcher = MessageReader(), classifier.ordinary, classifier.batcher
+    while (data := read_some(connection, wait=not ordinary and not batcher.num_waiting)) != b"":
         if data:
-            jobs.extend(_jobs(classifier, reader, data))
-        elif jobs and batcher.num_waiting < batcher.max_size:
-            classifier.decode(jobs)
+            _accept(classifier, reader, data)
+        elif ordinary and batcher.num_waiting < batcher.max_size:
+            classifier.decode_waiting()
         else:
             batcher.run_one()
-    while jobs:
-        classifier.decode(jobs)
+    while ordinary:
+        classifier.decode_waiting()
 
 
 def _serve_in_threads(connection: socket.socket, classifier: Classifier, num_threads: int) -> None:
     """Read in this thread, decode in ``num_threads`` others, run and respond in the batcher's thread."""
     reader = MessageReader()
-    job_queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def decode() -> None:
-        while (job := job_queue.get()) is not None:
-            classifier.decode(deque([job]))
+        while classifier.decode_next():
+            pass
 
     classifier.batcher.start()
     threads = [threading.Thread(target=decode, name=f"decode-{n}", daemon=True) for n in range(num_threads)]
     for thread in threads:
         thread.start()
     while data := read_some(connection):
-        for job in _jobs(classifier, reader, data):
-            job_queue.put(job)
-    for _ in threads:
-        job_queue.put(None)
+        _accept(classifier, reader, data)
+    classifier.ordinary.close()
     for thread in threads:
         thread.join()
 
 
-def _jobs(classifier: Classifier, reader: MessageReader, data: bytes) -> list[Job]:
-    jobs: list[Job] = []
+@contextlib.contextmanager
+def _large_images_decoded(classifier: Classifier, large_decoder: LargeDecoder, num: int) -> Iterator[None]:
+    """Decode large images, ``num`` at a time, and at the end all that are queued.
+
+    Each is decoded elsewhere while a thread waits for it. If the batcher has no thread, that thread runs the image.
+    """
+
+    def decode() -> None:
+        with large_decoder() as decode_one:
+            while classifier.decode_large(decode_one):
+                if not classifier.batcher.has_thread:
+                    classifier.batcher.run_one()
+
+    threads = [threading.Thread(target=decode, name=f"large-{n}", daemon=True) for n in range(num)]
+    for thread in threads:
+        thread.start()
+    yield
+    classifier.large.close()
+    for thread in threads:
+        thread.join()
+
+
+def _accept(classifier: Classifier, reader: MessageReader, data: bytes) -> None:
     for kind, message in reader.feed(data):
         if kind == Kind.REQUEST:
-            jobs += classifier.accept(unpack_request(message))
+            classifier.accept(unpack_request(message))
         elif kind == Kind.CANCEL:
             classifier.cancel(unpack_cancel(message))
-    return jobs
 
 
 def _send(connection: socket.socket, messages: Sequence[bytes]) -> None:

@@ -10,6 +10,7 @@
                        FAILED    a Failed, in JSON: why the engine cannot start
                        LOG       the traceback of an unexpected exception, as text
                        RESPONSE  an EngineResponse: number, stage seconds; per image its facts and its answer or problem
+                       ALIVE     no content: an image was decoded or a batch was run, and there may be more to do
 
 Deadlines are on the clock of ``time.monotonic``, which all processes of a machine share.
 """
@@ -37,6 +38,7 @@ class EngineConfig(Record):
         max_batch: The largest batch size.
         max_wait_ms: How long an image may wait for more images; None uses the default of the device.
         max_pixels: Images with more decoded pixels are rejected from their header.
+        max_request_pixels: So are the images of a request that have more decoded pixels together.
         processes: How many engine processes share the cores.
     """
 
@@ -46,6 +48,7 @@ class EngineConfig(Record):
     max_batch: int
     max_wait_ms: float | None
     max_pixels: int
+    max_request_pixels: int
     processes: int = 1
 
 
@@ -88,6 +91,7 @@ class Kind(IntEnum):
     FAILED = 4
     RESPONSE = 5  # EngineResponse
     LOG = 6
+    ALIVE = 7  # no content
 
 
 class OutputKind(IntEnum):
@@ -258,6 +262,10 @@ def unpack_response(message: memoryview) -> EngineResponse:
         results.append(ImageResult(status, bytes(message[start : start + length]), facts))
         start += length
     return EngineResponse(number, decode, queue, infer, batch_size, results)
+
+
+ALIVE = _HEAD.pack(1, Kind.ALIVE)
+"""An ALIVE message."""
 
 
 class MessageReader:

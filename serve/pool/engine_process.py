@@ -92,7 +92,7 @@ class EngineProcess(asyncio.Protocol):
         queue: Counts their images.
         ready: Whether the process can take requests. ``on_lost`` is called only for a process that was ready.
         ready_since: When it became ready, on the clock of ``time.monotonic``.
-        last_message_at: When its last message arrived.
+        last_message_at: When its last message arrived; each shows that it has made progress.
     """
 
     transport: asyncio.Transport
@@ -151,15 +151,15 @@ class EngineProcess(asyncio.Protocol):
         self.transport.abort()
 
     async def end(self) -> None:
-        """Let the process end by itself; kill it if it does not."""
-        self.ready = False
+        """Let the process end by itself; kill it if it does not. If it still has requests, they are lost at once."""
+        self.ready = bool(self.requests)  # if so, its loss is reported
         if not hasattr(self, "transport"):
             self._child.connection.close()
         else:
             with contextlib.suppress(OSError, RuntimeError):  # it may have ended already
                 self.transport.write_eof()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), _END_SECONDS)
+                await asyncio.wait_for(self._ended.wait(), 0 if self.requests else _END_SECONDS)
             self.transport.abort()
         self._child.kill()
 
@@ -168,7 +168,7 @@ class EngineProcess(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's has the same methods but another base class
 
     def data_received(self, data: bytes) -> None:
-        """Handle every message that has arrived completely."""
+        """Handle every message that has arrived completely. ALIVE has no effect but that it arrived."""
         self.last_message_at = time.monotonic()
         for kind, message in self._reader.feed(data):
             try:

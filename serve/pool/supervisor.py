@@ -90,7 +90,11 @@ class Supervisor:
         await asyncio.gather(*(process.end() for process in list(self.processes)))
 
     def kill_stalled(self, stall_seconds: float) -> None:
-        """Kill each process that has had requests and sent no message for longer than ``stall_seconds``."""
+        """Kill each process that has had requests and made no progress for longer than ``stall_seconds``.
+
+        An engine process sends a message for every image that it decoded and every batch that it ran, at most a few
+        per second; so a request may take longer than ``stall_seconds``.
+        """
         now = time.monotonic()
         for process in list(self.processes):
             if process.requests:
@@ -98,7 +102,7 @@ class Supervisor:
                 stalled_seconds = now - max(process.last_message_at, oldest.sent_at)
                 if stalled_seconds > stall_seconds:
                     _log.error(
-                        "an engine process with requests sent no message for %.1f s; killing it", stalled_seconds
+                        "an engine process with requests made no progress for %.1f s; killing it", stalled_seconds
                     )
                     process.kill()
 
@@ -167,6 +171,7 @@ def engine_configs(bundle: Path, settings: Settings) -> list[EngineConfig]:
         max_batch=settings.max_batch,
         max_wait_ms=settings.max_wait_ms,
         max_pixels=settings.max_pixels,
+        max_request_pixels=settings.max_request_pixels,
         processes=len(devices),
     )
     return [config.model_copy(update={"device": device}) for device in devices]

@@ -47,6 +47,7 @@ def test_a_value_out_of_range_is_a_one_line_error_that_names_the_setting(name: s
     [
         ({"max_body_bytes": 2000, "max_queue_bytes": 1000}, "max_queue_bytes"),
         ({"max_images": 20, "max_queue_images": 10}, "max_queue_images"),
+        ({"max_pixels": 2000, "max_request_pixels": 1000}, "max_request_pixels"),
         ({"device": "cpu", "precision": "fp16"}, "fp16"),
     ],
 )

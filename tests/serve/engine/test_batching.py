@@ -153,3 +153,43 @@ def test_a_batcher_without_a_thread_runs_one_batch_per_call_of_run_one() -> None
     assert batcher.num_waiting == 3
     batcher.close()
     assert squares.results(5) == {1: 1, -2: "ValueError", 3: 9, 4: 16, 5: 25}
+
+
+def test_a_batcher_without_a_thread_runs_one_batch_at_a_time_whichever_threads_call_run_one() -> None:
+    running = threading.Lock()
+    squares = Squares()
+
+    def run(items: Sequence[Number]) -> list[int]:
+        assert running.acquire(blocking=False), "two batches run at the same time"
+        try:
+            return squares.run(items)
+        finally:
+            running.release()
+
+    batcher = Batcher(run, squares.delivered.put, {1: 0.001, 2: 0.001})
+    batcher.put([Number(value) for value in range(400)])
+    threads = [threading.Thread(target=lambda: [batcher.run_one() for _ in range(100)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert squares.results(400) == {value: value**2 for value in range(400)}
+    for thread in threads:
+        thread.join(30)
+
+
+def test_images_wait_before_they_are_decoded_when_two_batches_wait_to_be_run() -> None:
+    squares = Squares(hold=True)
+    with batching(squares, {1: 0.001, 2: 0.001}) as batcher:
+        num_waiting: list[int] = []
+
+        def put() -> None:
+            for value in range(100):
+                batcher.put([Number(value)])
+                num_waiting.append(batcher.num_waiting)
+
+        thread = threading.Thread(target=put)
+        thread.start()
+        assert squares.begun.wait(30)
+        squares.go.set()
+        assert squares.results(100) == {value: value**2 for value in range(100)}
+        thread.join(30)
+    assert max(num_waiting) <= 4

@@ -46,7 +46,7 @@ async def toy_pool(
 ) -> AsyncIterator[EnginePool]:
     settings = settings or Settings()
     toy = engine or toy_engine()
-    starts = (settings.processes or 1) * [lambda: toy_process(toy, settings.max_pixels, num_threads)]
+    starts = (settings.processes or 1) * [lambda: toy_process(toy, settings, num_threads)]
     pool = await EnginePool.start(starts, settings)
     try:
         yield pool
@@ -68,6 +68,12 @@ async def until(condition: Callable[[], bool]) -> None:
     """Run the event loop until a condition holds; the timeout of ``run`` bounds the wait."""
     while not condition():
         await asyncio.sleep(0.005)
+
+
+def stop(pid: int) -> None:
+    """Stop a process, as in a run that never ends, and wait until none of its threads can answer any more."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
 
 
 async def problem_of_request(request: Awaitable[RequestResult]) -> Problem:
@@ -241,7 +247,13 @@ def test_closing_answers_accepted_requests_and_accepts_no_more() -> None:
 def real_process(bundle: Path, started: list[ChildProcess]) -> Callable[[], ChildProcess]:
     def start() -> ChildProcess:
         config = EngineConfig(
-            bundle=bundle, device="cpu", precision=None, max_batch=4, max_wait_ms=None, max_pixels=10**6
+            bundle=bundle,
+            device="cpu",
+            precision=None,
+            max_batch=4,
+            max_wait_ms=None,
+            max_pixels=10**6,
+            max_request_pixels=10**7,
         )
         started.append(launch(config))
         return started[-1]
@@ -258,7 +270,7 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
         pool.on_change = lambda: changes.append(pool.alive)
         try:
             before = await pool.classify([PNG], 1, deadline())
-            os.kill(started[0].pid, signal.SIGSTOP)  # it still has the requests when it is killed
+            stop(started[0].pid)  # it still has the requests when it is killed
             requests = [asyncio.create_task(pool.classify([PNG], 1, deadline())) for _ in range(5)]
             await until(lambda: pool.num_waiting == 5)
             os.kill(started[0].pid, signal.SIGKILL)

@@ -5,27 +5,36 @@ import os
 import queue
 import signal
 import socket
+import threading
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 from serve_toys import (
+    encoded,
     toy_bundle,
     toy_engine,
+    toy_pixels,
     toy_process,
     write_toy_bundle,
 )
 
 import serve.pool.supervisor
+from ltkd.contract.image_decoding import DecodedImage, decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from ltkd.errors import BundleError, DeviceError, UsageError
+from serve.engine import classifier
 from serve.engine.messages import EngineConfig
+from serve.pool import engine_process, supervisor
 from serve.pool.dispatcher import EnginePool
 from serve.pool.engine_process import ChildProcess
 from serve.pool.supervisor import engine_configs
 from serve.problems import ProblemError
 from serve.settings import Settings
-from tests.serve.pool.test_dispatcher import PNG, deadline, problem_of_request, real_process, run, until
+from tests.serve.pool.test_dispatcher import PNG, deadline, problem_of_request, real_process, run, stop, until
 
 
 def test_with_two_processes_the_other_one_keeps_answering() -> None:
@@ -52,7 +61,7 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
         started: list[ChildProcess] = []
         pool = await EnginePool.start([real_process(toy_bundle(), started)], Settings(stall_seconds=0.3))
         try:
-            os.kill(started[0].pid, signal.SIGSTOP)  # as in a run that never ends
+            stop(started[0].pid)
             assert (await problem_of_request(pool.classify([PNG], 1, deadline()))).status == 503
             await pool.classify([PNG], 1, deadline())
             assert len(started) == 2
@@ -60,7 +69,87 @@ def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixtu
             await pool.close(5)
 
     run(test)
-    assert "with requests sent no message for" in caplog.text
+    assert "with requests made no progress for" in caplog.text
+
+
+class Clock:
+    """The clock of an engine process and of its supervisor: the real one plus what the test adds."""
+
+    def __init__(self) -> None:
+        self.added_seconds = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.added_seconds
+
+
+class BlockedDecoder:
+    """Decodes one large image each time that the test releases it."""
+
+    def __init__(self) -> None:
+        self.released = threading.Semaphore(0)
+        self.num_decoded = 0
+
+    def decode(self, content: bytes, preprocessing: Preprocessing, max_pixels: int) -> DecodedImage:
+        assert self.released.acquire(timeout=60)
+        self.num_decoded += 1
+        return decode_image(content, preprocessing, max_pixels)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_process_that_decodes_slowly_is_not_killed_and_one_whose_decoder_does_not_return_is(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, decoder = Clock(), BlockedDecoder()
+    for module in (supervisor, engine_process, classifier):
+        monkeypatch.setattr(module, "time", clock)
+
+    async def test() -> None:
+        settings = Settings(stall_seconds=30)
+        large = encoded(toy_pixels(1, 600, 600), "JPEG")
+
+        def start() -> ChildProcess:
+            return toy_process(toy_engine(), settings, num_threads, lambda: nullcontext(decoder.decode))
+
+        pool = await EnginePool.start([start], settings)
+        try:
+            (process,) = pool._supervisor.processes
+            request = asyncio.create_task(pool.classify([large] * 6, 1, deadline(10_000)))
+            await until(lambda: bool(process.requests))
+            for _ in range(5):  # 100 s in all
+                clock.added_seconds += 20
+                before = process.last_message_at
+                pool._check_progress()
+                decoder.released.release()
+                await until(lambda before=before: process.last_message_at > before)  # type: ignore[misc]
+            assert pool._supervisor.processes == [process]
+            assert not request.done()
+            clock.added_seconds += 31
+            pool._check_progress()
+            assert (await problem_of_request(request)).status == 503
+        finally:
+            decoder.released.release(10)
+            await pool.close(5)
+
+    run(test)
+    assert "with requests made no progress for 31." in caplog.text
+
+
+def test_a_process_that_still_has_requests_when_its_time_is_over_is_killed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "_END_SECONDS", 1000)  # much longer than ``run`` allows
+
+    async def test() -> None:
+        started: list[ChildProcess] = []
+        pool = await EnginePool.start([real_process(toy_bundle(), started)], Settings())
+        stop(started[0].pid)
+        request = asyncio.create_task(pool.classify([PNG], 1, deadline()))
+        await until(lambda: pool.num_waiting == 1)
+        await pool.close(0.01)
+        assert (await problem_of_request(request)).status == 503
+        await until(lambda: not is_running(started[0].pid))
+
+    run(test)
 
 
 def test_a_bundle_that_cannot_be_served_gives_the_reason_and_leaves_no_process(tmp_path: Path) -> None:
