@@ -88,13 +88,11 @@ class Plan:
         before_s: Ordinary clients without attacks.
         alone_s: Each attack alone.
         mixed_s: All attacks together.
-        settle_s: Longest wait after an attack until the service answers again as it did before.
     """
 
     before_s: float
     alone_s: float
     mixed_s: float
-    settle_s: float = 30.0
 
     @classmethod
     def of(cls, seconds: float, num_attacks: int) -> "Plan":
@@ -112,12 +110,19 @@ class Site:
         requests: Ordinary requests, with the check of their answers.
         target: What the hostile clients know.
         rate: Ordinary requests per second.
+        settle_s: Longest wait after an attack until ordinary requests are answered as before.
     """
 
     running: RunningServer
     requests: Sequence[Request]
     target: Target
     rate: float
+    settle_s: float = 30.0
+
+    def is_answered(self) -> bool:
+        """Whether an ordinary request is answered within a second."""
+        (outcome,) = send_one_by_one(self.running.address, self.requests[:1], limit_s=1.0).outcomes
+        return outcome.correct
 
 
 def run(
@@ -150,7 +155,6 @@ def run(
         for name, attack in attacks.items():
             if not running.has_exited():
                 add_phase(measure_phase(site, watch, executor, name, {name: attack}, plan.alone_s))
-                settle(site, plan.settle_s)
         begin_s = watch.now()
         add_phase(measure_phase(site, watch, executor, TOGETHER, attacks, plan.mixed_s, end))
     (ending,) = endings
@@ -197,17 +201,12 @@ def measure_phase(
     samples, replaced = watch.since(begin_s), site.running.children() != engines
     if at_end:
         at_end()
-    return Phase.of(name, result, samples, engines_replaced=replaced, attacks=hostile.result())
-
-
-def settle(site: Site, limit_s: float) -> None:
-    """Wait until an ordinary request is answered as before, so that an attack is not blamed for the one before it."""
-
-    def is_answered() -> bool:
-        (outcome,) = send_one_by_one(site.running.address, site.requests[:1], limit_s=1.0).outcomes
-        return outcome.correct
-
-    seconds_until(is_answered, limit_s)
+        done = hostile.result()
+    else:  # the consequences of the attack belong to this phase
+        done = hostile.result()
+        seconds_until(site.is_answered, site.settle_s)
+        samples, replaced = watch.since(begin_s), site.running.children() != engines
+    return Phase.of(name, result, samples, engines_replaced=replaced, attacks=done)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from benchmarks.load import Address, http_request, parse_response
 
 WAIT_S = 15.0  # longer than every time limit of the service
+GRACE_S = 35.0  # longer than every attempt
 NO_ANSWER, CLOSED, REFUSED, LEFT = "no answer", "closed", "refused", "client left"
 REJECTED = ("4xx", CLOSED)
 _CHUNK = 2**18
@@ -138,8 +139,7 @@ class HostileClient:
             replies.append(Reply(NO_ANSWER))
         finally:
             sending.cancel()
-            with suppress(asyncio.CancelledError):
-                await sending
+            await asyncio.wait([sending])
             sock.close()
         return replies
 
@@ -225,8 +225,8 @@ def run_attacks(
     Args:
         attacks: The attacks by name.
         target: The service.
-        seconds: How long their requests count.
-        tail_s: How long they go on afterwards, without counting.
+        seconds: How long attempts begin. Those that are under way then have GRACE_S to end.
+        tail_s: How long attempts go on afterwards without counting, instead of ending.
         seed: Determines all random choices.
     """
     if not ipaddress.ip_address(target.address[0]).is_loopback:
@@ -239,14 +239,16 @@ def run_attacks(
 async def _run_all(
     attacks: Mapping[str, Attack], clients: Mapping[str, HostileClient], seconds: float, tail_s: float
 ) -> dict[str, AttackResult]:
-    tasks = [asyncio.create_task(_repeat(attack, clients[name])) for name, attack in attacks.items()]
+    end = time.monotonic() + seconds + tail_s
+    tasks = [asyncio.create_task(_repeat(attack, clients[name], end)) for name, attack in attacks.items()]
     try:
-        await _wait(tasks, seconds)
+        await _wait(tasks, seconds if tail_s else seconds + GRACE_S)
         results = {
             name: AttackResult(client.requests, dict(client.statuses), dict(client.violations))
             for name, client in clients.items()
         }
-        await _wait(tasks, tail_s)
+        if tail_s:
+            await _wait(tasks, tail_s)
         return results
     finally:
         for task in tasks:
@@ -263,13 +265,12 @@ async def _wait(tasks: Sequence["asyncio.Task[None]"], seconds: float) -> None:
         task.result()
 
 
-async def _repeat(attack: Attack, client: HostileClient) -> None:
+async def _repeat(attack: Attack, client: HostileClient, end: float) -> None:
     interval_s = attack.workers / attack.per_s
 
     async def work(number: int) -> None:
         await asyncio.sleep(interval_s * number / attack.workers)
-        while True:
-            begin = time.monotonic()
+        while (begin := time.monotonic()) < end:
             await attack.attempt(client)
             await asyncio.sleep(max(0.0, begin + interval_s - time.monotonic()))
 
