@@ -229,7 +229,8 @@ def shut_down(running: RunningServer, engines: Sequence[int]) -> Ending:
 def tracebacks(log: str) -> dict[str, int]:
     """The number of tracebacks in the output of the service, by their last line."""
     found = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t|+].*\n|\n)*(\S.*)", log)
-    return dict(Counter(line[:150] for line in found))
+    lines = Counter(re.sub("0x[0-9a-f]+", "0x...", line)[:150] for line in found)
+    return dict(lines.most_common(10))
 
 
 def write_keys(path: Path) -> dict[str, str]:

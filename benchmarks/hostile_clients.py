@@ -231,7 +231,7 @@ def run_attacks(
     """
     if not ipaddress.ip_address(target.address[0]).is_loopback:
         raise ValueError(f"attacks are sent to loopback addresses only, not to {target.address[0]}")
-    also_allowed = ("503", CLOSED) if len(attacks) > 1 else ()
+    also_allowed = ("503", "504", CLOSED) if len(attacks) > 1 else ()
     clients = {name: HostileClient(target, random.Random(f"{seed} {name}"), also_allowed) for name in attacks}
     return asyncio.run(_run_all(attacks, clients, seconds, tail_s))
 

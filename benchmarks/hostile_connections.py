@@ -84,7 +84,7 @@ async def upgrade(client: HostileClient) -> None:
     headers = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     smuggled = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     replies = await client.talk(
-        client.target.post("/v1/classify", smuggled, "image/png", headers=headers), answers=2, wait_s=2
+        client.target.post("/v1/classify", smuggled, "image/png", headers=headers), answers=2, wait_s=5
     )
     client.note("upgrade with a smuggled request", replies[:1])
     if any(reply.status == "200" for reply in replies):

@@ -221,7 +221,8 @@ def open_loop(
         spin_s: Duration of the busy loop before a request is due; 0 if another program needs the core.
     """
     run = _LoadRun(address, requests, events, spin_s)
-    idle: list[_Connection] = [run.connect() for _ in range(max_connections)] if connect_first else []
+    idle = deque([run.connect() for _ in range(max_connections)] if connect_first else [])
+    take_idle = idle.popleft if connect_first else idle.pop  # a pool uses its connections in turn: none stays idle
     waiting: deque[float] = deque()
     to_come = deque(due_s)
     end_s = due_s[-1] if due_s else 0.0
@@ -238,7 +239,7 @@ def open_loop(
         while to_come and to_come[0] <= now:
             waiting.append(to_come.popleft())
         while waiting and (idle or len(run.connections) < max_connections):
-            unused = idle.pop() if idle else None
+            unused = take_idle() if idle else None
             if unused is not None and not run.is_open(unused):  # the server closed it meanwhile
                 continue
             connection = run.send(waiting.popleft(), unused)

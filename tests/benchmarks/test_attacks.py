@@ -223,6 +223,8 @@ def test_the_report_has_a_row_for_each_attack_and_each_promise() -> None:
 def test_tracebacks_are_found_in_the_output() -> None:
     log = "info\nTraceback (most recent call last):\n  File 'a', line 1, in b\n    c()\nKeyError: 1\nmore\n"
     assert tracebacks(log * 2) == {"KeyError: 1": 2}
+    closed = "Traceback (most recent call last):\n  f()\nRuntimeError: <TCPTransport 0x{:x}> is closed\n"
+    assert tracebacks(closed.format(1) + closed.format(2)) == {"RuntimeError: <TCPTransport 0x...> is closed": 2}
     assert tracebacks("all is well\n") == {}
 
 
