@@ -139,7 +139,6 @@ def run(
     """
     running, endings = site.running, list[Ending]()
     engines, start_mib = running.children(), running.resident_mib()
-    executor.submit(bodies.prepare).result()
     with Watch(running) as watch:
 
         def add_phase(phase: Phase) -> None:
@@ -327,6 +326,7 @@ def main() -> int:
             inputs = make_workloads([WORKLOAD], Path(folder))[WORKLOAD]
             bundle, images, media_type = inputs.folder / "same", inputs.images, inputs.workload.media_type
         with served_site(bundle.resolve(), images, media_type, plan.before_s) as site:
+            executor.submit(bodies.prepare).result()
             print(f"{site.rate:.0f} ordinary requests/s", flush=True)
             observed = run(site, attacks, plan, executor, report=lambda line: print(line, flush=True))
     found = checks(observed)

@@ -14,7 +14,7 @@ from statistics import median
 from PIL import Image
 
 from benchmarks.fault_test import FaultSetup, Row, Service
-from benchmarks.hostile_bodies import largest_requests, prepare
+from benchmarks.hostile_bodies import largest_images, largest_requests
 from benchmarks.hostile_clients import Attack, Target, run_attacks
 from benchmarks.load import (
     CLIENT_LEFT,
@@ -109,7 +109,7 @@ def soak_test(setup: FaultSetup, beside_large: bool = False) -> Row:
         malformed = malformed_requests(service, setup.images[:4], max(1, len(service.requests) // 20), seed=6)
         requests = [*service.requests, *malformed]
         before = send_for(service, requests, rate, plan.load_s)
-        executor.submit(prepare).result()
+        executor.submit(largest_images).result()
         target = Target(service.running.address, {}, "", setup.images[0], setup.media_type, "", 0)
         large = {"largest-requests": Attack(largest_requests, per_s=1000, workers=2)} if beside_large else {}
         results = list[Result]()

@@ -118,9 +118,14 @@ async def many_large_webps(client: HostileClient) -> None:
     client.note("64 WebP of 50 MP", await client.talk(content, wait_s=30), allowed=OVER_BUDGET)
 
 
+def largest_images() -> tuple[bytes, ...]:
+    """The largest images that are accepted, of each format."""
+    return large_png(), large_webp(), large_jpeg()
+
+
 async def largest_requests(client: HostileClient) -> None:
     """Two clients that send the largest admitted requests, one after the other without end: 4 images of 25 MP."""
-    image = client.random.choice([large_png(), large_webp(), large_jpeg()])
+    image = client.random.choice(largest_images())
     content = client.target.post("/v1/classify", *_form([image] * 4))
     client.note("100 MP", await client.talk(content, wait_s=30), allowed=OVER_BUDGET)
 
@@ -327,7 +332,7 @@ async def mutated_requests(client: HostileClient) -> None:
 
 def prepare() -> None:
     """Make all bodies, so that this does not happen during a measurement."""
-    for make in (image_bombs, webps_body, large_png, large_webp, large_jpeg, large_records, hostile_forms, gzip_bombs):
+    for make in (image_bombs, webps_body, largest_images, large_records, hostile_forms, gzip_bombs):
         make()
     list_of_images(NUM_LISTED)
     nested(NESTING)
