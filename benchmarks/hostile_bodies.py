@@ -278,7 +278,7 @@ async def forged_feedback(client: HostileClient) -> None:
         secrets.token_hex(8),
         "0",
     ]
-    bodies = [{"answer_id": guess, "label": label} for guess in guesses]
+    bodies: list[dict[str, object]] = [{"answer_id": guess, "label": label} for guess in guesses]
     bodies.append({"request_id": request_id, "image": 0, "label": label})  # the way of before
     for who, body in [
         *(("camera", body) for body in bodies),
@@ -308,7 +308,12 @@ async def wrong_keys(client: HostileClient) -> None:
 async def mutated_requests(client: HostileClient) -> None:
     """Valid requests of every kind with some bytes changed."""
     target, random = client.target, client.random
-    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(target.image).decode()]}
+    tensor: dict[str, object] = {
+        "name": "image",
+        "shape": [1],
+        "datatype": "BYTES",
+        "data": [base64.b64encode(target.image).decode()],
+    }
     content = bytearray(
         random.choice([
             target.classify(),

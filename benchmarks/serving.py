@@ -15,9 +15,9 @@ responses per second within 2 s.
 Ratios are taken within a round. In comparison (a) all servers use the same model file. In comparison (b) our service
 has its default settings, with which it uses the int8 model of a bundle if there is one; the peers are unchanged.
 
-To try a part of it in two minutes, without writing files:
+To try a part of it, without writing files; the peers are installed once:
 
-    python -m benchmarks.serving --quick --workloads '12 MP' --peers mosec --cache /tmp/peers
+    python -m benchmarks.serving --rounds 1 --workloads '12 MP' --peers mosec --cache /tmp/peers
 """
 
 import argparse
@@ -333,7 +333,7 @@ def main() -> None:
         "--peers", type=comma_separated(PEER_SERVERS), default=list(PEER_SERVERS), help=", ".join(PEER_SERVERS)
     )
     parser.add_argument("--cache", type=Path, help="folder for the peers' environments; temporary by default")
-    parser.add_argument("--out", type=Path, default=OUT, help="output folder; --quick writes only if it is given")
+    parser.add_argument("--out", type=Path, help="output folder; by default docs/benchmarks, for a whole run only")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     plans = {name: QUICK if arguments.quick else PLANS[name] for name in arguments.workloads}
@@ -347,7 +347,8 @@ def main() -> None:
             inputs, plans, rounds, arguments.peers, cache, report=lambda message: print(message, flush=True)
         )
     metadata = serving_metadata(" ".join(["python -m benchmarks.serving", *command_flags(arguments)]), rounds, plans)
-    write_report(results, metadata, None if arguments.quick and arguments.out == OUT else arguments.out)
+    is_whole = (arguments.quick, arguments.workloads, arguments.peers) == (False, [*WORKLOADS], [*PEER_SERVERS])
+    write_report(results, metadata, arguments.out or (OUT if is_whole else None))
 
 
 def comma_separated(known: Mapping[str, object]) -> Callable[[str], list[str]]:
