@@ -43,7 +43,7 @@ from benchmarks.load import Request, closed_loop, http_request, open_loop, poiss
 from benchmarks.servers import RunningServer, pinned_to_core, running_service
 from benchmarks.serving import LOAD_CORE, comma_separated, make_workloads
 
-SECONDS = 3600.0
+SECONDS, SHARE = 3600.0, 0.5
 WORKLOAD = "resnet20"
 ORDINARY_CONNECTIONS = 64
 ROLES = {"ordinary": "classify", "camera": "classify", "labeller": "classify,feedback", "scraper": "metrics"}
@@ -241,14 +241,17 @@ def write_keys(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def served_site(bundle: Path, images: Sequence[bytes], media_type: str, seconds: float) -> Iterator[Site]:
-    """Start the service, and measure what half of its load is.
+def served_site(
+    bundle: Path, images: Sequence[bytes], media_type: str, seconds: float, share: float = SHARE
+) -> Iterator[Site]:
+    """Start the service, and measure how much load it can answer.
 
     Args:
         bundle: What it serves.
         images: Encoded images that ordinary clients send.
         media_type: Their media type.
         seconds: Duration of the closed loop that measures its goodput.
+        share: Share of that goodput that the ordinary clients send.
     """
     with tempfile.TemporaryDirectory() as folder:
         keys = write_keys(Path(folder) / "keys")
@@ -261,7 +264,7 @@ def served_site(bundle: Path, images: Sequence[bytes], media_type: str, seconds:
                 for image, prediction in zip(images, predictions, strict=True)
             ]
             best = closed_loop(running.address, requests, connections=32, seconds=seconds).goodput()
-            yield Site(running, requests, target_of(running, images[0], media_type, keys), best / 2)
+            yield Site(running, requests, target_of(running, images[0], media_type, keys), share * best)
 
 
 def target_of(running: RunningServer, image: bytes, media_type: str, keys: Mapping[str, str]) -> Target:
@@ -304,6 +307,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="duration of all phases together; 3600 by default"
     )
+    parser.add_argument(
+        "--share", type=float, default=SHARE, help="ordinary load, as a share of the best; 0.5 by default"
+    )
     parser.add_argument("--bundle", type=Path, help="served bundle; by default a resnet20 with random weights is made")
     parser.add_argument("--attacks", type=comma_separated(ATTACKS), default=list(ATTACKS), help=", ".join(ATTACKS))
     parser.add_argument("--write", action="store_true", help="write the files even with other options")
@@ -325,14 +331,19 @@ def main() -> int:
             print("making a bundle", flush=True)
             inputs = make_workloads([WORKLOAD], Path(folder))[WORKLOAD]
             bundle, images, media_type = inputs.folder / "same", inputs.images, inputs.workload.media_type
-        with served_site(bundle.resolve(), images, media_type, plan.before_s) as site:
+        with served_site(bundle.resolve(), images, media_type, plan.before_s, arguments.share) as site:
             executor.submit(bodies.prepare).result()
             print(f"{site.rate:.0f} ordinary requests/s", flush=True)
             observed = run(site, attacks, plan, executor, report=lambda line: print(line, flush=True))
     found = checks(observed)
     descriptions = {name: (attack.attempt.__doc__ or "").partition("\n")[0] for name, attack in attacks.items()}
     print(table(observed.phases, descriptions), promises(found), sep="\n\n")
-    if arguments.write or (arguments.seconds, arguments.bundle, attacks) == (SECONDS, None, ATTACKS):
+    if arguments.write or (arguments.seconds, arguments.share, arguments.bundle, attacks) == (
+        SECONDS,
+        SHARE,
+        None,
+        ATTACKS,
+    ):
         write_report(observed, found, descriptions, asdict(plan), site.rate)
     return 0 if all(check.kept for check in found) else 1
 
