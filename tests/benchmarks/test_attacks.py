@@ -119,7 +119,9 @@ PLANTED: dict[str, tuple[dict[str, object], str]] = {
     "/livez was slow once": (
         {"samples": [*fine().samples, replace(sample(40.0), livez_s=1.2)]}, "/livez is answered within"
     ),
-    "/livez was not answered once": ({"samples": [*fine().samples, replace(sample(40.0), livez=0)]}, "/livez is answered with 200"),
+    "/livez was not answered once": (
+        {"samples": [*fine().samples, replace(sample(40.0), livez=0)]}, "/livez is answered with 200"
+    ),
     "/readyz was 503 once": ({"samples": [*fine().samples, replace(sample(40.0), readyz=503)]}, "/readyz"),
     "memory grows": (grown(lambda second: 150.0 + 2.0 * second), "resident memory is flat"),
     "too few samples to know": ({"mixed_samples": fine().samples[:3]}, "resident memory is flat"),
