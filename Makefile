@@ -42,3 +42,4 @@ bench: install ## run all benchmarks and compare the results with their limits
 	$(BIN)/python -m benchmarks.export
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.attacks

@@ -74,7 +74,7 @@ def check_networks(
         images = [encode_image(number, workload) for number in range(NUM_IMAGES)]
         for precision in precisions:
             model = fp32 if precision == "fp32" else to_fp16(fp32)
-            pixels_NSS3 = np.stack([decode_image(image, workload.input_px).pixels_SS3 for image in images])
+            pixels_NSS3 = np.stack([decode_image(image, task.preprocessing).pixels_SS3 for image in images])
             try:
                 logits_NC = run(open_session(model, CUDA if device == "cuda" else CPU), pixels_NSS3)
                 bundle = folder / name / precision

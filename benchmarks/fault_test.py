@@ -30,9 +30,7 @@ class Plan:
         bursts: Number of overload bursts.
         kills: How often an engine process is killed.
         reloads: How often the bundle is replaced.
-        slow: Slow clients of each kind.
-        malformed: Malformed images.
-        soak_s: Duration of the soak test.
+        soak_s: Duration of each soak test.
     """
 
     load_s: float = 4.0
@@ -40,13 +38,11 @@ class Plan:
     bursts: int = 5
     kills: int = 10
     reloads: int = 20
-    slow: int = 100
-    malformed: int = 5000
     soak_s: float = 600.0
 
 
 # a fifth of the load, for machines that run other programs at the same time
-QUICK = Plan(load_s=1.0, share=0.2, bursts=1, kills=2, reloads=2, slow=10, malformed=300, soak_s=3.0)
+QUICK = Plan(load_s=1.0, share=0.2, bursts=1, kills=2, reloads=2, soak_s=3.0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,6 @@ class FaultSetup:
         images: Encoded images that it accepts.
         what: Description of the images.
         media_type: Media type of the images.
-        slo_s: A response with a higher latency is late.
         plan: How much is injected.
         settings: Settings of every service by name; the defaults if empty.
     """
@@ -119,7 +114,6 @@ class FaultSetup:
     images: Sequence[bytes]
     what: str
     media_type: str
-    slo_s: float
     plan: Plan
     settings: dict[str, object] = field(default_factory=dict)
 

@@ -1,8 +1,9 @@
-"""A load generator for HTTP/1.1 on localhost: closed loop, open loop, clients that disconnect, and slow clients.
+"""A load generator for HTTP/1.1 on localhost: closed loop, open loop, and clients that disconnect.
 
 It is one thread with plain sockets and epoll (Linux). Event-loop timers have a resolution of milliseconds, so the last
 two milliseconds before a request is due are spent in a busy loop. Run it on its own core. The number of
-connections, the sending time and the timeout of the last requests are bounded. Every response is checked.
+connections, the sending time and the timeout of the last requests are bounded. Every response is checked. Each request
+has an ``X-Request-ID`` of its own, as proxies send it, and a response with the id of another request is incorrect.
 
 Latency is measured from the time at which a request was *due*, not from the time at which it was sent. Otherwise the
 delay that a stalled server causes would not be counted. In a closed loop the two times are equal.
@@ -13,15 +14,16 @@ import heapq
 import ipaddress
 import math
 import random
+import secrets
 import select
 import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 REFUSED, LOST, UNANSWERED, CLIENT_LEFT = -1, -2, -3, -4
 STATUS_NAMES = {
@@ -31,9 +33,11 @@ STATUS_NAMES = {
     CLIENT_LEFT: "client left",
 }
 MAX_CONNECTIONS = 900  # one file descriptor each; the usual limit of a process is 1,024
-_SPIN_S = 0.002
+SPIN_S = 0.002
+_NO_ID = b"0" * 16  # replaced in each request that is sent
 _TIMEOUT_S = 5.0
 _RECONNECT_DELAY_S = 0.02
+_DISCONNECT_WITHIN_S = 0.05
 _CHUNK = 2**18
 
 Address = tuple[str, int]
@@ -47,6 +51,11 @@ class Request:
 
     content: bytes
     is_correct: Callable[[bytes], bool]
+
+    @cached_property
+    def id_position(self) -> int:
+        """Where the id of each request is written; -1 if the content has no place for it."""
+        return self.content.find(b"X-Request-ID: " + _NO_ID) + len(b"X-Request-ID: ") if _NO_ID in self.content else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +134,8 @@ def quantile_of(values: Sequence[float], quantile: float) -> float:
 
 def http_request(path: str, body: bytes, content_type: str, headers: str = "") -> bytes:
     """A POST request as bytes."""
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n{headers}"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-def uniform(rate: float, seconds: float) -> list[float]:
-    """Due times at equal intervals."""
-    return [number / rate for number in range(round(rate * seconds))]
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: {_NO_ID.decode()}\r\n"
+    return f"{head}Content-Type: {content_type}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
@@ -162,8 +166,7 @@ def closed_loop(
 
     def reconnect(connection: _Connection | None) -> None:
         if run.now() < seconds:
-            still_open = connection is not None and run.connections.get(connection.sock.fileno()) is connection
-            run.send(run.now(), connection if still_open else None)
+            run.send(run.now(), connection if connection is not None and run.is_open(connection) else None)
 
     run.on_finished = continue_loop
     for _ in range(min(connections, MAX_CONNECTIONS)):
@@ -197,10 +200,11 @@ def open_loop(
     *,
     timeout_s: float = _TIMEOUT_S,
     disconnect_share: float = 0.0,
-    disconnect_within_s: float = 0.05,
     events: Sequence[Event] = (),
     stop: threading.Event | None = None,
     max_connections: int = MAX_CONNECTIONS,
+    connect_first: bool = False,
+    spin_s: float = SPIN_S,
 ) -> Result:
     """Send requests at given times, independently of the server.
 
@@ -209,14 +213,16 @@ def open_loop(
         requests: Sent in turn.
         due_s: Due times in seconds from now, ascending. If all connections are busy, a request waits for one.
         timeout_s: How long to wait for responses after the last due time.
-        disconnect_share: Share of the clients that close their connection before the response.
-        disconnect_within_s: These clients disconnect at a random time within this many seconds after sending.
+        disconnect_share: Share of the clients that close their connection within 0.05 s, if there is no response yet.
         events: Actions at given times.
         stop: When it is set, no more requests are sent.
         max_connections: Largest number of simultaneous connections.
+        connect_first: Open all connections at the start, as the pool of a proxy does, instead of when they are needed.
+        spin_s: Duration of the busy loop before a request is due; 0 if another program needs the core.
     """
-    run = _LoadRun(address, requests, events)
-    idle: list[_Connection] = []
+    run = _LoadRun(address, requests, events, spin_s)
+    idle = deque([run.connect() for _ in range(max_connections)] if connect_first else [])
+    take_idle = idle.popleft if connect_first else idle.pop  # a pool uses its connections in turn: none stays idle
     waiting: deque[float] = deque()
     to_come = deque(due_s)
     end_s = due_s[-1] if due_s else 0.0
@@ -233,9 +239,12 @@ def open_loop(
         while to_come and to_come[0] <= now:
             waiting.append(to_come.popleft())
         while waiting and (idle or len(run.connections) < max_connections):
-            connection = run.send(waiting.popleft(), idle.pop() if idle else None)
+            unused = take_idle() if idle else None
+            if unused is not None and not run.is_open(unused):  # the server closed it meanwhile
+                continue
+            connection = run.send(waiting.popleft(), unused)
             if disconnect_share and random_source.random() < disconnect_share:
-                run.disconnect_at(now + random_source.random() * disconnect_within_s, connection)
+                run.disconnect_at(now + random_source.random() * _DISCONNECT_WITHIN_S, connection)
         run.next_due_s = to_come[0] if to_come else math.inf
         return not (to_come or waiting or run.num_pending)
 
@@ -296,6 +305,7 @@ class _Connection:
     sock: socket.socket
     connected: bool = False
     request: Request | None = None
+    request_id: bytes = b""
     number: int = 0
     due_s: float = 0.0
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -311,7 +321,9 @@ class _LoadRun:
         next_due_s: When ``run_until`` must check again whether it is finished.
     """
 
-    def __init__(self, address: Address, requests: Sequence[Request], events: Sequence[Event]) -> None:
+    def __init__(
+        self, address: Address, requests: Sequence[Request], events: Sequence[Event], spin_s: float = SPIN_S
+    ) -> None:
         if not ipaddress.ip_address(address[0]).is_loopback:
             raise ValueError(f"load is sent to loopback addresses only, not to {address[0]}")
         self.outcomes: list[Outcome] = []
@@ -319,7 +331,8 @@ class _LoadRun:
         self.num_pending = 0
         self.next_due_s = math.inf
         self.on_finished: Callable[[_Connection | None, int], object] = lambda _connection, _status: None
-        self._address, self._requests = address, requests
+        self._address, self._requests, self._spin_s = address, requests, spin_s
+        self._id_prefix = secrets.token_hex(4)
         self._num_sent = self._num_timers = 0
         self._epoll = select.epoll()
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
@@ -335,12 +348,16 @@ class _LoadRun:
         heapq.heappush(self._timers, (time_s, self._num_timers, action))
 
     def send(self, due_s: float, connection: _Connection | None = None) -> _Connection:
-        connection = connection or self._connect()
+        connection = connection or self.connect()
         request = self._requests[self._num_sent % len(self._requests)]
         self._num_sent += 1
         self.num_pending += 1
         connection.request, connection.number, connection.due_s = request, self._num_sent, due_s
-        connection.unsent = memoryview(request.content)
+        content, connection.request_id = bytearray(request.content), b""
+        if request.id_position >= 0:
+            connection.request_id = f"{self._id_prefix}{self._num_sent % 10**8:08}".encode()
+            content[request.id_position : request.id_position + len(_NO_ID)] = connection.request_id
+        connection.unsent = memoryview(content)
         if connection.connected:
             self._send(connection)
         return connection
@@ -373,14 +390,17 @@ class _LoadRun:
         while self._timers and self._timers[0][0] <= self.now():
             heapq.heappop(self._timers)[2]()
         next_event_s = min(self.next_due_s, self._timers[0][0] if self._timers else math.inf)
-        for number, mask in self._epoll.poll(max(0.0, min(next_event_s - self.now() - _SPIN_S, 0.01))):
+        for number, mask in self._epoll.poll(max(0.0, min(next_event_s - self.now() - self._spin_s, 0.01))):
             connection = self.connections.get(number)
             if connection is not None and mask & select.EPOLLOUT:
                 self._send(connection)
             if connection is not None and mask & ~select.EPOLLOUT and number in self.connections:
                 self._receive(connection)
 
-    def _connect(self) -> _Connection:
+    def is_open(self, connection: _Connection) -> bool:
+        return self.connections.get(connection.sock.fileno()) is connection
+
+    def connect(self) -> _Connection:
         sock = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -422,7 +442,8 @@ class _LoadRun:
         response = parse_response(connection.received)
         if response is None or connection.request is None:
             return
-        correct = response.status == 200 and connection.request.is_correct(response.body)
+        is_own = not connection.request_id or _id_of(response) in (b"", connection.request_id)
+        correct = response.status == 200 and is_own and connection.request.is_correct(response.body)
         reusable = not response.closes and not connection.unsent
         if not reusable:
             self._close(connection)
@@ -449,61 +470,6 @@ class _LoadRun:
         connection.sock.close()
 
 
-Stage = Literal["header", "body"]
-
-
-@contextmanager
-def slow_clients(
-    address: Address, content: bytes, count: int, stage: Stage, pause_s: float = 0.2
-) -> Iterator[list[str]]:
-    """Clients that send one byte at a time and never complete their request, until the block ends.
-
-    Args:
-        address: Address of the server.
-        content: A complete request; it is interrupted in the middle of its header or of its body.
-        count: Number of clients.
-        stage: The part that they send slowly.
-        pause_s: Time between two bytes of one client.
-
-    Yields:
-        For each client that the server disconnected: the status it received, or ``closed``.
-    """
-    head_bytes = content.index(b"\r\n\r\n") + 4
-    num_first_bytes = head_bytes // 2 if stage == "header" else head_bytes + (len(content) - head_bytes) // 2
-    results: list[str] = []
-    stopped = threading.Event()
-
-    def send_slowly() -> None:
-        sockets = [socket.create_connection(address, timeout=5) for _ in range(count)]
-        for sock in sockets:
-            sock.sendall(content[:num_first_bytes])
-        position = num_first_bytes
-        while sockets and not stopped.wait(pause_s):
-            for sock in list(sockets):
-                if _is_disconnected(sock, content[position : position + 1], results):
-                    sockets.remove(sock)
-            position = min(position + 1, len(content) - 2)
-        for sock in sockets:
-            sock.close()
-
-    thread = threading.Thread(target=send_slowly)
-    thread.start()
-    try:
-        yield results
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _is_disconnected(sock: socket.socket, byte: bytes, results: list[str]) -> bool:
-    try:
-        if not select.select([sock], [], [], 0)[0]:
-            sock.sendall(byte)
-            return False
-        data = bytearray(sock.recv(_CHUNK))
-    except OSError:
-        data = bytearray()
-    response = parse_response(data) if data else None
-    results.append(str(response.status) if response else "closed")
-    sock.close()
-    return True
+def _id_of(response: Response) -> bytes:
+    """The request id in a response; empty if it has none."""
+    return response.head.partition(b"\r\nx-request-id: ")[2].partition(b"\r\n")[0]

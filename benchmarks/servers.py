@@ -1,9 +1,8 @@
 """Start and stop the servers that the benchmarks compare: our service, and peers (servers made with other frameworks).
 
 A peer is a file in benchmarks/peers with pinned requirements. On first use, uv installs the requirements into an
-environment in the cache folder; the image decoder is imported from this project. A peer that cannot be installed or
-started is reported with the reason and excluded from the comparison. Each server runs on one core, and all its
-processes are stopped at the end.
+environment in the cache folder. A peer that cannot be installed or started is reported with the reason and excluded
+from the comparison. Each server runs on one core, and all its processes are stopped at the end.
 """
 
 import functools
@@ -100,6 +99,7 @@ class RunningServer:
         path: URL path that classifies images.
         parse_prediction: Parses the body of a response.
         key: API key sent with every request; empty for none.
+        log: The file with its output, while it runs; None if it was started elsewhere.
     """
 
     address: Address
@@ -109,6 +109,7 @@ class RunningServer:
     path: str
     parse_prediction: Callable[[bytes], Prediction]
     key: str = ""
+    log: Path | None = None
 
     def request(self, image: bytes, media_type: str, expected: Prediction) -> Request:
         """A request whose correct response is known: the class, and its probability when sent alone."""
@@ -302,7 +303,8 @@ def _running_server(
                         if process.returncode is None
                         else f"it exited with code {process.returncode}: {last}"
                     )
-            yield RunningServer(address, time.perf_counter() - begin, run_id, process.pid, path, parse_prediction, key)
+            ready_s, log = time.perf_counter() - begin, Path(output.name)
+            yield RunningServer(address, ready_s, run_id, process.pid, path, parse_prediction, key, log)
         finally:
             stop_server(process, run_id)
 

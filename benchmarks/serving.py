@@ -1,26 +1,27 @@
-"""The service compared with its upper limit (the ceiling) and with other servers (the peers).
+"""The service compared with other servers (the peers), on the same machine with the same images.
 
-    python -m benchmarks.serving [--quick] [--repeats N] [--workloads A,B] [--peers A,B] [--cache FOLDER]
+    python -m benchmarks.serving [--quick] [--rounds N] [--workloads A,B] [--peers A,B] [--cache FOLDER]
 
 Writes docs/benchmarks/serving.json, serving.md and serving.png. The server runs on one core, the load generator on
-another. Every response of every server is checked.
+another. Every response of every server is checked, and every request has an X-Request-ID of its own.
 
-For each workload (benchmarks/workloads.py), a round measures our service, each peer (benchmarks/servers.py) and, just
-before our service, the ceiling: a loop that decodes and runs images without HTTP (benchmarks/ceiling.py). Each round
-starts with another server. A server is measured in these steps: start it and wait for the first correct response; send
-every image alone; run closed loops with an increasing number of connections; run the best one, the *knee*, again,
-because the maximum of several noisy values is biased upwards; offer Poisson arrivals at 50 to 200 % of the goodput at
-the knee, all for the same time, with latency from the due times. Goodput is the number of correct responses per second
-within the latency limit of the workload.
+For each workload (benchmarks/workload_specs.py), a round measures our service and each peer (benchmarks/servers.py).
+Each round starts with another server. A server is measured in these steps: start it and wait for the first correct
+response; send every image alone; run closed loops with an increasing number of connections; run the best one, the
+*knee*, again, because the maximum of several noisy values is biased upwards; offer Poisson arrivals at 50 % to ten
+times the goodput at the knee, all for the same time, with latency from the due times. Goodput is the number of correct
+responses per second within 2 s.
 
 Ratios are taken within a round. In comparison (a) all servers use the same model file. In comparison (b) our service
 has its default settings, with which it uses the int8 model of a bundle if there is one; the peers are unchanged.
+
+To try a part of it, without writing files; the peers are installed once:
+
+    python -m benchmarks.serving --rounds 1 --workloads '12 MP' --peers mosec --cache /tmp/peers
 """
 
 import argparse
 import dataclasses
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from benchmarks.load import Request, closed_loop, open_loop, poisson, send_one_by_one, uniform
+from benchmarks.load import Request, closed_loop, open_loop, poisson, send_one_by_one
 from benchmarks.run_metadata import run_metadata
 from benchmarks.servers import (
     LTKD_FP32,
@@ -46,12 +47,13 @@ from benchmarks.servers import (
     running_service,
 )
 from benchmarks.serving_report import write_report
-from benchmarks.workload_specs import WORKLOADS, Workload
+from benchmarks.workload_specs import SLO_S, WORKLOADS, Workload
 from ltkd.contract.image_decoding import decode_image
 from ltkd.contract.preprocessing import Preprocessing
 
 OUT = ROOT / "docs" / "benchmarks"
-SHARES = (0.5, 0.8, 1.0, 1.2, 2.0)
+SHARES = (0.5, 0.8, 1.0, 1.2, 2.0, 10.0)
+MAX_REQUESTS_PER_S = 8000.0  # the load generator can certainly send this many
 SERVER_CORE, LOAD_CORE = 0, 1
 FP32_FILE, INT8_FILE = "same/model.onnx", "default/model.int8.onnx"
 
@@ -64,22 +66,21 @@ class Plan:
         connections: Numbers of connections of the closed loops.
         closed_s: Seconds per closed loop.
         open_s: Seconds per offered load.
-        ceiling_s: Seconds per batch size of the ceiling.
     """
 
     connections: tuple[int, ...]
     closed_s: float
     open_s: float
-    ceiling_s: float
 
 
 # photographs: some 20 requests per second, so the measurements take longer and need fewer connections
 PLANS = {
-    "resnet8": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
-    "resnet20": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0, ceiling_s=0.4),
-    "photographs": Plan((1, 4, 8), closed_s=2.5, open_s=2.0, ceiling_s=1.2),
+    "resnet8": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0),
+    "resnet20": Plan((1, 8, 16, 32, 64), closed_s=0.6, open_s=1.0),
+    "photographs": Plan((1, 4, 8), closed_s=2.5, open_s=2.0),
+    "12 MP": Plan((1, 4, 8), closed_s=3.0, open_s=3.0),
 }
-QUICK = Plan((1, 4), closed_s=0.3, open_s=0.3, ceiling_s=0.05)
+QUICK = Plan((1, 4), closed_s=1.0, open_s=1.0)
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,21 @@ class OfferedLoad:
 
     Attributes:
         share: The load as a share of the goodput at the knee.
-        arrivals: ``poisson``, or ``even`` for equal intervals.
         rate: Requests per second.
-        goodput: Correct responses per second within the latency limit.
+        goodput: Correct responses per second within 2 s.
         p50_ms: Median latency of the responses with status 200, from the due time.
         p99_ms: The 99th percentile of the same latency.
+        refused_p99_ms: The 99th percentile of the latency of the responses with status 429; NaN if there are none.
         ended: Number of requests by status.
         wrong: Incorrect responses with status 200.
     """
 
     share: float
-    arrivals: str
     rate: float
     goodput: float
     p50_ms: float
     p99_ms: float
+    refused_p99_ms: float
     ended: dict[str, int]
     wrong: int
 
@@ -136,35 +137,15 @@ class ServerResult:
     wrong: int
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """The speed of a loop without HTTP.
-
-    Attributes:
-        images_per_s: Images per second by batch size.
-        best: Images per second of the best batch size, measured again.
-        p99_over_alone: By kind of arrivals, the p99 at 80 % of ``best`` over the time for a single image: the cost of
-            queueing that no service on this machine can avoid.
-    """
-
-    images_per_s: dict[int, float]
-    best: float
-    p99_over_alone: dict[str, float]
-
-
 @dataclass
 class WorkloadResults:
     """All rounds of one workload.
 
     Attributes:
-        ceilings: The fp32 ceiling of each round.
-        int8_ceilings: The int8 ceiling of each round.
         server_results: For each server, one result per round.
         missing: Servers that could not take part, with the reason.
     """
 
-    ceilings: list[Ceiling] = field(default_factory=list)
-    int8_ceilings: list[Ceiling] = field(default_factory=list)
     server_results: dict[str, list[ServerResult]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -198,23 +179,19 @@ def measure_server(running: RunningServer, inputs: WorkloadInputs, classes: Sequ
         NotStartedError: It predicts other classes than expected for images sent alone.
     """
     requests = checked_requests(running, inputs, classes)
-    slo_s = inputs.workload.slo_s
     loops = {
         connections: closed_loop(running.address, requests, connections=connections, seconds=plan.closed_s)
         for connections in plan.connections
     }
-    closed = {connections: loop.goodput(slo_s) for connections, loop in loops.items()}
+    closed = {connections: loop.goodput(SLO_S) for connections, loop in loops.items()}
     knee_connections = find_knee(closed)
     resident_mib, proportional_mib = running.resident_mib(), running.proportional_mib()
     begin, before_s = time.perf_counter(), running.cpu_s()
     at_knee = closed_loop(running.address, requests, connections=knee_connections, seconds=2 * plan.closed_s)
     counted_share = at_knee.seconds / (time.perf_counter() - begin)
     cpu_ms = 1000 * (running.cpu_s() - before_s) * counted_share / max(1, len(at_knee.outcomes))
-    knee = at_knee.goodput(slo_s)
-    offered = [
-        measure_offered_load(running, requests, plan, share, knee, arrivals, slo_s)
-        for share, arrivals in [(0.8, "even"), *((share, "poisson") for share in SHARES)]
-    ]
+    knee = at_knee.goodput(SLO_S)
+    offered = [measure_offered_load(running, requests, plan, share, knee) for share in SHARES]
     return ServerResult(
         ready_s=running.ready_s,
         resident_mib=resident_mib,
@@ -247,49 +224,29 @@ def checked_requests(running: RunningServer, inputs: WorkloadInputs, classes: Se
 
 
 def find_knee(closed: dict[int, float]) -> int:
-    """The number of connections with the best goodput, selected like the batch size of the ceiling."""
+    """The number of connections with the best goodput; the smallest of them if there are several."""
     return max(sorted(closed), key=closed.__getitem__)
 
 
 def measure_offered_load(
-    running: RunningServer,
-    requests: Sequence[Request],
-    plan: Plan,
-    share: float,
-    knee: float,
-    arrivals: str,
-    slo_s: float,
+    running: RunningServer, requests: Sequence[Request], plan: Plan, share: float, knee: float
 ) -> OfferedLoad:
-    """Offer a share of the goodput at the knee for some seconds."""
-    rate = max(share * knee, 1 / plan.open_s)
-    due_s = uniform(rate, plan.open_s) if arrivals == "even" else poisson(rate, plan.open_s, seed=round(100 * share))
-    result = open_loop(running.address, requests, due_s, timeout_s=slo_s)
+    """Offer a multiple of the goodput at the knee for some seconds."""
+    rate = min(max(share * knee, 1 / plan.open_s), MAX_REQUESTS_PER_S)
+    due_s = poisson(rate, plan.open_s, seed=round(100 * share))
+    result = open_loop(running.address, requests, due_s, timeout_s=SLO_S)
     # this request is answered when the queue is empty, so the next load starts with an empty queue
-    send_one_by_one(running.address, requests[:1], limit_s=10.0)
+    send_one_by_one(running.address, requests[:1], limit_s=30.0)
     return OfferedLoad(
         share=share,
-        arrivals=arrivals,
         rate=len(due_s) / plan.open_s,
-        goodput=result.goodput_of_burst(plan.open_s, slo_s),
+        goodput=result.goodput_of_burst(plan.open_s, SLO_S),
         p50_ms=1000 * result.latency_s(0.5),
         p99_ms=1000 * result.latency_s(0.99),
+        refused_p99_ms=1000 * result.latency_s(0.99, status=429),
         ended=result.statuses,
         wrong=result.wrong,
     )
-
-
-def measure_ceiling(inputs: WorkloadInputs, model: str, plan: Plan) -> Ceiling:
-    """What can be done in a separate process on the server's core."""
-    arguments = [str(inputs.folder / model), str(inputs.workload.input_px), str(plan.ceiling_s)]
-    images = [str(path) for path in sorted((inputs.folder / "images").iterdir())]
-    with pinned_to_core(SERVER_CORE):
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.ceiling", *arguments, *images],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    measured = json.loads(process.stdout)
-    images_per_s = {int(size): speed for size, speed in measured["images_per_s"].items()}
-    return Ceiling(images_per_s, measured["best"], measured["p99_over_alone"])
 
 
 def server_starters(
@@ -309,7 +266,7 @@ def server_starters(
 
 
 def measure(
-    inputs: dict[str, WorkloadInputs], plans: dict[str, Plan], repeats: int, peers: Sequence[str], cache: Path,
+    inputs: dict[str, WorkloadInputs], plans: dict[str, Plan], rounds: int, peers: Sequence[str], cache: Path,
     report: Callable[[str], None],
 ) -> dict[str, WorkloadResults]:  # fmt: skip
     """Measure all rounds of all workloads."""
@@ -318,18 +275,15 @@ def measure(
         name: {model: workload_inputs.classes(model) for model in (FP32_FILE, INT8_FILE)}
         for name, workload_inputs in inputs.items()
     }
-    for repeat in range(repeats):
+    for number in range(rounds):
         for name, workload_inputs in inputs.items():
             workload_results, plan = results[name], plans[name]
-            ceilings = {LTKD_FP32: workload_results.ceilings, LTKD_INT8: workload_results.int8_ceilings}
             starters = list(server_starters(workload_inputs, peers, cache).items())
-            shift = repeat % len(starters)
+            shift = number % len(starters)
             for server, start_server in starters[shift:] + starters[:shift]:
                 if server in workload_results.missing:
                     continue
                 model = INT8_FILE if server == LTKD_INT8 else FP32_FILE
-                if server in ceilings:  # measured just before, under the same conditions
-                    ceilings[server].append(measure_ceiling(workload_inputs, model, plan))
                 try:
                     with start_server() as running:
                         result = measure_server(running, workload_inputs, classes[name][model], plan)
@@ -339,7 +293,7 @@ def measure(
                     continue
                 workload_results.server_results.setdefault(server, []).append(result)
                 report(
-                    f"{name}, {server}, round {repeat + 1} of {repeats}: {result.knee:.0f}/s at "
+                    f"{name}, {server}, round {number + 1} of {rounds}: {result.knee:.0f}/s at "
                     f"{result.knee_connections} connections, ready in {result.ready_s:.1f} s"
                 )
     return results
@@ -357,21 +311,23 @@ def make_workloads(names: Sequence[str], folder: Path) -> dict[str, WorkloadInpu
     return inputs
 
 
-def serving_metadata(command: str, repeats: int, plans: dict[str, Plan]) -> dict[str, object]:
+def serving_metadata(command: str, rounds: int, plans: dict[str, Plan]) -> dict[str, object]:
     """The metadata of the record: command, versions, peers and durations."""
     return {
         **run_metadata(command, ("onnxruntime-gpu", "onnxruntime", "numpy", "pillow", "uvloop", "httptools")),
         "peers": {name: f"{peer.package} {peer.version}" for name, peer in PEER_SERVERS.items()},
-        "repeats": repeats,
+        "rounds": rounds,
         "plans": {name: dataclasses.asdict(plan) for name, plan in plans.items()},
     }
 
 
 def main() -> None:
     """Measure and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="run everything once, too briefly for meaningful values")
-    parser.add_argument("--repeats", type=int, help="number of rounds; 5 by default, 1 with --quick")
+    parser.add_argument("--rounds", type=int, help="number of rounds; 5 by default, 1 with --quick")
     parser.add_argument(
         "--workloads", type=comma_separated(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS)
     )
@@ -379,9 +335,9 @@ def main() -> None:
         "--peers", type=comma_separated(PEER_SERVERS), default=list(PEER_SERVERS), help=", ".join(PEER_SERVERS)
     )
     parser.add_argument("--cache", type=Path, help="folder for the peers' environments; temporary by default")
-    parser.add_argument("--out", type=Path, default=OUT, help="output folder; --quick writes only if it is given")
+    parser.add_argument("--out", type=Path, help="output folder; by default docs/benchmarks, for a whole run only")
     arguments = parser.parse_args()
-    repeats = arguments.repeats or (1 if arguments.quick else 5)
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
     plans = {name: QUICK if arguments.quick else PLANS[name] for name in arguments.workloads}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -390,10 +346,11 @@ def main() -> None:
         inputs = make_workloads(arguments.workloads, folder / "workloads")
         stack.enter_context(pinned_to_core(LOAD_CORE))
         results = measure(
-            inputs, plans, repeats, arguments.peers, cache, report=lambda message: print(message, flush=True)
+            inputs, plans, rounds, arguments.peers, cache, report=lambda message: print(message, flush=True)
         )
-    metadata = serving_metadata(" ".join(["python -m benchmarks.serving", *command_flags(arguments)]), repeats, plans)
-    write_report(results, metadata, None if arguments.quick and arguments.out == OUT else arguments.out)
+    metadata = serving_metadata(" ".join(["python -m benchmarks.serving", *command_flags(arguments)]), rounds, plans)
+    is_whole = (arguments.quick, arguments.workloads, arguments.peers) == (False, [*WORKLOADS], [*PEER_SERVERS])
+    write_report(results, metadata, arguments.out or (OUT if is_whole else None))
 
 
 def comma_separated(known: Mapping[str, object]) -> Callable[[str], list[str]]:
@@ -412,10 +369,10 @@ def command_flags(arguments: argparse.Namespace) -> Iterator[str]:
     """The given options, without the folders of this machine."""
     if arguments.quick:
         yield "--quick"
-    if arguments.repeats:
-        yield f"--repeats {arguments.repeats}"
+    if arguments.rounds:
+        yield f"--rounds {arguments.rounds}"
     if arguments.workloads != list(WORKLOADS):
-        yield f"--workloads {','.join(arguments.workloads)}"
+        yield f"--workloads '{','.join(arguments.workloads)}'"
     if arguments.peers != list(PEER_SERVERS):
         yield f"--peers '{','.join(arguments.peers)}'"
 

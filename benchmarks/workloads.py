@@ -4,7 +4,7 @@
 
 makes in FOLDER for every workload
 
-    NAME/images/     encoded images, 500 x 375 JPEG or 32 x 32 PNG
+    NAME/images/     encoded images: 32 x 32 PNG, 500 x 375 JPEG, or 4000 x 3000 JPEG of some 3 MB
     NAME/same/       a bundle with the float32 model only, which all servers use
     NAME/default/    the same with an additional int8 model, which our service selects on a CPU by default
 
@@ -56,15 +56,16 @@ from ltkd.contract.task import Task
 from ltkd.data.long_tail import long_tailed_counts
 from ltkd.models.registry import Normalise, build_network
 
-NUM_CLASSES, NUM_IMAGES, NUM_GOLDEN = 100, 64, 12
+NUM_CLASSES, NUM_GOLDEN = 100, 12
 LOGIT_STD = 4.0
+GRAIN = 7.5  # standard deviation of the noise of large images, of 255
 INT8 = Int8Config("minmax", per_channel=True)
 NOT_CERTIFIED = "nothing: random weights for measurements of speed, no accuracy was certified"
 
 
 def make_workload(workload: Workload, folder: Path) -> None:
     """Make the images and both bundles of a workload."""
-    candidates = [encode_image(number, workload) for number in range(NUM_IMAGES * 3 // 2)]
+    candidates = [encode_image(number, workload) for number in range(workload.num_images * 3 // 2)]
     task = task_of(workload)
     pixels_NSS3 = np.stack([decode_image(content, task.preprocessing).pixels_SS3 for content in candidates])
     network = build_network(workload.network, NUM_CLASSES, seed=0)
@@ -72,7 +73,7 @@ def make_workload(workload: Workload, folder: Path) -> None:
     fp32 = to_onnx(network, task)
     models: dict[Precision, bytes] = {"fp32": fp32, "int8": collect_ranges(fp32, pixels_NSS3).to_onnx_bytes(INT8)}
     logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
-    clearest_images = sort_by_margin(list(logits.values()))[:NUM_IMAGES]
+    clearest_images = sort_by_margin(list(logits.values()))[: workload.num_images]
     (folder / "images").mkdir(parents=True)
     for number in clearest_images:
         suffix = "jpg" if workload.media_type == "image/jpeg" else "png"
@@ -93,13 +94,20 @@ def make_workload(workload: Workload, folder: Path) -> None:
 
 def encode_image(number: int, workload: Workload) -> bytes:
     """Encode one image as a file."""
-    image = Image.fromarray(photo_like_noise(np.random.default_rng((2, number))))
+    random = np.random.default_rng((2, number))
+    image, (width, height) = Image.fromarray(photo_like_noise(random)), workload.image_px
+    if width == height:
+        side = min(image.size)
+        image = image.resize(workload.image_px, Image.Resampling.BOX, box=(0, 0, side, side))
+    elif width > image.width:  # the noise of a sensor, so that the file has the usual size
+        enlarged = np.asarray(image.resize(workload.image_px, Image.Resampling.BICUBIC))
+        grain = random.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
+        image = Image.fromarray(np.clip(enlarged + grain, 0, 255).astype(np.uint8))
     file = io.BytesIO()
     if workload.media_type == "image/jpeg":
         image.save(file, "JPEG", quality=85)
     else:
-        side = min(image.size)
-        image.resize((32, 32), Image.Resampling.BOX, box=(0, 0, side, side)).save(file, "PNG")
+        image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -165,7 +173,7 @@ def write_bundle(path: Path, task: Task, models: dict[Precision, bytes], golden:
             for precision in models
         }
         manifest = Manifest(
-            name=path.parent.name,
+            name=path.parent.name.replace(" ", "-"),
             task=task,
             precisions=certified,
             parity=file_record(stage / PARITY_FILE),

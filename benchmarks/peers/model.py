@@ -1,4 +1,4 @@
-"""What all peers share: the same model file, runtime, decoder and response format.
+"""What all peers share: the same model file, runtime, decoding library and response format.
 
 A peer is configured by environment variables, because most peers start their own processes:
 
@@ -13,6 +13,7 @@ peer receives the bytes of one image as the body of a POST and responds with the
 has one thread, because each peer has one core.
 """
 
+import io
 import os
 from collections.abc import Sequence
 
@@ -21,9 +22,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # must be set before the import of on
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-
-from ltkd.contract.image_decoding import decode_image
-from ltkd.contract.preprocessing import Preprocessing
+from PIL import Image, ImageOps
 
 SIZE_PX, PORT = int(os.environ["PEER_SIZE_PX"]), int(os.environ["PEER_PORT"])
 MAX_BATCH, WAIT_MS = int(os.environ["PEER_MAX_BATCH"]), float(os.environ["PEER_WAIT_MS"])
@@ -45,8 +44,10 @@ def open_session() -> ort.InferenceSession:
 
 
 def decode(content: bytes) -> NDArray[np.uint8]:
-    """The pixels of an image, uint8 [S, S, 3], by the decoder of ``ltkd.contract``; JPEG in full, as is usual."""
-    return decode_image(content, Preprocessing(input_px=SIZE_PX, jpeg_scaling="none")).pixels_SS3
+    """The pixels of an image, uint8 [S, S, 3], decoded as handlers usually do it: in full, then resized."""
+    with Image.open(io.BytesIO(content)) as image:
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(ImageOps.fit(rgb, (SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR))
 
 
 def classify_batch(session: ort.InferenceSession, images: Sequence[NDArray[np.uint8]]) -> list[ClassifyResponse]:

@@ -39,7 +39,7 @@ def test_a_graph_with_other_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(num_cuda_devices() > 0, reason="there is a GPU")
 def test_without_cuda_the_error_gives_the_reason() -> None:
-    workload = Workload("toy", SIZE_PX, "image/png", slo_s=1.0)
+    workload = Workload("toy", SIZE_PX, "image/png", (SIZE_PX, SIZE_PX))
     folder = toy_bundle().parent
     inputs = WorkloadInputs(workload, folder, [])
     (folder / "same").symlink_to(toy_bundle())

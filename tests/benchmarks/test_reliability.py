@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from serve_toys import encoded, toy_pixels, write_toy_bundle
 
-from benchmarks import reliability
+from benchmarks import attack_report, reliability
 from benchmarks.fault_test import MAX_LOAD_S, QUICK, FaultSetup, Plan, Row, Service, seconds_until
 from benchmarks.lifecycle_faults import replace_link, was_held
 from benchmarks.load import LOST, Outcome, Result
@@ -23,7 +23,7 @@ def fault_setup(tmp_path: Path) -> FaultSetup:
     images = [encoded(toy_pixels(seed)) for seed in range(6)]
     settings = {"max_queue_seconds": 5}  # other programs on the machine may delay all requests for a moment
     bundle = write_toy_bundle(tmp_path / "toy")
-    return FaultSetup(bundle, images, "toys", "image/png", slo_s=10.0, plan=QUICK, settings=settings)
+    return FaultSetup(bundle, images, "toys", "image/png", plan=QUICK, settings=settings)
 
 
 def make_row(name: str = "fault", kept: bool = False) -> Row:
@@ -40,13 +40,14 @@ def test_the_table_replaces_the_text_between_its_markers(tmp_path: Path) -> None
     assert "| fault | 1,000 | 20 | 1 | promise | seen | **no** |" in text
 
 
-def test_the_page_has_the_markers_of_the_table_once() -> None:
+def test_the_page_has_the_markers_of_each_table_once() -> None:
     text = reliability.TABLE.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.count(BEGIN) == text.count(attack_report.BEGIN) == 1
+    assert text.count(END) == 2
 
 
 def test_overload_is_tested_on_all_images_and_the_other_faults_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    setups = [FaultSetup(Path("nothing"), [], what, "image/png", 1.0, QUICK) for what in ("small", "large")]
+    setups = [FaultSetup(Path("nothing"), [], what, "image/png", QUICK) for what in ("small", "large")]
     for name in FAULTS:
         monkeypatch.setitem(
             FAULTS, name, lambda fault_setup, name=name: make_row(f"{name}, {fault_setup.what}", kept=name != "soak")
@@ -153,7 +154,12 @@ def test_the_target_of_a_link_is_replaced_atomically(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "current"]
 
 
-TIMED = ("overload-2x", "overload-10x", "killed-of-two")  # their guarantees need a machine without other load
+TIMED = (
+    "overload-2x",
+    "overload-10x",
+    "killed-of-two",
+    "soak-beside-large",
+)  # their guarantees need a machine without other load
 
 
 @pytest.mark.slow
@@ -162,6 +168,14 @@ def test_the_service_keeps_its_guarantee_under_fault(fault: str, fault_setup: Fa
     row = FAULTS[fault](fault_setup)
     assert row.requests > 0
     assert row.kept, row
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_beside_clients_with_the_largest_requests(fault_setup: FaultSetup) -> None:
+    row = FAULTS["soak-beside-large"](fault_setup)
+    assert row.requests > 0
+    assert row.lost == 0, row
+    assert "they got {'largest-requests': ({'200'" in row.seen, row
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,6 @@ from benchmarks.load import (
     quantile_of,
     result_between,
     send_one_by_one,
-    slow_clients,
-    uniform,
 )
 from benchmarks.servers import (
     PEER_SERVERS,
@@ -48,8 +47,8 @@ from benchmarks.servers import (
     running_service,
 )
 from benchmarks.serving import (
+    PLANS,
     SHARES,
-    Ceiling,
     OfferedLoad,
     ServerResult,
     WorkloadResults,
@@ -57,9 +56,9 @@ from benchmarks.serving import (
     command_flags,
     find_knee,
 )
-from benchmarks.serving_report import Spread, checks, content, markdown, plot, ratios
+from benchmarks.serving_report import AS_DEPLOYED, SAME_MODEL, Spread, checks, content, markdown, plot, ratios
+from benchmarks.workload_specs import WORKLOADS
 
-QUEUEING = {"even": 1.5, "poisson": 11.0}
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"
 FULL = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 REQUEST = Request(http_request("/x", b"image", "image/png"), lambda body: body == b"good")
@@ -116,7 +115,7 @@ def test_a_closed_loop_checks_every_response() -> None:
 
 
 def test_an_open_loop_sends_one_request_per_due_time() -> None:
-    due_s = uniform(200, 0.25)
+    due_s = [number / 200 for number in range(50)]
     with toy_server(lambda number: OK + b"good" if number % 5 else FULL) as address:
         result = open_loop(address, [REQUEST], due_s)
     assert sorted(one.due_s for one in result.outcomes) == due_s
@@ -154,7 +153,7 @@ def test_lost_connections_and_refused_connections_are_distinguished() -> None:
 
 def test_clients_that_disconnect_are_not_failures() -> None:
     with toy_server(lambda _: b"") as address:
-        result = open_loop(address, [REQUEST], [0.0] * 20, disconnect_share=1.0, disconnect_within_s=0.05)
+        result = open_loop(address, [REQUEST], [0.0] * 20, disconnect_share=1.0)
     assert [one.status for one in result.outcomes] == [CLIENT_LEFT] * 20
     assert result.failed() == []
 
@@ -162,24 +161,47 @@ def test_clients_that_disconnect_are_not_failures() -> None:
 def test_an_open_loop_can_be_stopped() -> None:
     stop = threading.Event()
     with toy_server(lambda _: OK + b"good") as address:
-        result = open_loop(address, [REQUEST], uniform(100, 60), stop=stop, events=[(0.2, stop.set)])
+        result = open_loop(
+            address, [REQUEST], [number / 100 for number in range(6000)], stop=stop, events=[(0.2, stop.set)]
+        )
     assert result.seconds < 30
     assert result.failed() == []
 
 
-def test_slow_clients_record_the_status_that_they_receive() -> None:
-    late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
-    listener = socket.create_server(("127.0.0.1", 0))
-    with listener, slow_clients(listener.getsockname(), REQUEST.content, 2, "body", pause_s=0.01) as ended:
-        for response in (late, b""):
-            connection, _ = listener.accept()
-            with connection:
-                data = connection.recv(2**16)
-                while b"ima" not in data:
-                    data += connection.recv(2**16)
-                connection.sendall(response)
-        assert seconds_until(lambda: len(ended) == 2, limit_s=10) is not None
-    assert sorted(ended) == ["408", "closed"]
+def test_every_request_has_an_id_of_its_own_and_the_answer_to_another_is_wrong() -> None:
+    received: list[bytes] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # header and body in one write
+
+        def do_POST(self) -> None:
+            assert self.rfile.read(int(self.headers["Content-Length"])) == b"image"
+            received.append(self.headers["X-Request-ID"].encode())
+            self.send_response(200)
+            self.send_header("X-Request-ID", received[-1 if len(received) % 2 else -2].decode())
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"good")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        outcomes = send_one_by_one(("127.0.0.1", server.server_port), [REQUEST] * 4).outcomes
+        server.shutdown()
+        thread.join()
+    assert len({*received}) == 4
+    assert [outcome.correct for outcome in outcomes] == [True, False, True, False]
+
+
+def test_connections_that_the_server_closed_are_not_used_again() -> None:
+    with toy_server(lambda number: OK + b"good" if number % 2 else None) as address:
+        # the first request is answered, the second closes its connection, the third needs a new one
+        result = open_loop(address, [REQUEST], [0.0, 0.05, 0.1], max_connections=1, connect_first=True, spin_s=0.0)
+    assert result.statuses == {"connection lost": 1, "200": 2}
 
 
 def test_load_is_sent_to_loopback_addresses_only() -> None:
@@ -203,7 +225,6 @@ def test_only_complete_responses_are_parsed() -> None:
 
 
 def test_the_number_of_arrivals_agrees_with_the_rate() -> None:
-    assert uniform(4, 1.0) == [0.0, 0.25, 0.5, 0.75]
     due_s = poisson(1000, 10.0, seed=3)
     assert due_s == sorted(due_s) == poisson(1000, 10.0, seed=3)
     assert due_s[0] > 0
@@ -245,18 +266,16 @@ def test_the_goodput_of_a_burst_includes_the_time_to_process_the_backlog() -> No
     assert Result(2.0, []).goodput_of_burst(1.0, slo_s=1.0) == 0
 
 
-def make_result(knee: float, p99_ms: float = 4.0, wrong: int = 0) -> ServerResult:
-    points = [(0.8, "even"), *((share, "poisson") for share in SHARES)]
+def make_result(knee: float, p99_ms: float = 4.0, wrong: int = 0, refused_p99_ms: float = 8.0) -> ServerResult:
     offered = [
-        OfferedLoad(share, how, share * knee, min(share, 1) * knee, 2.0, p99_ms, {"200": 9}, 0) for share, how in points
+        OfferedLoad(share, share * knee, min(share, 1) * knee, 2.0, p99_ms, refused_p99_ms, {"200": 9}, 0)
+        for share in SHARES
     ]
     return ServerResult(1.5, 200.0, 150.0, 2.0, {1: knee / 2, 8: knee}, 8, knee, 1.0, offered, wrong)
 
 
 def make_results() -> WorkloadResults:
     return WorkloadResults(
-        ceilings=[Ceiling({1: 80.0, 8: 110.0}, 100.0, QUEUEING), Ceiling({1: 90.0, 8: 130.0}, 120.0, QUEUEING)],
-        int8_ceilings=[Ceiling({1: 200.0}, 200.0, QUEUEING)] * 2,
         server_results={
             "ltkd": [make_result(96), make_result(118)],
             "ltkd, int8": [make_result(180)] * 2,
@@ -269,27 +288,31 @@ def make_results() -> WorkloadResults:
 def test_ratios_are_taken_within_a_round_and_targets_compare_their_median() -> None:
     assert ratios(Spread((10.0, 30.0)), Spread((5.0, 10.0))).values == (2.0, 3.0)
     kept = {check.what: check for check in checks("resnet20", make_results())}
-    ceiling = kept["goodput at the knee over the ceiling"]
-    assert ceiling.seen.values == pytest.approx((0.96, 118 / 120))
-    assert ceiling.kept
+    assert kept["(a) same model: over mosec"].seen.values == pytest.approx((0.96, 118 / 90))
     assert kept["(b) by default: over mosec"].seen.values == (1.8, 2.0)
-    assert kept["p99 at 80 % of the knee (poisson arrivals) over p50 alone"].seen.values == (2.0, 2.0)
-    assert not any(
-        "(a)" in what for what in kept
-    )  # mosec's HTTP server is not in Python, and no other peer was measured
+    assert kept["(b) by default: over mosec"].kept
+    assert not any("Ray" in what for what in kept)  # it was not measured
+    assert kept["goodput at 10 times the load of the knee over goodput at the knee"].seen.values == (1.0, 1.0)
+    assert all(check.kept for check in kept.values())
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_has_targets_and_a_plan(name: str) -> None:
+    assert {*SAME_MODEL[name], *AS_DEPLOYED[name]} <= {*PEER_SERVERS}
+    assert SAME_MODEL[name] and AS_DEPLOYED[name] and PLANS[name].connections
 
 
 def test_a_wrong_response_or_a_missing_value_misses_the_target() -> None:
     broken = make_results()
     broken.server_results["mosec"] = [make_result(100, wrong=1)] * 2
-    broken.server_results["ltkd"] = [make_result(96, p99_ms=math.nan)] * 2
+    broken.server_results["ltkd"] = [make_result(96, refused_p99_ms=math.nan)] * 2
     kept = {check.what: check.kept for check in checks("resnet20", broken)}
     assert not kept["wrong answers of all servers"]
-    assert not kept["p99 at 80 % of the knee (even arrivals) over p50 alone"]
+    assert not kept["p99 of 429 at 10 times the load of the knee, ms"]
 
 
 def test_the_report_lists_servers_that_were_left_out_and_is_strict_json(tmp_path: Path) -> None:
-    about = {"command": "c", "commit": "0", "date": "d", "hardware": "h", "repeats": 2}
+    about = {"command": "c", "commit": "0", "date": "d", "hardware": "h", "rounds": 2}
     text = markdown({"resnet20": make_results()}, about)
     assert "| Ray Serve | left out: it could not be installed: no network |" in text
     assert "| mosec | 95 (90 to 100) |" in text
@@ -321,8 +344,8 @@ def test_unknown_names_are_rejected_and_folders_of_this_machine_are_not_recorded
         comma_separated({"mosec": 0})("mosec,nothing")
     import argparse
 
-    arguments = argparse.Namespace(quick=True, repeats=2, workloads=["resnet8"], peers=["mosec"], cache=Path("/secret"))
-    assert " ".join(command_flags(arguments)) == "--quick --repeats 2 --workloads resnet8 --peers 'mosec'"
+    arguments = argparse.Namespace(quick=True, rounds=2, workloads=["12 MP"], peers=["mosec"], cache=Path("/secret"))
+    assert " ".join(command_flags(arguments)) == "--quick --rounds 2 --workloads '12 MP' --peers 'mosec'"
 
 
 def test_the_cores_are_restored_after_a_pinned_block() -> None:
