@@ -268,9 +268,7 @@ async def forged_feedback(client: HostileClient) -> None:
         return
     content = json.loads(answer.body)
     request_id = answer.head.partition(b"\r\nx-request-id: ")[2].partition(b"\r\n")[0].decode("latin-1")
-    if "answer_id" not in content:
-        client.violated("an answer has no answer_id")
-    answer_id, label = str(content.get("answer_id", request_id)), client.target.label
+    answer_id, label = str(content["results"][0]["answer_id"]), client.target.label
     guesses = [
         answer_id,
         request_id,
@@ -288,7 +286,7 @@ async def forged_feedback(client: HostileClient) -> None:
         client.note(f"feedback from {who} with {'/'.join(body)}", await client.talk(content_sent))
     own = client.target.post(_FEEDBACK, json.dumps(bodies[0]).encode(), key="labeller")
     client.note("the labeller's own feedback", await client.talk(own), allowed=("200", "204"))
-    for who, path in (("camera", "/metrics"), ("scraper", "/v1/model"), ("stranger", "/metrics"), (None, "/v1/groups")):
+    for who, path in (("camera", "/metrics"), ("scraper", "/v2"), ("stranger", "/metrics"), (None, "/v1/groups")):
         client.note(f"{path} by {who}", await client.talk(client.target.get(path, who)))
     for who in ("camera", "labeller", "scraper", None):
         client.note(f"reload by {who}", await client.talk(client.target.post("/v1/admin/reload", b"", key=who)))

@@ -87,7 +87,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                backlog=settings.max_connections,
                 timeout_keep_alive=math.ceil(settings.idle_seconds),
                 timeout_graceful_shutdown=max(1, math.floor(settings.drain_seconds - _END_SECONDS)),
             )

@@ -40,8 +40,8 @@ class Settings(BaseModel):
             rejected with 429.
         max_queue_seconds: A request whose expected time in the queue is longer is rejected with 429, as is one that
             would miss a shorter deadline of its own.
-        max_connections: Open connections. A further one replaces the one that has been idle for the longest time; while
-            all wait for responses, only health checks are answered on it, and other requests get 503.
+        max_connections: Open connections. A further one replaces one that has been idle for over a second. If there is
+            none, only health checks are answered on it, and other requests get 503.
         max_header_bytes: Size of the request line and headers together.
         max_headers: Number of header lines.
         header_seconds: Request line and headers must arrive within this time of the first byte.

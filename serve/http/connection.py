@@ -27,6 +27,7 @@ from serve.http.service import RequestContext, Service
 from serve.problems import MEDIA_TYPE, make_problem
 
 PROBES = (b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
+_IDLE_AFTER_SECONDS = 1.0  # a client that has connected or received a response may be about to send a request
 _LINGER_SECONDS = 2.0  # a client that is rejected while it sends needs time to read the response
 _NO_CONTEXT = RequestContext(
     "", None, 0.0, BodyMemory(0)
@@ -63,6 +64,7 @@ class Connection(HttpToolsProtocol):
     Attributes:
         since: Start of the connection's current state, on the clock of ``time.monotonic``.
         num_unanswered: Requests that have begun and have no complete response yet.
+        served_one: Whether a request was answered.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Connection(HttpToolsProtocol):
         self._service = service
         self._limits = service.settings
         self._phase = Phase.START
-        self._served_one = False
+        self.served_one = False
         self._only_probes = False
         self._num_control_bytes = 0  # received since the head began, or since the last byte of a body
         self._upgrading = False
@@ -87,17 +89,21 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the connection is open and no request on it waits for a response."""
-        return not self.num_unanswered and not self.transport.is_closing()
+        """Whether the connection is open, no request on it waits for a response, and it is not about to send one."""
+        waits = self.num_unanswered or time.monotonic() - self.since < _IDLE_AFTER_SECONDS
+        return not waits and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
-        """Register the connection. If too many are open, close the one that has been idle for the longest time."""
+        """Register the connection. If too many are open, close the one that has been idle for the longest time.
+
+        Those on which no request was answered yet are closed first: clients with a persistent connection keep it.
+        """
         super().connection_made(transport)
         self.flow = Flow(transport, self.pipeline)
         if len(self.connections) > self._limits.max_connections:
             others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
             if idle := [each for each in others if each.is_idle]:
-                min(idle, key=lambda each: each.since).transport.abort()
+                min(idle, key=lambda each: (each.served_one, each.since)).transport.abort()
             else:
                 self._only_probes = True
 
@@ -155,7 +161,7 @@ class Connection(HttpToolsProtocol):
             return _LINGER_SECONDS
         if self._phase == Phase.BODY:  # of a request that was answered before its body had arrived
             return limits.body_seconds + _LINGER_SECONDS
-        return limits.idle_seconds if self._served_one and self._phase == Phase.START else limits.header_seconds
+        return limits.idle_seconds if self.served_one and self._phase == Phase.START else limits.header_seconds
 
     def on_message_begin(self) -> None:
         """Start the head of a request."""
@@ -203,7 +209,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Continue with the next pipelined request, if there is one, and with reading."""
-        self._served_one = True
+        self.served_one = True
         self.num_unanswered -= 1
         self.since = time.monotonic()
         super().on_response_complete()

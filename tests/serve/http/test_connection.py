@@ -209,17 +209,26 @@ def test_an_idle_connection_is_closed(short_timeouts: httpx.Client) -> None:
         assert read_to_the_end(connection) == b""
 
 
-def test_a_connection_above_the_limit_replaces_the_one_that_was_idle_for_the_longest_time() -> None:
+def test_a_connection_above_the_limit_replaces_an_idle_one_and_first_those_that_were_never_used() -> None:
     with (
         running(toy_app(settings=Settings(max_connections=2, delay_seconds=0))) as client,
-        connected(client) as first,
-        connected(client) as second,
-        connected(client) as third,
+        connected(client) as used,
+        connected(client) as unused,
     ):
-        assert read_to_the_end(first) == b""
-        for connection in (second, third):
-            connection.sendall(post_request(PNG))
-            assert read_response(connection)[0] == 200
+        used.sendall(post_request(PNG))
+        assert read_response(used)[0] == 200
+        with connected(client) as newcomer:
+            newcomer.sendall(post_request(PNG))
+            assert read_to_the_end(newcomer).startswith(b"HTTP/1.1 503")  # the others may be about to send a request
+        closed = threading.Event()
+        threading.Thread(target=lambda: read_to_the_end(unused) == b"" and closed.set()).start()
+        while not closed.is_set():
+            with connected(client) as newcomer:
+                newcomer.sendall(post_request(PNG))
+                status = read_response(newcomer)[0]
+        assert status == 200
+        used.sendall(post_request(PNG))
+        assert read_response(used)[0] == 200
 
 
 def test_if_all_connections_wait_for_responses_further_ones_are_answered_only_if_they_are_probes() -> None:
