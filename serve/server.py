@@ -87,6 +87,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing here depends on the client's address
                 timeout_keep_alive=math.ceil(settings.idle_seconds),
                 timeout_graceful_shutdown=max(1, math.floor(settings.drain_seconds - _END_SECONDS)),
             )

@@ -51,7 +51,7 @@ from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.preprocessing import Resizing
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
-from serve.api.app import create_app
+from serve.api.app import Application, create_app
 from serve.engine.decode_queue import PixelLimits
 from serve.engine.large_images import large_image_decoder
 from serve.engine.message_loop import LargeDecoder, serve_connection
@@ -363,22 +363,25 @@ def toy_service(
     return Service(toy_bundle(), settings, start_pool)
 
 
-def toy_app(engine: ToyEngine | None = None, settings: Settings | None = None) -> FastAPI:
+def toy_app(engine: ToyEngine | None = None, settings: Settings | None = None) -> Application:
     """The application with a toy engine."""
-    service = toy_service(engine, settings)
-    app = create_app(service)
-    app.state.service = service
-    return app
+    return create_app(toy_service(engine, settings))
 
 
 @contextmanager
-def running(app: FastAPI, lifespan: str = "on") -> Iterator[httpx.Client]:
-    """Run the application in a real server on a free local port, and give a client of it."""
+def running(app: FastAPI, lifespan: str = "on", *, other_server: bool = False) -> Iterator[httpx.Client]:
+    """Run the application in a real server on a free local port, and give a client of it.
+
+    Args:
+        app: The application, or a part of the API without a service.
+        lifespan: ``off`` does not start the service.
+        other_server: Run it as any ASGI server would, without the limits of ``serve.http.connection``.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
-    if hasattr(app.state, "service"):
-        server: uvicorn.Server = Server(app, app.state.service)
+    if isinstance(app, Application) and not other_server:
+        server: uvicorn.Server = Server(app, app.service)
         server.config.lifespan = lifespan  # type: ignore[assignment]
-    else:  # a part of the API without a service
+    else:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -3,22 +3,47 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 import ltkd
 from serve.api.openapi import describe
 from serve.api.operations import operations
 from serve.api.v1 import classify_routes, model_routes
 from serve.api.v2 import open_inference
-from serve.http.middleware import RequestMiddleware, answer_http, answer_problem, answer_validation
+from serve.http.middleware import (
+    RequestMiddleware,
+    Shortcut,
+    answer_error,
+    answer_http,
+    answer_problem,
+    answer_validation,
+)
 from serve.http.service import Service
-from serve.monitoring.tracing import add_tracing
+from serve.monitoring.tracing import with_tracing
 from serve.problems import ProblemError
 
 
-def create_app(service: Service) -> FastAPI:
+class Application(FastAPI):
+    """FastAPI with the middleware of this service around its own.
+
+    Attributes:
+        service: What all requests share.
+        classify: The route that is answered without FastAPI's layers.
+    """
+
+    service: Service
+    classify: APIRouter
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Build the layers around the routes, the outermost last."""
+        app = Shortcut(super().build_middleware_stack(), self.classify)
+        return with_tracing(RequestMiddleware(app, self.service))
+
+
+def create_app(service: Service) -> Application:
     """Create the application around a service. Its lifespan starts and closes the service."""
 
     @asynccontextmanager
@@ -27,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.close()
 
-    app = FastAPI(
+    app = Application(
         title="ltkd",
         summary="Classifies images and reports the class group of each answer.",
         version=ltkd.__version__,
@@ -39,11 +64,11 @@ def create_app(service: Service) -> FastAPI:
             ProblemError: answer_problem,
             HTTPException: answer_http,
             RequestValidationError: answer_validation,
+            Exception: answer_error,
         },
     )
-    app.add_middleware(RequestMiddleware, service=service)
-    add_tracing(app)
-    app.include_router(classify_routes(service))
+    app.service, app.classify = service, classify_routes(service)
+    app.include_router(app.classify)
     app.include_router(model_routes(service))
     app.include_router(operations(service.models, service.telemetry, service.feedback, service.keys, service.settings))
     key = Depends(service.keys.requires("classify"))

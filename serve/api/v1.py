@@ -75,10 +75,7 @@ def classify_routes(service: Service) -> APIRouter:
     settings = service.settings
 
     class ClassifyRoute(APIRoute):
-        """A route that FastAPI describes but that reads its parameters itself.
-
-        FastAPI's resolution of dependencies and parameters would take as long as everything else in the server process.
-        """
+        """A route that FastAPI describes but that reads its parameters itself, because FastAPI takes 0.1 ms for it."""
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             async def handle(request: Request) -> Response:

@@ -7,8 +7,9 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -54,15 +55,46 @@ class RequestMiddleware:
                 await problem_response(_STOPPED, {"Retry-After": "1"})(scope, receive, request.send)
         except Exception:
             _log.exception("request %s ended with an unexpected error", context.request_id)
-            if request.status:  # part of the response has been sent; the server closes the connection
-                raise
-            where = f"the log of the service has the cause under request id {context.request_id}"
-            detail = f"an internal error occurred; {where}."
-            await problem_response(make_problem(500, detail))(scope, receive, request.send)
+            if not request.status:
+                await internal_error(context)(scope, receive, request.send)
+            elif not request.answered:
+                raise  # part of the response has been sent; the server closes the connection
         finally:
             request.close()
             route = scope.get("route")  # set by the router
             self._service.count(context, getattr(route, "path", "none"), request.status)
+
+
+class Shortcut:
+    """Passes the requests of one route to its handler directly: FastAPI's layers around it take 0.1 ms.
+
+    Args:
+        app: Answers all other requests.
+        router: Has the route.
+    """
+
+    def __init__(self, app: ASGIApp, router: APIRouter) -> None:
+        (route,) = router.routes
+        assert isinstance(route, APIRoute) and route.methods == {"POST"}
+        self._app = app
+        self._route = route
+        self._handle = route.get_route_handler()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        route = self._route
+        if scope["type"] != "http" or scope["path"] != route.path or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        request = Request(scope, receive)
+        try:
+            response = await self._handle(request)
+        except ProblemError as error:
+            response = await answer_problem(request, error)
+        except RequestValidationError as error:
+            response = await answer_validation(request, error)
+        await response(scope, receive, send)
 
 
 class RequestScope:
@@ -70,6 +102,7 @@ class RequestScope:
 
     Attributes:
         status: Status of the response once it has begun, else 0; CLIENT_CLOSED_REQUEST if the client disconnected.
+        answered: Whether the response is complete.
     """
 
     def __init__(self, context: RequestContext, service: Service, receive: Receive, send: Send) -> None:
@@ -80,7 +113,7 @@ class RequestScope:
         self._send = send
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._answered = False
+        self.answered = False
 
     async def receive(self) -> Message:
         """Receive a message and count its bytes. After the whole body, start to watch for a disconnect."""
@@ -94,7 +127,7 @@ class RequestScope:
 
     async def send(self, message: Message) -> None:
         """Send a message; add the headers that every response has."""
-        self._answered = self._answered or not message.get("more_body", True)
+        self.answered = self.answered or not message.get("more_body", True)
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -123,7 +156,7 @@ class RequestScope:
 
     async def _cancel_on_disconnect(self) -> None:
         await self._receive()  # after the body only http.disconnect follows, also when the response is complete
-        if not self._answered and self._task:
+        if not self.answered and self._task:
             self.status = CLIENT_CLOSED_REQUEST
             self._task.cancel()
 
@@ -145,6 +178,17 @@ def validation_problem(error: RequestValidationError) -> Problem:
 async def answer_problem(_: Request, error: ProblemError) -> Response:
     """Handle a ProblemError."""
     return problem_response(error.problem, error.headers)
+
+
+def internal_error(context: RequestContext) -> Response:
+    """Build the response for an unexpected exception."""
+    where = f"the log of the service has the cause under request id {context.request_id}"
+    return problem_response(make_problem(500, f"an internal error occurred; {where}."))
+
+
+async def answer_error(request: Request, _: Exception) -> Response:
+    """Handle an unexpected exception. FastAPI raises it again, and RequestMiddleware logs it."""
+    return internal_error(request.state.context)
 
 
 async def answer_http(request: Request, error: HTTPException) -> Response:

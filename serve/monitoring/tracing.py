@@ -18,7 +18,6 @@ from serve.monitoring.logs import Trace
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from starlette.applications import Starlette
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _POLLED = r"/(livez|readyz|metrics|v2/health/(live|ready))$"
@@ -35,30 +34,30 @@ def traces_requested(environment: Mapping[str, str]) -> bool:
     return exporter != "none" if exporter else any(environment.get(name) for name in _ENDPOINTS)
 
 
-def add_tracing(app: "Starlette", provider: "TracerProvider | None" = None) -> None:
+def with_tracing(app: ASGIApp, provider: "TracerProvider | None" = None) -> ASGIApp:
     """Trace the requests of an application, except health checks and metrics, if the environment asks for it.
 
     Args:
-        app: Its other middleware must have been added.
+        app: An application with all its other middleware.
         provider: Where spans go, whatever the environment says; by default to an OTLP collector over HTTP.
     """
     if provider is None:
         if not traces_requested(os.environ):
-            return
+            return app
         if importlib.util.find_spec("opentelemetry.instrumentation") is None:
             _log.warning("the environment asks for traces, but OpenTelemetry is missing; install ltkd[otel].")
-            return
+            return app
         provider = _otlp_provider()
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: PLC0415 - optional and slow
 
-    app.add_middleware(SpanMiddleware)
-    app.add_middleware(
-        OpenTelemetryMiddleware,
+    traced: ASGIApp = OpenTelemetryMiddleware(
+        SpanMiddleware(app),
         tracer_provider=provider,
         excluded_urls=_POLLED,
         exclude_spans=["receive", "send"],  # a span for every chunk of a body
         default_span_details=lambda scope: (scope["method"], {}),
     )
+    return traced
 
 
 def _otlp_provider() -> "TracerProvider":

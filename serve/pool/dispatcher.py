@@ -152,7 +152,7 @@ class EnginePool:
             self._cancel(request)
             raise
         if isinstance(result, ProblemError):
-            raise result
+            raise ProblemError(result.problem, result.headers)  # a raised local variable would be a reference cycle
         return result
 
     async def classify(self, contents: Sequence[Content], top_k: int, deadline: float) -> RequestResult:

@@ -346,8 +346,7 @@ def test_the_json_example_of_the_description_is_answered(client: httpx.Client) -
 
 def test_the_limits_of_bodies_hold_under_another_asgi_server() -> None:
     app = toy_app(settings=Settings(max_body_bytes=10_000, body_seconds=0.2, delay_seconds=0))
-    del app.state.service  # now ``running`` uses uvicorn as it comes
-    with running(app) as client:
+    with running(app, other_server=True) as client:
         assert len(client.post("/v1/classify", content=PNG).json()["results"]) == 1
         assert "10,000 bytes" in problem(client.post("/v1/classify", content=iter([bytes(6_000)] * 2)), 413)
 

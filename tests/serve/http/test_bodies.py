@@ -377,7 +377,7 @@ def test_changes_to_an_image_are_listed_as_warnings(client: httpx.Client, conten
 
 def test_decompressed_bytes_count_as_memory_and_are_released() -> None:
     app = toy_app(settings=Settings(max_queue_bytes=1_000_000, max_body_bytes=900_000, delay_seconds=0))
-    memory = app.state.service.body_memory
+    memory = app.service.body_memory
     bomb = gzip.compress(bytes(800_000))
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500000\r\n\r\n"
     with (

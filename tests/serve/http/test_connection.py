@@ -93,7 +93,7 @@ def test_requests_of_a_disconnected_client_are_not_run(headers: str) -> None:
         assert engine.begun.wait(30)
         leaving_client = connected(client)
         leaving_client.sendall(post_request(LARGE, headers=headers))
-        pool = app.state.service.models.find().pool
+        pool = app.service.models.find().pool
         while pool.num_waiting < 2:  # the timeout of the test ends this loop
             time.sleep(0.001)
         leaving_client.close()
@@ -241,7 +241,7 @@ def test_if_all_connections_wait_for_responses_further_ones_are_answered_only_if
     ):
         for connection in (first, second):
             connection.sendall(post_request(PNG))
-        while app.state.service.models.find().pool.num_waiting < 2:  # the timeout of the test ends this loop
+        while app.service.models.find().pool.num_waiting < 2:  # the timeout of the test ends this loop
             time.sleep(0.001)
         for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
             with connected(client) as probe:

@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import pytest
@@ -16,8 +17,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from serve_toys import encoded, running, toy_app, toy_engine, toy_pixels
 
+import serve.api.app
 from serve.monitoring.logs import requests_log
-from serve.monitoring.tracing import add_tracing, traces_requested
+from serve.monitoring.tracing import traces_requested, with_tracing
 
 PNG = encoded(toy_pixels())
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -30,12 +32,13 @@ def spans() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-def client(spans: InMemorySpanExporter, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    app = toy_app(toy_engine(fails=getattr(request, "param", False)))
+def client(
+    spans: InMemorySpanExporter, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[httpx.Client]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    add_tracing(app, provider)
-    with running(app) as client:
+    monkeypatch.setattr(serve.api.app, "with_tracing", partial(with_tracing, provider=provider))
+    with running(toy_app(toy_engine(fails=getattr(request, "param", False)))) as client:
         yield client
 
 
@@ -126,7 +129,7 @@ def test_opentelemetry_is_not_imported_unless_traces_are_requested(monkeypatch: 
     for name in ("OTEL_TRACES_EXPORTER", *ENDPOINT):
         monkeypatch.delenv(name, raising=False)
     program = (
-        "import sys; from serve_toys import toy_app; toy_app(); "
+        "import sys; from serve_toys import toy_app; toy_app().build_middleware_stack(); "
         "print([name in sys.modules for name in ('opentelemetry.sdk.trace', 'opentelemetry.instrumentation.asgi')])"
     )
     command = [sys.executable, "-c", program]
