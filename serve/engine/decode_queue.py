@@ -94,6 +94,11 @@ class DecodeQueue(Generic[Request]):
         return self._turns.popleft() if self._turns else None
 
 
+def is_large_image(content: bytes) -> bool:
+    """Whether an image is large by its header."""
+    return header_pixels(content) > ORDINARY_PIXELS
+
+
 def header_pixels(content: bytes) -> int:
     """Width times height of an image, read from the first bytes of its file in microseconds.
 

@@ -14,31 +14,40 @@ _MEASURE_SECONDS = 0.25  # long enough for several requests of many images, shor
 
 
 class ImageQueue:
-    """The images that one engine process has been sent and has not answered, and its measured speed.
+    """Images that one engine process has been sent and has not answered, and its measured speed.
+
+    A process has two: requests with large images, which are decoded elsewhere at a low priority, say nothing about the
+    speed of the others.
 
     Attributes:
         num_images: The images that have no result yet.
+        num_requests: Their requests.
         seconds_each: Time per image at full load; 0 if unknown, as for requests that wait for a process to start.
         batch_size: Images in the last batch.
     """
 
     def __init__(self) -> None:
-        self.num_images = 0
+        self.num_images = self.num_requests = 0
         self.seconds_each = 0.0
         self.batch_size = 0
         self._began = self._last_answer = 0.0  # of the measurement
         self._num_answered = 0  # after it began
 
-    @property
-    def wait_seconds(self) -> float:
-        """Time until all of the images are answered."""
-        return self.num_images * self.seconds_each
+    def wait_seconds(self, num_images: int) -> float:
+        """How long a further request waits for others. Requests take turns, one image each."""
+        return min(self.num_images, self.num_requests * num_images) * self.seconds_each
 
     def add(self, num_images: int, now: float) -> None:
-        """Count images that are sent."""
+        """Count a request that is sent."""
         if not self.num_images:
             self._begin(now)
         self.num_images += num_images
+        self.num_requests += 1
+
+    def remove(self, num_images: int) -> None:
+        """Count a request that has ended."""
+        self.num_images -= num_images
+        self.num_requests -= 1
 
     def measure(self, num_images: int, batch_size: int, seconds: float, now: float, allowed: float) -> None:
         """Update the speed with a request that was answered and is no longer counted.
@@ -52,7 +61,8 @@ class ImageQueue:
         """
         # Unless requests wait for others, the time between two answers, and the size of the batches, depend on how
         # often requests arrive. The first condition finds an estimate that is too low, the second one too high.
-        saturated = seconds >= _SATURATED_SHARE * allowed or self.wait_seconds >= _SATURATED_SHARE * allowed
+        longest = max(seconds, self.num_images * self.seconds_each)
+        saturated = longest >= _SATURATED_SHARE * allowed
         if now > self._last_answer:  # all requests of the batch before have been counted
             last, self._last_answer = self._last_answer, now
             if not saturated:
@@ -97,8 +107,9 @@ def require_room(num_images: int, num_waiting: int, queue: ImageQueue, seconds_l
     own_seconds = max(num_images, queue.batch_size) * queue.seconds_each
     allowed = min(limits.max_queue_seconds, max(0.0, seconds_left - own_seconds))
     excess = num_waiting + num_images - limits.max_queue_images
-    if excess > 0 or queue.wait_seconds > allowed:
-        retry_after = max(1, math.ceil(max(queue.wait_seconds - allowed, excess * queue.seconds_each)))
+    wait = queue.wait_seconds(num_images)
+    if excess > 0 or wait > allowed:
+        retry_after = max(1, math.ceil(max(wait - allowed, excess * queue.seconds_each)))
         detail = (
             f"{num_waiting} images are waiting, and more would not be answered in time; try again in {retry_after} s."
         )

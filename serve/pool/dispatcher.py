@@ -19,6 +19,7 @@ from typing import Self
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.answers import model_ref
+from serve.engine.decode_queue import is_large_image
 from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
 from serve.pool.engine_process import EngineProcess
@@ -109,8 +110,8 @@ class EnginePool:
     @property
     def num_waiting(self) -> int:
         """Images that were accepted and have no result yet."""
-        pending = self._pending.queue.num_images if self._pending else 0
-        return pending + sum(process.queue.num_images for process in self._supervisor.processes)
+        num_pending = _num_images(self._pending) if self._pending else 0
+        return num_pending + sum(map(_num_images, self._supervisor.processes))
 
     async def infer(
         self, contents: Sequence[Content], output: OutputKind, top_k: int, deadline: float
@@ -136,12 +137,14 @@ class EnginePool:
         now = time.monotonic()
         if deadline <= now:
             raise ProblemError(make_problem(504, "the deadline passed before the images had arrived; allow more time."))
-        require_room(len(images), self.num_waiting, process.queue, deadline - now, self._settings)
+        is_large = output != OutputKind.LOGITS_OF_PIXELS and any(map(is_large_image, images))
+        queue = process.large if is_large else process.ordinary
+        require_room(len(images), self.num_waiting, queue, deadline - now, self._settings)
         self._next_number = number = self._next_number + 1
         process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
-        process.queue.add(len(images), now)
+        queue.add(len(images), now)
         future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
-        request = PendingRequest(number, process, problems, len(images), now, deadline, future)
+        request = PendingRequest(number, process, problems, len(images), is_large, now, deadline, future)
         process.requests[number] = request
         heapq.heappush(self._deadlines, (deadline, number, request))
         if deadline < self._check_at:
@@ -180,7 +183,7 @@ class EnginePool:
     def _least_loaded(self) -> EngineProcess | PendingQueue:
         if self.alive and not self._closing:
             processes = self._supervisor.processes
-            return processes[0] if len(processes) == 1 else min(processes, key=lambda process: process.queue.num_images)
+            return processes[0] if len(processes) == 1 else min(processes, key=_num_images)
         if self._pending and not self._closing:
             return self._pending
         detail = "the service is stopping" if self._closing else f"the model is not available: {self.reason}"
@@ -200,9 +203,7 @@ class EnginePool:
         # images of a cancelled request that were not run say nothing about the speed
         num_processed = min(request.num_images, result.batch_size) if was_cancelled else request.num_images
         allowed = min(self._settings.max_queue_seconds, request.deadline - request.sent_at)
-        request.process.queue.measure(
-            num_processed, result.batch_size, arrived_at - request.sent_at, arrived_at, allowed
-        )
+        request.queue.measure(num_processed, result.batch_size, arrived_at - request.sent_at, arrived_at, allowed)
         if self.on_answer and not was_cancelled:
             with _errors_logged():
                 self.on_answer(result.facts, result.stage_seconds, result.batch_size)
@@ -211,7 +212,7 @@ class EnginePool:
         """Use a process that has become ready, and send it the requests that waited for one."""
         self.manifest, self.precision, self.provider = ready.manifest, ready.precision, ready.provider
         self.nodes = ready.nodes
-        process.queue.seconds_each = self._seconds_each or expected_seconds_each(ready.seconds_of)
+        process.ordinary.seconds_each = self._seconds_each or expected_seconds_each(ready.seconds_of)
         pending, self._pending = self._pending, None
         if pending:
             pending.move_to(process, time.monotonic())
@@ -220,7 +221,7 @@ class EnginePool:
 
     def _on_lost(self, process: EngineProcess) -> None:
         """Answer 503 to the requests of a process that has ended; queue new requests until there is another one."""
-        self._seconds_each = process.queue.seconds_each
+        self._seconds_each = process.ordinary.seconds_each
         if not self._supervisor.processes:
             self.reason = "its engine process died and is being replaced"
             if not self._closing:
@@ -254,7 +255,7 @@ class EnginePool:
             request.finish(ProblemError(problem, self._retry_after()))
 
     def _release(self, request: PendingRequest) -> None:
-        request.process.queue.num_images -= request.num_images
+        request.queue.remove(request.num_images)
         if not self.num_waiting:
             self._emptied.set()
 
@@ -293,3 +294,7 @@ class EnginePool:
             self._check.cancel()
         self._check_at = at
         self._check = asyncio.get_running_loop().call_later(at - time.monotonic(), self._check_progress)
+
+
+def _num_images(process: EngineProcess | PendingQueue) -> int:
+    return process.ordinary.num_images + process.large.num_images

@@ -89,7 +89,8 @@ class EngineProcess(asyncio.Protocol):
 
     Attributes:
         requests: The requests that were sent and have no response yet, by number, the oldest first.
-        queue: Counts their images.
+        ordinary: Counts the images of requests without large images.
+        large: Counts the images of the other requests.
         ready: Whether the process can take requests. ``on_lost`` is called only for a process that was ready.
         ready_since: When it became ready, on the clock of ``time.monotonic``.
         last_message_at: When its last message arrived; each shows that it has made progress.
@@ -104,7 +105,7 @@ class EngineProcess(asyncio.Protocol):
         on_lost: Callable[["EngineProcess"], None],
     ) -> None:
         self.requests: dict[int, PendingRequest] = {}
-        self.queue = ImageQueue()
+        self.ordinary, self.large = ImageQueue(), ImageQueue()
         self.ready = False
         self.ready_since = self.last_message_at = time.monotonic()
         self._child = child

@@ -43,6 +43,7 @@ class PendingRequest:
         process: The engine process it was sent to, or the queue it waits in for one.
         problems: Problems of the images that were not sent, by position.
         num_images: Number of images that were sent.
+        is_large: Whether one of them is large (``serve.engine.decode_queue``).
         sent_at: Time of sending, on the clock of ``time.monotonic``.
         deadline: On the same clock.
         result: Its result, or the problem that prevented one. A callback of it cannot disturb other requests.
@@ -52,9 +53,15 @@ class PendingRequest:
     process: "EngineProcess | PendingQueue"
     problems: dict[int, Problem]
     num_images: int
+    is_large: bool
     sent_at: float
     deadline: float
     result: "asyncio.Future[RequestResult | ProblemError]"
+
+    @property
+    def queue(self) -> ImageQueue:
+        """The queue that counts its images."""
+        return self.process.large if self.is_large else self.process.ordinary
 
     def finish(self, result: RequestResult | ProblemError) -> None:
         """Set the result, unless the request has one or was cancelled."""
@@ -67,12 +74,13 @@ class PendingQueue:
 
     Attributes:
         requests: The waiting requests, by number.
-        queue: Counts their images; how long they wait is not known.
+        ordinary: Counts the images of requests without large images; how long they wait is not known.
+        large: Counts the images of the other requests.
     """
 
     def __init__(self) -> None:
         self.requests: dict[int, PendingRequest] = {}
-        self.queue = ImageQueue()
+        self.ordinary, self.large = ImageQueue(), ImageQueue()
         self._messages: list[bytes] = []
 
     def write(self, message: bytes) -> None:
@@ -83,8 +91,8 @@ class PendingQueue:
         """Send all waiting requests to an engine process."""
         for request in self.requests.values():
             request.process = process
+            request.queue.add(request.num_images, now)
         process.requests.update(self.requests)
-        process.queue.add(self.queue.num_images, now)
         process.write(b"".join(self._messages))
 
 

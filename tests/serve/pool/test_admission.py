@@ -26,7 +26,8 @@ ENGINES: dict[str, Callable[[int], float]] = {
 def queue_of(num_images: int, seconds_each: float) -> ImageQueue:
     queue = ImageQueue()
     queue.seconds_each = seconds_each
-    queue.add(num_images, 0.0)
+    for _ in range(num_images):
+        queue.add(1, 0.0)
     return queue
 
 
@@ -52,7 +53,7 @@ class Request:
 
 @dataclass(eq=False)
 class Process:
-    """Takes up to 32 images from its queue, in order, and runs them as one batch."""
+    """Takes up to 32 images from its requests, which take turns, and runs them as one batch."""
 
     queue: ImageQueue = field(default_factory=ImageQueue)
     requests: deque[Request] = field(default_factory=deque)
@@ -130,18 +131,19 @@ class Simulation:
             client(True)
 
     def _run_batch(self, process: Process) -> None:
-        room, batch, dropped = MAX_BATCH, [], []
+        room = MAX_BATCH
+        batch: dict[Request, None] = {}
+        dropped = []
         while process.requests and room:
-            request = process.requests[0]
+            request = process.requests.popleft()
             if request.deadline <= self.now:
-                dropped.append(process.requests.popleft())
+                dropped.append(request)
                 continue
-            num = min(room, request.num_left)
-            request.num_left -= num
-            room -= num
-            batch.append(request)
-            if not request.num_left:
-                process.requests.popleft()
+            request.num_left -= 1
+            room -= 1
+            batch[request] = None
+            if request.num_left:
+                process.requests.append(request)
         self._answer(process, dropped, 0)
         process.running = bool(batch)
         if batch:
@@ -156,7 +158,7 @@ class Simulation:
     def _answer(self, process: Process, requests: list[Request], batch_size: int) -> None:
         for request in requests:
             in_time = self.now <= request.deadline
-            process.queue.num_images -= request.num_images
+            process.queue.remove(request.num_images)
             num_processed = request.num_images if in_time else min(request.num_images, batch_size)
             seconds, allowed = self.now - request.sent_at, min(1.0, request.deadline - request.sent_at)
             process.queue.measure(num_processed, batch_size, seconds, self.now, allowed)
@@ -309,3 +311,14 @@ def test_images_that_were_rejected_or_dropped_do_not_make_the_queue_look_fast() 
     queue.num_images -= 1
     queue.measure(1, 0, 0.0001, 0.0001, 1.0)  # not an image
     assert queue.seconds_each == 0.01
+
+
+def test_a_request_waits_for_its_turns_and_not_for_all_images_of_others() -> None:
+    queue = ImageQueue()
+    queue.seconds_each = 0.02
+    for _ in range(2):
+        queue.add(64, 0.0)
+    assert queue.wait_seconds(1) == pytest.approx(0.04)  # one image of each of the two
+    assert queue.wait_seconds(64) == pytest.approx(2.56)
+    assert retry_after(1, queue) is None
+    assert retry_after(64, queue) == "2"

@@ -193,7 +193,7 @@ def test_a_request_goes_to_the_process_with_the_fewest_images() -> None:
                 before = pool.num_waiting
                 requests.append(asyncio.create_task(pool.classify([PNG] * num_images, 1, deadline())))
                 await until(lambda before=before: pool.num_waiting > before)  # type: ignore[misc]
-            assert sorted(process.queue.num_images for process in pool._supervisor.processes) == [8, 8]
+            assert sorted(process.ordinary.num_images for process in pool._supervisor.processes) == [8, 8]
             engine.go.set()
             await asyncio.gather(*requests)
             assert pool.num_waiting == 0
@@ -205,12 +205,12 @@ def test_a_replacement_is_expected_to_be_as_fast_as_the_process_that_died() -> N
     async def test() -> None:
         async with toy_pool() as pool:
             (process,) = pool._supervisor.processes
-            assert process.queue.seconds_each == 0.001 / 32
-            process.queue.seconds_each = 0.5
+            assert process.ordinary.seconds_each == 0.001 / 32
+            process.ordinary.seconds_each = 0.5
             process.kill()
             await until(lambda: not pool.alive)
             await until(lambda: pool.alive)
-            assert pool._supervisor.processes[0].queue.seconds_each == 0.5
+            assert pool._supervisor.processes[0].ordinary.seconds_each == 0.5
 
     run(test)
 
@@ -370,5 +370,25 @@ def test_closing_answers_requests_that_wait_for_a_process() -> None:
             await until(lambda: pool.num_waiting == 1)
             await pool.close(0.01)
             assert (await problem_of_request(request)).status == 503
+
+    run(test)
+
+
+def test_requests_with_large_images_have_a_queue_and_a_speed_of_their_own() -> None:
+    large = encoded(toy_pixels(1, 600, 600))
+
+    async def test() -> None:
+        async with toy_pool(engine := blocked_engine()) as pool:
+            (process,) = pool._supervisor.processes
+            process.large.seconds_each = 5.0  # as when images of 25 MP are decoded
+            requests = [asyncio.create_task(pool.classify([content], 1, deadline())) for content in (large, PNG)]
+            await until(lambda: pool.num_waiting == 2)
+            assert (process.large.num_images, process.ordinary.num_images) == (1, 1)
+            assert (await problem_of_request(pool.classify([PNG, large], 1, deadline()))).status == 429
+            requests.append(asyncio.create_task(pool.classify([PNG], 1, deadline())))
+            await until(lambda: process.ordinary.num_images == 2)
+            engine.go.set()
+            await asyncio.gather(*requests)
+            assert pool.num_waiting == process.large.num_requests == process.ordinary.num_requests == 0
 
     run(test)

@@ -40,7 +40,7 @@ async def counted_pool(settings: Settings | None = None) -> AsyncIterator[tuple[
         assert len((await pool.classify([PNG], 1, deadline())).results) == 1
         assert pool._supervisor.processes == [process]
         await until(lambda: pool.num_waiting == 0)
-        assert process.queue.num_images == 0
+        assert process.ordinary.num_images == process.large.num_images == 0
 
 
 def raise_in_callbacks(pool: EnginePool) -> None:
