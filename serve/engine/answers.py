@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic_core import to_json
 
 from ltkd.contract.bundle import Manifest, Precision
@@ -97,6 +97,9 @@ class RejectedImage(Record):
     """The result of an image that was rejected."""
 
     error: Problem
+
+
+_RESULT: TypeAdapter[Answer | RejectedImage] = TypeAdapter(Answer | RejectedImage)
 
 
 class ModelRef(Record):
@@ -231,22 +234,19 @@ class AnswerBuilder:
     def records(
         self, predictions: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]
     ) -> list[Answer | RejectedImage]:
-        """The answers as records; an image without finite logits is rejected.
+        """The answers of ``json`` as records."""
+        return [_RESULT.validate_json(text) for text in self.json(predictions, top_k, warnings)]
+
+    def json(self, predictions: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
+        """An ``Answer`` or ``RejectedImage`` in JSON for each image; one without finite logits is rejected.
+
+        The service calls this for every batch, so the JSON is built without the records.
 
         Args:
             predictions: Of N images.
             top_k: How many classes to list for each image; a number above C lists all of them.
             warnings: The decoder's warnings for each image.
         """
-        return [
-            self._record(predictions, row, top_k[row], warnings[row])
-            if finite
-            else RejectedImage(error=make_problem(500, NOT_FINITE))
-            for row, finite in enumerate(predictions.finite)
-        ]
-
-    def json(self, predictions: Predictions, top_k: Sequence[int], warnings: Sequence[tuple[str, ...]]) -> list[bytes]:
-        """The same answers in JSON, built without the records, because the service calls this for every batch."""
         return [
             self._answer_json(predictions, row, top_k[row], warnings[row])
             if finite
@@ -287,48 +287,15 @@ class AnswerBuilder:
         )
         return b"".join(parts)
 
-    def _record(self, predictions: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
-        rules = self._groups[predictions.groups[row]]
-        ranked = [
-            ClassProbability(
-                label=self._class_names[index],
-                class_index=index,
-                group=self._group_names[self._group_C[index]],
-                probability=probability,
-            )
-            for index, probability in zip(
-                predictions.order_NC[row, :top_k].tolist(),
-                predictions.probability_NC[row, :top_k].tolist(),
-                strict=True,
-            )
-        ]
-        return Answer(
-            **ranked[0].model_dump(),
-            within_group_probability=predictions.within(row),
-            group_confidence=dict(zip(self._group_names, predictions.mass_NK[row].tolist(), strict=True)),
-            expected_accuracy=rules.expected(predictions.confidences[row]),
-            decision=predictions.decisions[row],
-            threshold=rules.threshold,
-            target_precision=rules.target_precision,
-            prediction_set=PredictionSet(
-                labels=tuple(self._class_names[index] for index in predictions.sets[row]),
-                target_coverage=self._target_coverage,
-                coverage=self._coverage,
-            ),
-            top_k=tuple(ranked),
-            warnings=warnings,
-        )
-
 
 class _GroupRules:
-    """The calibration of one group, applied to a prediction: as records and as JSON."""
+    """The calibration of one group, applied to a prediction, as JSON."""
 
     def __init__(self, group: GroupCalibration) -> None:
         self.threshold = group.abstention.threshold
         self.target_precision = group.abstention.target_precision
         self._up_to = [part.up_to for part in group.expected_accuracy]
-        self._accuracy = [part.accuracy for part in group.expected_accuracy]
-        self._accuracy_json = [b'},"expected_accuracy":' + to_json(accuracy) for accuracy in self._accuracy]
+        self._accuracy_json = [b'},"expected_accuracy":' + to_json(part.accuracy) for part in group.expected_accuracy]
         self.decision_json = {
             decision: b',"decision":%b,"threshold":%b,"target_precision":%b,"prediction_set":{"labels":['
             % (to_json(decision), to_json(self.threshold), to_json(self.target_precision))
@@ -340,12 +307,8 @@ class _GroupRules:
             return "no_guarantee"
         return "accept" if confidence >= self.threshold else "abstain"
 
-    def expected(self, confidence: float) -> Proportion | None:
-        """The same as ``ltkd.contract.calibration.expected_accuracy``."""
-        found = bisect_left(self._up_to, confidence)
-        return self._accuracy[found] if found < len(self._accuracy) else None
-
     def expected_json(self, confidence: float) -> bytes:
+        """The same as ``ltkd.contract.calibration.expected_accuracy``."""
         found = bisect_left(self._up_to, confidence)
         return self._accuracy_json[found] if found < len(self._accuracy_json) else b'},"expected_accuracy":null'
 

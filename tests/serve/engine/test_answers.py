@@ -15,9 +15,13 @@ from ltkd.contract.calibration import Calibration, Proportion, calibrated_probab
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.task import Task
 from serve.engine.answers import (
+    NOT_FINITE,
     Answer,
     AnswerBuilder,
     Answers,
+    ClassProbability,
+    Predictions,
+    PredictionSet,
     RejectedImage,
     ServedAnswer,
     answers_json,
@@ -121,7 +125,9 @@ def test_expected_accuracy_equals_the_calibration_at_every_bin_edge() -> None:
     builder, (head, *_) = AnswerBuilder(manifest(toy_calibration()), "fp32"), toy_calibration()
     rules = builder._groups[0]
     for confidence in (0.0, 0.5, float(np.nextafter(0.5, 1)), 1.0):
-        assert rules.expected(confidence) == expected_accuracy(head, confidence)
+        expected = expected_accuracy(head, confidence)
+        as_json = json.loads(b'{"x":{' + rules.expected_json(confidence) + b"}")["expected_accuracy"]
+        assert as_json == (None if expected is None else expected.model_dump())
 
 
 def test_values_that_were_not_certified_are_null() -> None:
@@ -180,15 +186,52 @@ LOGITS = st.integers(0, 9).flatmap(
 )
 
 
+def record_of(predictions: Predictions, row: int, top_k: int, warnings: tuple[str, ...]) -> Answer:
+    """An answer, computed record by record."""
+    calibration = manifest().precisions["fp32"].calibration
+    group = calibration[predictions.groups[row]]
+    ranked = [
+        ClassProbability(label=TASK.class_names[index], class_index=index, group=TASK.group_name(index), probability=p)
+        for index, p in zip(
+            predictions.order_NC[row, :top_k].tolist(), predictions.probability_NC[row, :top_k].tolist(), strict=True
+        )
+    ]
+    return Answer(
+        **ranked[0].model_dump(),
+        within_group_probability=predictions.within(row),
+        group_confidence=dict(zip(GROUPS.names, predictions.mass_NK[row].tolist(), strict=True)),
+        expected_accuracy=expected_accuracy(group, predictions.confidences[row]),
+        decision=predictions.decisions[row],
+        threshold=group.abstention.threshold,
+        target_precision=group.abstention.target_precision,
+        prediction_set=PredictionSet(
+            labels=tuple(TASK.class_names[index] for index in predictions.sets[row]),
+            target_coverage=min(each.prediction_set.target_coverage for each in calibration),
+            coverage={
+                each.group: each.prediction_set.coverage.value if each.prediction_set.coverage else None
+                for each in calibration
+            },
+        ),
+        top_k=tuple(ranked),
+        warnings=warnings,
+    )
+
+
 @given(LOGITS, st.data())
 def test_the_fast_json_equals_the_json_of_the_records(logits_NC: NDArray[np.float32], data: st.DataObject) -> None:
     num = len(logits_NC)
     top_k = data.draw(st.lists(st.integers(1, 9), min_size=num, max_size=num))
     warnings = data.draw(st.lists(st.lists(st.text(), max_size=2).map(tuple), min_size=num, max_size=num))
     predictions = BUILDER.predict(logits_NC)
-    records = BUILDER.records(predictions, top_k, warnings)
+    records = [
+        record_of(predictions, row, top_k[row], warnings[row])
+        if predictions.finite[row]
+        else RejectedImage(error=make_problem(500, NOT_FINITE))
+        for row in range(num)
+    ]
     texts = BUILDER.json(predictions, top_k, warnings)
     assert [json.loads(text) for text in texts] == [json.loads(record.model_dump_json()) for record in records]
+    assert BUILDER.records(predictions, top_k, warnings) == records
 
 
 @given(LOGITS)
