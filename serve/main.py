@@ -65,7 +65,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as reason:
-        raise UsageError(f"cannot listen on {host} port {port} ({reason.strerror}); give another --port.") from None
+        raise UsageError(f"cannot listen on {host} port {port} ({reason.strerror}); choose another address.") from None
     with listener:
         yield listener
 

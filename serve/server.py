@@ -23,7 +23,7 @@ from serve.http.connection import Connection
 from serve.http.service import Service
 from serve.monitoring.logs import log_settings, set_up_logging
 from serve.pool.dispatcher import EnginePool
-from serve.pool.model_repository import StartPool
+from serve.pool.model_repository import ServedModel, StartPool
 from serve.settings import Settings
 
 _END_SECONDS = 1.0  # of the drain, for ending the engine processes
@@ -84,6 +84,7 @@ class Server(uvicorn.Server):
                 app,
                 http=partial(Connection, service),  # type: ignore[arg-type] # called like the class itself
                 ws="none",
+                lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -129,12 +130,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def _start_message(service: Service, host: str, port: int) -> str:
     url_host = f"[{host}]" if ":" in host else host
-    models = ", ".join(
-        f"{served.key.name} ({len(served.pool.manifest.task.class_names)} classes, {served.pool.precision}, "
-        f"{served.pool.provider})"
-        for served in service.models.all()
-    )
+    models = ", ".join(map(_model_sentence, service.models.all()))
     return (
         f"serving {models} on http://{url_host}:{port} - try: "
         f"curl -H 'Content-Type: image/jpeg' --data-binary @FILE http://{url_host}:{port}/v1/classify"
     )
+
+
+def _model_sentence(served: ServedModel[EnginePool]) -> str:
+    pool = served.pool
+    num_classes = len(pool.manifest.task.class_names)
+    return f"{served.key.name} version {served.key.version} ({num_classes} classes, {pool.precision}, {pool.provider})"

@@ -87,7 +87,7 @@ def _stable(value: object) -> object:
         return {
             name: type(each).__name__ if name in CHANGING else _stable(each)
             for name, each in value.items()
-            if name not in ADDED
+            if name not in ADDED and not (name == "version" and "provider" in value)  # the version of a model
         }
     return [_stable(each) for each in value] if isinstance(value, list) else value
 

@@ -21,7 +21,7 @@ from serve.http.middleware import (
     answer_problem,
     answer_validation,
 )
-from serve.http.service import Service
+from serve.http.service import TIMEOUT_HEADER, Service
 from serve.monitoring.tracing import with_tracing
 from serve.problems import ProblemError
 
@@ -78,9 +78,11 @@ def create_app(service: Service) -> Application:
             service.settings,
             service.require_ready,
             service.require_accepting,
+            lambda request: service.deadline(request.state.context, request.headers.get(TIMEOUT_HEADER, "")),
             lambda request, served, result: service.record(served, result, request.state.context),
             guards=[key],
         )
     )
     describe(app)
+    app.middleware_stack = app.build_middleware_stack()  # now: what cannot be built is an error at the start
     return app

@@ -108,7 +108,7 @@ _EXAMPLES = {
     404: "there is no model bird; there is: birds version 1.",
     408: "the body did not arrive within 10 s; send a smaller body or use a faster connection.",
     409: f"the answer {EXAMPLE_ANSWER_ID} already has a true label; the first label counts.",
-    413: "the body is larger than 20,971,520 bytes; send a smaller one, for example with fewer or smaller images.",
+    413: "the body is larger than 20,971,520 bytes; send a smaller one.",
     415: "the file is not a JPEG, PNG or WebP image (it begins with b'hello'); convert it to one.",
     422: "the image is damaged or truncated (image file is truncated); send the whole file.",
     429: "the key camera-3 is limited to 20 requests a second; try again in 1 s.",

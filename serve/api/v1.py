@@ -14,7 +14,7 @@ from ltkd.contract.image_decoding import FORMATS, MAX_HEADER_PIXELS
 from ltkd.contract.node_assignment import NodeAssignment
 from ltkd.contract.records import Record
 from serve.api.openapi import CLASSIFY_BODY, KEY_STATUSES, problem_responses
-from serve.engine.answers import Answers, ModelRef, model_ref
+from serve.engine.answers import Answers, ModelRef
 from serve.http.bodies import read_images
 from serve.http.service import TIMEOUT_HEADER, Service, server_timing
 from serve.pool.model_repository import UnavailableModel
@@ -151,7 +151,7 @@ def model_routes(service: Service) -> APIRouter:
         served = service.models.find(model, version)
         manifest = served.pool.manifest
         return ModelFacts(
-            model=model_ref(manifest, served.pool.precision, served.pool.provider),
+            model=served.ref,
             version=served.key.version,
             nodes=served.pool.nodes,
             preprocessing=_preprocessing(manifest.task.preprocessing, service.settings.max_pixels),
@@ -165,9 +165,8 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/readyz", summary="Whether any model answers", responses=problem_responses(503))
     async def readyz() -> Ready:
         service.require_ready()
-        pools = [served.pool for served in service.models.all() if served.pool.alive]
         return Ready(
-            models=tuple(model_ref(pool.manifest, pool.precision, pool.provider) for pool in pools),
+            models=tuple(served.ref for served in service.models.all() if served.pool.alive),
             unavailable=service.models.unavailable(),
         )
 

@@ -115,14 +115,6 @@ class RepositoryProtocol(Protocol[Servable_co]):
         """Every version of every model."""
 
 
-class InferenceLimits(BodyLimits, Protocol):
-    """The settings that limit inference requests."""
-
-    @property
-    def timeout_seconds(self) -> float:
-        """A request that is not answered within this time gets 504; a request may set a shorter time."""
-
-
 class ProtocolRoute(APIRoute):
     """A route that sends problems as ``application/json``: clients of the protocol accept no other media type."""
 
@@ -143,9 +135,10 @@ class ProtocolRoute(APIRoute):
 
 def open_inference(
     repository: RepositoryProtocol[Servable_co],
-    limits: InferenceLimits,
+    limits: BodyLimits,
     require_ready: Callable[[], None],
     require_accepting: Callable[[], None],
+    deadline_of: Callable[[Request], float],
     on_result: Callable[[Request, Servable_co, RequestResult], Sequence[str]],
     guards: Sequence[params.Depends] = (),
 ) -> APIRouter:
@@ -153,9 +146,10 @@ def open_inference(
 
     Args:
         repository: The models that are served.
-        limits: Limits on bodies and on time.
+        limits: Limits on bodies.
         require_ready: Raises a ProblemError unless load balancers should send requests here.
         require_accepting: Raises a ProblemError if the service accepts no requests.
+        deadline_of: By when a request must be answered, on the clock of ``time.monotonic``.
         on_result: Called with every successful result. Returns the id of each answer, empty for an image without one.
         guards: Dependencies of every route except the two health checks. They raise a ProblemError to reject a request.
     """
@@ -199,7 +193,7 @@ def open_inference(
 
     for path, key_of in (("/models/{model}", highest_version), ("/models/{model}/versions/{version}", given_version)):
         _add_model_routes(guarded, path, key_of, repository, limits)
-        _add_inference(guarded, path, key_of, repository, limits, require_accepting, on_result)
+        _add_inference(guarded, path, key_of, repository, limits, require_accepting, deadline_of, on_result)
     router.include_router(guarded)
     return router
 
@@ -209,7 +203,7 @@ def _add_model_routes(
     path: str,
     key_of: Callable[..., Awaitable[NameAndVersion]],
     repository: RepositoryProtocol[Servable_co],
-    limits: InferenceLimits,
+    limits: BodyLimits,
 ) -> None:
     unknown = problem_responses(*KEY_STATUSES, 400, 404, 503, media_type=JSON)
 
@@ -240,8 +234,9 @@ def _add_inference(
     path: str,
     key_of: Callable[..., Awaitable[NameAndVersion]],
     repository: RepositoryProtocol[Servable_co],
-    limits: InferenceLimits,
+    limits: BodyLimits,
     require_accepting: Callable[[], None],
+    deadline_of: Callable[[Request], float],
     on_result: Callable[[Request, Servable_co, RequestResult], Sequence[str]],
 ) -> None:
 
@@ -262,13 +257,14 @@ def _add_inference(
         ] = None,
     ) -> Response:
         require_accepting()
+        deadline = deadline_of(request)
         served = repository.find(*key)
         with served.in_use():
             task = served.pool.manifest.task
             body = await read_body(request, limits)
             parse = partial(parse_request, body, json_bytes, task, limits.max_images)
             infer_request = await parsed(request, body, parse)
-            result = await _run(served.pool, infer_request, limits.timeout_seconds)
+            result = await _run(served.pool, infer_request, deadline)
         logits_NC = _logits(result.results)
         answer_ids = on_result(request, served, result)
         response = build_response(infer_request, logits_NC, answer_ids, task, served.key.name, served.key.version)
@@ -278,10 +274,10 @@ def _add_inference(
         return Response(response.body, headers=headers, media_type="application/octet-stream")
 
 
-async def _run(engine: Engine, request: InferRequest, timeout_seconds: float) -> RequestResult:
+async def _run(engine: Engine, request: InferRequest, deadline: float) -> RequestResult:
     """Compute the logits of the images of a request."""
-    seconds = timeout_seconds if request.timeout_seconds is None else min(timeout_seconds, request.timeout_seconds)
-    deadline = time.monotonic() + seconds
+    if request.timeout_seconds is not None:
+        deadline = min(deadline, time.monotonic() + request.timeout_seconds)
     if isinstance(request.images, np.ndarray):
         pixels = [pixels_SS3.tobytes() for pixels_SS3 in request.images]
         return await engine.infer(pixels, OutputKind.LOGITS_OF_PIXELS, 1, deadline)

@@ -106,6 +106,7 @@ class ModelRef(Record):
     """Which model computed the answers, and which execution provider ran it."""
 
     name: str
+    version: str
     precision: Precision
     provider: str
     sha256: str = Field(description="SHA-256 of the ONNX file")
@@ -116,12 +117,6 @@ class Answers(Record):
 
     model: ModelRef
     results: tuple[ServedAnswer | RejectedImage, ...]
-
-
-def model_ref(manifest: Manifest, precision: Precision, provider: str) -> ModelRef:
-    """The reference to one model of a bundle and the provider that runs it."""
-    sha256 = manifest.precisions[precision].sha256
-    return ModelRef(name=manifest.name, precision=precision, provider=provider, sha256=sha256)
 
 
 def answers_json(model: bytes, results: Sequence[bytes]) -> bytes:

@@ -246,7 +246,7 @@ def base64_bytes(text: str) -> Content:
 
 
 def _too_large(max_bytes: int, when: str = "") -> ProblemError:
-    advice = "send a smaller one, for example with fewer or smaller images."
+    advice = "send a smaller one."
     return ProblemError(make_problem(413, f"the body is larger than {max_bytes:,} bytes{when}; {advice}"))
 
 

@@ -22,16 +22,12 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from serve.http.bodies import BodyMemory
-from serve.http.service import RequestContext, Service
+from serve.http.service import Service
 from serve.problems import MEDIA_TYPE, make_problem
 
 PROBES = (b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
 _IDLE_AFTER_SECONDS = 1.0  # a client that has connected or received a response may be about to send a request
 _LINGER_SECONDS = 2.0  # a client that is rejected while it sends needs time to read the response
-_NO_CONTEXT = RequestContext(
-    "", None, 0.0, BodyMemory(0)
-)  # for requests that are rejected before their headers were read
 
 
 class Phase(Enum):
@@ -247,11 +243,13 @@ class Connection(HttpToolsProtocol):
             self._rejection = b""  # the request has a response already
             self._send_rejection()
             return
+        context = self._service.request_context("", "")
         body = make_problem(status, detail).body
         retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
-        head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n\r\n"
+        head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n"
+        head += f"x-request-id: {context.request_id}\r\n\r\n"
         self._rejection = STATUS_LINE[status] + head.encode("latin-1") + body
-        self._service.count(_NO_CONTEXT, "none", status)
+        self._service.count(context, "none", status)
         self._send_rejection()
 
     def _drop_request(self) -> bool:

@@ -184,7 +184,7 @@ class Service:
             rejected_image_json(each) if isinstance(each, Problem) else served_answer_json(answer_id, each)
             for answer_id, each in zip(ids, result.results, strict=True)
         ]
-        return answers_json(served.pool.ref_json, results)
+        return answers_json(served.ref_json, results)
 
     def record(self, served: ServedModel[EnginePool], result: RequestResult, context: RequestContext) -> list[str]:
         """Record a result for the metrics, for the log and for later feedback.

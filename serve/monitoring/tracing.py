@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ltkd.errors import UsageError
 from serve.monitoring.logs import Trace
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def with_tracing(app: ASGIApp, provider: "TracerProvider | None" = None) -> ASGI
         if importlib.util.find_spec("opentelemetry.instrumentation") is None:
             _log.warning("the environment asks for traces, but OpenTelemetry is missing; install ltkd[otel].")
             return app
-        provider = _otlp_provider()
+        try:
+            provider = _otlp_provider()
+        except Exception as reason:  # its packages raise many kinds for invalid variables
+            raise UsageError(f"OpenTelemetry cannot be set up ({reason}); correct its OTEL_ variables.") from None
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: PLC0415 - optional and slow
 
     traced: ASGIApp = OpenTelemetryMiddleware(

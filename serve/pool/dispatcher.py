@@ -13,12 +13,10 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Self
 
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
-from serve.engine.answers import model_ref
 from serve.engine.decode_queue import is_large_image
 from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
@@ -101,11 +99,6 @@ class EnginePool:
             await pool.close(0)
             raise
         return pool
-
-    @cached_property
-    def ref_json(self) -> bytes:
-        """Which model answers, in JSON."""
-        return model_ref(self.manifest, self.precision, self.provider).model_dump_json().encode()
 
     @property
     def num_waiting(self) -> int:

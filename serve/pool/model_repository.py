@@ -16,12 +16,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ltkd.contract.bundle import MANIFEST_FILE, Manifest, Precision, open_bundle
 from ltkd.contract.records import Record, read_record, sha256_of
 from ltkd.errors import BundleError, LtkdError, UsageError
+from serve.engine.answers import ModelRef
 from serve.monitoring.drift import Window
 from serve.monitoring.feedback import FeedbackWindow
 from serve.monitoring.prometheus import ModelLabels, ModelMetrics, Outcome, Telemetry
@@ -82,6 +84,20 @@ class ServedModel(Generic[AnyEngineClient]):
     feedback: FeedbackWindow
     _num_holders: int = 0
     _released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def ref(self) -> ModelRef:
+        """Which model answers, by the name and version under which it is served."""
+        sha256 = self.pool.manifest.precisions[self.pool.precision].sha256
+        name, version = self.key
+        return ModelRef(
+            name=name, version=version, precision=self.pool.precision, provider=self.pool.provider, sha256=sha256
+        )
+
+    @cached_property
+    def ref_json(self) -> bytes:
+        """The same in JSON."""
+        return self.ref.model_dump_json().encode()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -192,7 +208,9 @@ class ModelRepository(Generic[AnyEngineClient]):
         have = ", ".join(f"{served.key.name} version {served.key.version}" for served in self.all())
         if name is None and None not in self._defaults and self._served:
             raise ProblemError(make_problem(400, f"there are several models: {have}; name one with ?model=NAME."))
-        missing = f"model {name or 'by default'}" + (f" version {version}" if version else "")
+        missing = f"model {name}" if name else "default model"
+        if version:
+            missing = f"version {version} of the {missing}"
         raise ProblemError(make_problem(404, f"there is no {missing}; there is: {have or 'none'}."))
 
     def all(self) -> list[ServedModel[AnyEngineClient]]:

@@ -135,7 +135,10 @@ class Supervisor:
         self._on_lost(process)
         if not self._replacing:
             return
-        _log.error("an engine process died with %d requests in progress; starting another one", num_requests)
+        name = self._manifest.name if self._manifest else ""
+        _log.error(
+            "an engine process of %s died with %d requests in progress; starting another one", name, num_requests
+        )
         task = asyncio.get_running_loop().create_task(self._replace(process, start))
         self._replacements.add(task)
         task.add_done_callback(self._replacements.discard)

@@ -51,7 +51,7 @@ def test_it_starts_answers_and_stops_cleanly_on_sigterm(bundle_path: Path) -> No
 
 
 def test_the_start_message_is_one_line_with_the_model_and_an_example_command(service: Served) -> None:
-    assert service.greeting.startswith("serving toy (6 classes, fp32, ")
+    assert service.greeting.startswith("serving toy version 1 (6 classes, fp32, ")
     assert f"{service.url}/v1/classify" in service.greeting
 
 

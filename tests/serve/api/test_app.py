@@ -48,7 +48,13 @@ def client() -> Iterator[httpx.Client]:
 
 def test_an_answer_names_its_model_and_its_groups(client: httpx.Client) -> None:
     body = client.post("/v1/classify", content=PNG).json()
-    assert body["model"] == {"name": "toy", "precision": "fp32", "provider": "ToyProvider", "sha256": "f" * 64}
+    assert body["model"] == {
+        "name": "toy",
+        "version": "1",
+        "precision": "fp32",
+        "provider": "ToyProvider",
+        "sha256": "f" * 64,
+    }
     (result,) = body["results"]
     # float64 rounding of a few terms
     assert sum(result["group_confidence"].values()) == pytest.approx(1, abs=1e-12)
@@ -357,3 +363,26 @@ def test_the_limits_of_bodies_hold_under_another_asgi_server() -> None:
 
         assert "did not arrive" in problem(client.post("/v1/classify", content=slow_body()), 408)
         assert problem(client.post("/v1/feedback", content=iter([bytes(3_000)] * 2)), 413)
+
+
+@pytest.mark.parametrize(("seconds", "status"), [("soon", 400), ("0.000001", 504), ("9", 200)])
+def test_the_timeout_in_the_header_holds_for_the_open_inference_protocol_too(
+    client: httpx.Client, seconds: str, status: int
+) -> None:
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(PNG).decode()]}
+    headers = {"X-Request-Timeout": seconds}
+    assert client.post("/v2/models/toy/infer", json={"inputs": [tensor]}, headers=headers).status_code == status
+
+
+def test_the_model_of_an_answer_is_named_as_it_is_served(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        write_toy_bundle(tmp_path / "birds" / version)
+
+    async def start_pool(_: Path) -> EnginePool:
+        return await EnginePool.start([lambda: toy_process(toy_engine())], Settings())
+
+    with running(create_app(Service(tmp_path, Settings(delay_seconds=0), start_pool))) as client:
+        named = [(model["name"], model["version"]) for model in client.get("/readyz").json()["models"]]
+        assert named == [("birds", "1"), ("birds", "2")]
+        answer = client.post("/v1/classify?model=birds&version=1", content=PNG).json()["model"]
+        assert (answer["name"], answer["version"]) == ("birds", "1")

@@ -309,7 +309,9 @@ def app(ready: bool = True, guards: Sequence[params.Depends] = ()) -> FastAPI:
         """Records nothing; tests/serve/api/test_app.py tests what the service records."""
         return ["id"] * len(result.results)
 
-    application.include_router(open_inference(MODELS, LIMITS, require_ready, require_ready, on_result, guards))
+    application.include_router(
+        open_inference(MODELS, LIMITS, require_ready, require_ready, lambda _: time.monotonic() + 10, on_result, guards)
+    )
     describe(application)
     application.add_middleware(WithContext)
     return application

@@ -20,12 +20,12 @@ from serve.engine.answers import (
     AnswerBuilder,
     Answers,
     ClassProbability,
+    ModelRef,
     Predictions,
     PredictionSet,
     RejectedImage,
     ServedAnswer,
     answers_json,
-    model_ref,
     rejected_image_json,
     served_answer_json,
 )
@@ -274,7 +274,7 @@ def test_names_that_json_must_escape_are_escaped() -> None:
 
 
 def test_the_response_body_equals_the_json_of_its_record() -> None:
-    model = model_ref(manifest(), "fp32", "ToyProvider")
+    model = ModelRef(name="toy", version="1", precision="fp32", provider="ToyProvider", sha256="f" * 64)
     problem = make_problem(415, "not an image")
     predictions = BUILDER.predict(LOGITS_NC)
     first, second = BUILDER.records(predictions, [5, 5], [(), ()])

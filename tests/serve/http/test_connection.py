@@ -99,6 +99,7 @@ def test_requests_of_a_disconnected_client_are_not_run(headers: str) -> None:
         leaving_client.close()
         while 'route="/v1/classify",status="499"' not in client.get("/metrics").text:
             pass
+        client.get("/livez")  # when this is answered, the cancellation has been sent to the engine process
         staying_client.sendall(post_request(PNG))
         engine.go.set()
         assert [read_response(staying_client)[0] for _ in range(2)] == [200, 200]

@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from serve_toys import encoded, running, toy_app, toy_engine, toy_pixels
 
 import serve.api.app
+from ltkd.errors import UsageError
 from serve.monitoring.logs import requests_log
 from serve.monitoring.tracing import traces_requested, with_tracing
 
@@ -149,3 +150,10 @@ def test_traces_without_opentelemetry_installed_are_a_warning_and_the_service_wo
     with running(toy_app()) as client:
         assert client.post("/v1/classify", content=PNG).status_code == 200
     assert "the environment asks for traces, but OpenTelemetry is missing; install ltkd[otel]" in caplog.text
+
+
+def test_invalid_variables_of_opentelemetry_are_one_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (ENDPOINT | {"OTEL_BSP_MAX_QUEUE_SIZE": "-1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"OpenTelemetry cannot be set up \(.*\); correct its OTEL_ variables"):
+        toy_app()
