@@ -55,7 +55,8 @@ class Settings(BaseModel):
         delay_seconds: Time after SIGTERM in which the service is not ready but still accepts connections, so that load
             balancers can send requests elsewhere.
         drain_seconds: Time after that delay in which accepted requests are answered. Then the process ends, whatever it
-            is doing. The two together must be shorter than the 10 s of ``docker stop``.
+            is doing. The two together must be shorter than the time that the container gets to stop: 10 s with
+            ``docker stop``, 30 s in Kubernetes.
         top_k: Classes listed per answer if the request does not set a number.
         default_model: The model for requests that name none; not needed if only one model is served.
         key_file: File with the API keys. Without it administration is disabled, and everything else needs no key.

@@ -62,8 +62,8 @@ ROLES = ["classify", "feedback", "metrics", "admin"]
 def serve(bundle: Path, show_settings: bool, **options: "str | int | Path | None") -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
-    BUNDLE is a bundle, a directory of bundles (NAME/), or a directory of bundles with versions (NAME/1/, NAME/2/), of
-    which the highest is served. To reload changed bundles, send SIGHUP. A changed bundle is served once it has been
+    BUNDLE is a bundle, a directory of bundles (NAME/), or a directory of bundles with versions (NAME/1/, NAME/2/). All
+    are served; the highest version answers requests that name none. To reload changed bundles, send SIGHUP. A changed bundle is served once it has been
     verified and warmed up; if that fails, it is not loaded.
 
     Every setting can also be given as an environment variable, for example LTKD_PORT=9000. Some settings have only a
