@@ -63,8 +63,8 @@ def serve(bundle: Path, show_settings: bool, **options: "str | int | Path | None
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
     BUNDLE is a bundle, a directory of bundles (NAME/), or a directory of bundles with versions (NAME/1/, NAME/2/). All
-    are served; the highest version answers requests that name none. To reload changed bundles, send SIGHUP. A changed bundle is served once it has been
-    verified and warmed up; if that fails, it is not loaded.
+    are served; the highest version answers requests that name none. To reload changed bundles, send SIGHUP. A changed
+    bundle is served once it has been verified and warmed up; if that fails, it is not loaded.
 
     Every setting can also be given as an environment variable, for example LTKD_PORT=9000. Some settings have only a
     variable. Those that differ from the default are printed at the start.
@@ -105,7 +105,7 @@ def key(name: str, roles: "tuple[Role, ...]", limit: float | None) -> None:
         ltkd serve BUNDLE --key-file keys
 
     \b
-    A key that may send 20 requests a second, and report the true labels of all answers:
+    A key for 20 requests a second that may also report true labels:
         ltkd key NAME --role classify --role feedback --limit 20 >> keys
     """  # noqa: D301  # click does not rewrap a paragraph that starts with the character \b
     from serve.http.api_keys import make_key

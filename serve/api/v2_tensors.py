@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import to_json
 
 from ltkd.contract.records import Record
@@ -44,7 +44,7 @@ class Parameters(BaseModel):
         default=None, ge=1, description="Number of best classes to return instead of logits"
     )
     timeout: int | None = Field(
-        default=None, gt=0, description="Microseconds after which the client no longer needs the response"
+        default=None, gt=0, le=10**12, description="Microseconds after which the client no longer needs the response"
     )
     shared_memory_region: str | None = Field(default=None, description="Not supported")
 
@@ -56,7 +56,7 @@ class InputTensor(BaseModel):
 
     name: Literal["image", "image_bytes"]
     datatype: Literal["UINT8", "BYTES"]
-    shape: tuple[int, ...] = Field(min_length=1, max_length=4)
+    shape: Annotated[tuple[int, ...], FailFast()] = Field(min_length=1, max_length=4)
     parameters: Parameters = Parameters()
     data: list[object] | None = Field(default=None, description="Row by row, flat or nested")
 
@@ -77,8 +77,9 @@ class InferBody(BaseModel):
 
     id: str = Field(default="", max_length=256)
     parameters: Parameters = Parameters()
-    inputs: tuple[InputTensor, ...] = Field(min_length=1, max_length=1)
-    outputs: tuple[RequestedOutput, ...] = Field(default=(), max_length=1)
+    # a body of a few kilobytes can have millions of invalid elements, and each error takes a kilobyte
+    inputs: Annotated[tuple[InputTensor, ...], FailFast()] = Field(min_length=1, max_length=1)
+    outputs: Annotated[tuple[RequestedOutput, ...], FailFast()] = Field(default=(), max_length=1)
 
 
 class OutputParameters(Record):

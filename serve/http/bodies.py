@@ -10,10 +10,10 @@ import base64
 import binascii
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Request
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -52,7 +52,7 @@ class BodyLimits(Protocol):
 class ImagesBody(Record):
     """A JSON body with images."""
 
-    images: tuple[str, ...] = Field(
+    images: Annotated[tuple[str, ...], FailFast()] = Field(
         min_length=1,
         description="Files in base64 (RFC 4648, with padding)",
         json_schema_extra={"items": {"type": "string", "format": BASE64}},
@@ -73,14 +73,16 @@ class BodyMemory:
         self.num_bytes = 0
         self.parsing = asyncio.Lock()
 
-    def hold(self, num_bytes: int) -> None:
-        """Count more bytes.
+    def hold(self, num_bytes: int, num_held: int) -> None:
+        """Count more bytes of a request that holds ``num_held`` bytes with them.
+
+        Requests with small bodies are not rejected: clients with large ones must not keep them out.
 
         Raises:
             ProblemError: 429, too many are held. They are counted all the same, until they are released.
         """
         self.num_bytes += num_bytes
-        if self.num_bytes > self.max_bytes:
+        if self.num_bytes > self.max_bytes and num_held > _SMALL_BYTES:
             detail = f"the request bodies in memory have reached the limit of {self.max_bytes:,} bytes; try again."
             raise ProblemError(make_problem(429, detail), {"Retry-After": "1"})
 

@@ -11,6 +11,7 @@ what to do when that changes.
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Collection
 from enum import Enum
 from http import HTTPStatus
@@ -19,7 +20,7 @@ from typing import Any
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from serve.http.service import Service
@@ -27,6 +28,8 @@ from serve.problems import MEDIA_TYPE, make_problem
 
 PROBES = (b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready")
 _IDLE_AFTER_SECONDS = 1.0  # a client that has connected or received a response may be about to send a request
+_MAX_PIPELINED = 128  # requests that a client may send without waiting for responses
+_SMALL_CHUNK_BYTES, _MAX_SMALL_CHUNKS = 64, 1000  # no client sends a body byte by byte, and each chunk takes 3 us
 _LINGER_SECONDS = 2.0  # a client that is rejected while it sends needs time to read the response
 
 
@@ -59,7 +62,6 @@ class Connection(HttpToolsProtocol):
 
     Attributes:
         since: Start of the connection's current state, on the clock of ``time.monotonic``.
-        num_unanswered: Requests that have begun and have no complete response yet.
         served_one: Whether a request was answered.
     """
 
@@ -73,15 +75,21 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.since = time.monotonic()
-        self.num_unanswered = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()
         self._service = service
         self._limits = service.settings
         self._phase = Phase.START
         self.served_one = False
         self._only_probes = False
+        self._num_body_bytes = self._num_chunks = 0  # of the current body
         self._num_control_bytes = 0  # received since the head began, or since the last byte of a body
         self._upgrading = False
         self._rejection: bytes | None = None
+
+    @property
+    def num_unanswered(self) -> int:
+        """Requests that have begun and have no complete response yet."""
+        return len(self._unanswered)
 
     @property
     def is_idle(self) -> bool:
@@ -99,12 +107,20 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self._limits.max_connections:
             others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
             if idle := [each for each in others if each.is_idle]:
-                min(idle, key=lambda each: (each.served_one, each.since)).transport.abort()
+                min(idle, key=lambda each: (each.served_one, each.since)).abort()
             else:
                 self._only_probes = True
 
+    def abort(self) -> None:
+        """Close the connection at once. The application is told so, and what it sends is ignored."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timer that closes idle connections: uvicorn leaves it if the client reset the connection."""
+        self.abort()  # uvicorn tells only the last of several pipelined requests
         super().connection_lost(exc)
         if self.timeout_keep_alive_task:
             self.timeout_keep_alive_task.cancel()
@@ -115,9 +131,7 @@ class Connection(HttpToolsProtocol):
             return
         self._num_control_bytes = len(data) + (self._num_control_bytes if self._phase != Phase.START else 0)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
+            self._feed(data)
         except httptools.HttpParserError:
             self._reject(400, "this is not valid HTTP/1.1; send a request with its headers and a Content-Length.")
         else:
@@ -144,7 +158,7 @@ class Connection(HttpToolsProtocol):
             detail = f"the headers did not arrive within {self._limits.header_seconds:g} s; send them sooner."
             self._reject(408, detail)
         else:
-            self.transport.abort()
+            self.abort()
 
     def _allowed_seconds(self) -> float:
         """How long the current state may last."""
@@ -187,13 +201,22 @@ class Connection(HttpToolsProtocol):
         if self._only_probes and self.url not in PROBES:
             self._reject(503, f"{self._limits.max_connections} connections are open; try again.")
             raise ValueError  # stops the parser
+        if self.num_unanswered >= _MAX_PIPELINED:
+            self._reject(429, f"{_MAX_PIPELINED} requests wait for their responses; read these before sending more.")
+            raise ValueError  # stops the parser
+        super().on_headers_complete()  # raises an exception for an invalid URL
+        self._unanswered.append(self.cycle)
         self._phase = Phase.BODY
-        self.num_unanswered += 1
-        super().on_headers_complete()
+        self._num_body_bytes = self._num_chunks = 0
 
     def on_body(self, body: bytes) -> None:
         """Store a part of the body."""
         self._num_control_bytes = 0
+        self._num_body_bytes += len(body)
+        self._num_chunks += 1
+        if self._num_chunks > _MAX_SMALL_CHUNKS + self._num_body_bytes // _SMALL_CHUNK_BYTES:
+            self._reject(400, f"the body is sent in chunks of less than {_SMALL_CHUNK_BYTES} bytes; send larger ones.")
+            raise ValueError  # stops the parser
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -206,26 +229,37 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Continue with the next pipelined request, if there is one, and with reading."""
         self.served_one = True
-        self.num_unanswered -= 1
+        self._unanswered.popleft()
         self.since = time.monotonic()
         super().on_response_complete()
         self._send_rejection()
+        if self._only_probes:
+            self.transport.close()  # these are not counted, so they must not stay
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse a request again without its ``Upgrade`` header.
+    def _feed(self, data: bytes) -> None:
+        """Parse bytes. A request with an ``Upgrade`` header is parsed again without it.
 
         The parser expects another protocol after such a head, but a server may ignore the header (RFC 9110, 7.8), and
         some clients send it with every first request.
+
+        Raises:
+            HttpParserError: The bytes are not valid HTTP.
         """
-        self._upgrading = False
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":
-            self._reject(405, "CONNECT is not supported; send the request directly.")
-            return
-        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
-        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, b"".join(lines), rest))
+        while data and self._rejection is None:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = data[upgrade.args[0] :]
+            self._upgrading = False
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                self._reject(405, "CONNECT is not supported; send the request directly.")
+                return
+            lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+            data = b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, b"".join(lines), rest)
 
     def _reject_head(self) -> None:
         limits = self._limits
@@ -257,14 +291,14 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         if cycle.response_complete:
             return False
-        self.num_unanswered -= 1
+        self._unanswered.pop()
         waiting = [entry for entry in self.pipeline if entry[0] is not cycle]
         if len(waiting) < len(self.pipeline):
             self.pipeline.clear()
             self.pipeline.extend(waiting)
         else:
             if cycle.response_started:
-                self.transport.abort()  # another response must not be mixed with it
+                self.abort()  # another response must not be mixed with it
             cycle.disconnected = True  # the application gets http.disconnect, and what it sends is ignored
             cycle.message_event.set()
         return True
@@ -275,7 +309,7 @@ class Connection(HttpToolsProtocol):
         After it, the client's bytes are read for a moment longer: after an immediate close it might not receive the
         response.
         """
-        if self._rejection is None or self.num_unanswered or self.transport.is_closing():
+        if self._rejection is None or self._unanswered or self.transport.is_closing():
             return
         self.since = time.monotonic()
         self.transport.write(self._rejection)

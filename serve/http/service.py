@@ -67,7 +67,7 @@ class RequestContext:
             ProblemError: 429, all requests together hold too many.
         """
         self.held_bytes += num_bytes
-        self.memory.hold(num_bytes)
+        self.memory.hold(num_bytes, self.held_bytes)
 
 
 class Service:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from serve_toys import CLASS_NAMES, SIZE_PX, TASK, encoded, expected_logits, running, toy_engine, toy_pixels
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,7 +29,15 @@ from ltkd.errors import ImageError
 from serve.api.openapi import describe
 from serve.api.v2 import JSON_LENGTH, open_inference
 from serve.api.v2_metadata import ModelConfig, ModelMetadata
-from serve.api.v2_tensors import MAX_JSON_BYTES, InferReply, InferRequest, build_response, pack_bytes, parse_request
+from serve.api.v2_tensors import (
+    MAX_JSON_BYTES,
+    InferBody,
+    InferReply,
+    InferRequest,
+    build_response,
+    pack_bytes,
+    parse_request,
+)
 from serve.engine.messages import OutputKind
 from serve.http.bodies import BodyMemory
 from serve.http.middleware import answer_http
@@ -457,3 +466,26 @@ def test_a_body_above_the_limit_is_413(client: httpx.Client) -> None:
     assert len(bomb) < 200_000
     response = client.post(INFER, content=bomb, headers={"Content-Encoding": "gzip"})
     assert "200,000 bytes after decompression" in rejection(response, 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs":[' + b"{}," * 300_000 + b"{}]}",
+        b'{"inputs":[{"name":"image_bytes","datatype":"BYTES","shape":[1],"data":["a"]}],"outputs":['
+        + b"1," * 300_000
+        + b"1]}",
+        b'{"inputs":[{"name":"image_bytes","datatype":"BYTES","shape":[' + b'"x",' * 300_000 + b'1],"data":["a"]}]}',
+    ],
+    ids=["inputs", "outputs", "shape"],
+)
+def test_of_many_invalid_elements_only_the_first_is_looked_at(body: bytes) -> None:
+    with pytest.raises(ValidationError) as caught:
+        InferBody.model_validate_json(body)
+    assert caught.value.error_count() <= 4  # the fields of one element; each error takes a kilobyte
+
+
+def test_a_timeout_that_is_too_large_for_a_float_is_400(client: httpx.Client) -> None:
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [""]}
+    response = client.post("/v2/models/toy/infer", json={"inputs": [tensor], "parameters": {"timeout": 10**310}})
+    assert response.status_code == 400

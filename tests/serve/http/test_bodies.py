@@ -423,3 +423,18 @@ def client_with_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.
     key_file.write_text(make_key("tester", "classify")[1] + "\n")
     with running(toy_app(settings=Settings(key_file=key_file, delay_seconds=0))) as client:
         yield client
+
+
+def test_small_bodies_are_accepted_while_large_ones_use_all_of_the_memory() -> None:
+    app = toy_app(settings=Settings(max_queue_bytes=190_500, max_body_bytes=190_000, delay_seconds=0))
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 190000\r\n\r\n"
+    with (
+        running(app) as client,
+        socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as slow_client,
+    ):
+        slow_client.sendall(head + bytes(189_999))
+        while app.service.body_memory.num_bytes < 189_999:  # the timeout of the test ends this loop
+            assert client.get("/livez").status_code == 200
+        assert problem(client.post("/v1/classify", content=bytes(100_000), headers=PNG), 429)
+        assert len(JPEG) > 501
+        assert client.post("/v1/classify", content=JPEG).status_code == 200

@@ -112,10 +112,14 @@ def test_the_bytes_determine_the_image_type_and_not_the_content_type(client: htt
     assert "not a JPEG, PNG or WebP" in problem(response, 415)
 
 
+def connected(client: httpx.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30)
+
+
 def raw_response(client: httpx.Client, sent: bytes) -> bytes:
     """Send raw bytes, and read until the service closes the connection."""
     received = b""
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+    with connected(client) as connection:
         try:
             connection.sendall(sent)
             while chunk := connection.recv(65_536):
@@ -172,7 +176,7 @@ LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 def test_an_upgrade_is_ignored_and_the_body_is_read(
     client: httpx.Client, request_bytes: bytes, split_at: int | None
 ) -> None:
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+    with connected(client) as connection:
         connection.sendall(request_bytes[:split_at])
         while split_at and client.get("/livez").status_code != 200:
             pass  # the first part has been parsed
@@ -218,7 +222,7 @@ def test_an_endless_trailer_is_rejected(client: httpx.Client) -> None:
 def test_requests_before_invalid_bytes_are_answered_and_then_the_invalid_ones_with_400(invalid: bytes) -> None:
     engine = blocked_engine()
     with running(toy_app(engine)) as client:
-        with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+        with connected(client) as connection:
             connection.sendall(whole_request(PNG) + whole_request(PNG) + invalid)
             assert engine.begun.wait(30)
             engine.go.set()
@@ -230,7 +234,7 @@ def test_requests_before_invalid_bytes_are_answered_and_then_the_invalid_ones_wi
 
 def test_invalid_bytes_after_an_early_response_close_the_connection(client: httpx.Client) -> None:
     early = CHUNKED.replace(b"image/png", b"text/plain") + b"\r\n5\r\nhello\r\n"
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=30) as connection:
+    with connected(client) as connection:
         connection.sendall(early)
         received = connection.recv(65_536)
         assert received.startswith(b"HTTP/1.1 415")
@@ -247,3 +251,50 @@ def test_a_request_without_exactly_one_host_is_400(client: httpx.Client, hosts: 
 
 def test_http_1_0_needs_no_host(client: httpx.Client) -> None:
     assert raw_response(client, b"GET /livez HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+BAD_URLS = [b"http://x", b"http:///livez", b"http://x:99999/livez", b"http://@/livez", b"http://x?y"]
+
+
+@pytest.mark.parametrize("upgrade", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_a_url_that_cannot_be_parsed_is_400_after_the_requests_before_it(
+    client: httpx.Client, url: bytes, upgrade: bytes
+) -> None:
+    bad = b"GET " + url + b" HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n"
+    assert raw_response(client, bad).startswith(b"HTTP/1.1 400")
+    received = raw_response(client, whole_request(PNG) + bad)
+    assert [response[:3] for response in received.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400"]
+    with connected(client) as connection:
+        connection.sendall(LIVEZ)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        connection.sendall(bad)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("upgrade", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "upgrade"])
+def test_only_so_many_requests_may_wait_for_their_responses(upgrade: bytes) -> None:
+    engine = blocked_engine()
+    request = b"GET /livez HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n"
+    with running(toy_app(engine)) as client, connected(client) as connection:
+        connection.sendall(whole_request(PNG) + request * 3_000)
+        assert engine.begun.wait(30)
+        engine.go.set()
+        received = b"".join(iter(lambda: connection.recv(65_536), b""))
+    statuses = [response[:3] for response in received.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == 128 * [b"200"] + [b"429"]
+
+
+@pytest.mark.parametrize("media_type", [b"image/png", b"text/plain"], ids=["read", "answered before"])
+def test_a_body_in_tiny_chunks_is_rejected(client: httpx.Client, media_type: bytes) -> None:
+    head = CHUNKED.replace(b"image/png", media_type) + b"\r\n"
+    response = raw_response(client, head + b"1\r\na\r\n" * 50_000)
+    allowed = (b"HTTP/1.1 400",) if media_type == b"image/png" else (b"HTTP/1.1 400", b"HTTP/1.1 415")
+    assert response.startswith(allowed) and response.count(b"HTTP/1.1 4") == 1
+
+
+def test_a_body_in_small_chunks_is_read(client: httpx.Client) -> None:
+    content = encoded(toy_pixels(5, 200, 200))
+    chunks = b"".join(chunk(content[start : start + 100]) for start in range(0, len(content), 100))
+    response = raw_response(client, CHUNKED + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 200")
