@@ -17,7 +17,7 @@ from ltkd.errors import ImageError, ImageTooLargeError
 from serve.engine.answers import NOT_FINITE, AnswerBuilder
 from serve.engine.batching import Batcher, BatchRun
 from serve.engine.decode_queue import ORDINARY_PIXELS, DecodeQueue, PixelLimits, header_pixels
-from serve.engine.large_images import Decode
+from serve.engine.large_images import Decode, DecoderKilledError
 from serve.engine.messages import EngineRequest, EngineResponse, ImageResult, OutputKind, PredictionFacts
 from serve.engine.session import Engine
 from serve.problems import image_problem
@@ -214,6 +214,8 @@ class Classifier:
             image = decode(content)
         except ImageError as error:
             return _rejected(error)
+        except DecoderKilledError as error:
+            return ImageResult(503, str(error).encode())
         except Exception as reason:  # a defect; it must not end the thread, which serves all requests
             self._report(reason)
             return _INTERNAL_ERROR
