@@ -18,7 +18,7 @@ from typing import Self
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.decode_queue import is_large_image
-from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
+from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
 from serve.pool.engine_process import EngineProcess
 from serve.pool.pending_requests import AnswerCallback, PendingQueue, PendingRequest, RequestResult, request_result
@@ -134,11 +134,11 @@ class EnginePool:
         queue = process.large if is_large else process.ordinary
         require_room(len(images), self.num_waiting, queue, deadline - now, self._settings)
         self._next_number = number = self._next_number + 1
-        process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
-        queue.add(len(images), now)
+        message = pack_request(EngineRequest(number, deadline, output, top_k, images))
         future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
         request = PendingRequest(number, process, problems, len(images), is_large, now, deadline, future)
-        process.requests[number] = request
+        process.send(request, message)
+        queue.add(len(images), now)
         heapq.heappush(self._deadlines, (deadline, number, request))
         if deadline < self._check_at:
             self._schedule_check(min(deadline, now + _CHECK_SECONDS))
@@ -273,8 +273,8 @@ class EnginePool:
             self._schedule_check(min(next_deadline, now + _CHECK_SECONDS))
 
     def _cancel(self, request: PendingRequest) -> None:
-        if request.number in request.process.requests:
-            request.process.write(pack_cancel(request.number))
+        if request.number in request.process.requests and not request.process.cancel(request.number):
+            self._release(request)
 
     def _schedule_check(self, at: float) -> None:
         if self._check:

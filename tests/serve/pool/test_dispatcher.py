@@ -325,6 +325,8 @@ def test_requests_that_arrive_while_no_process_runs_wait_for_the_next_one() -> N
             late = await problem_of_request(pool.classify([PNG], 1, deadline(0.01)))
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
+            assert pool.num_waiting == 20
+            assert pool._pending and len(pool._pending._messages) == 20  # up to 20 MB each
             may_start.set()
             assert [len((await request).results) for request in requests] == [1] * 20
             await until(lambda: pool.num_waiting == 0)
