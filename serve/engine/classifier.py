@@ -118,6 +118,7 @@ class Classifier:
         self._answer_builder = AnswerBuilder(engine.manifest, engine.precision)
         self._preprocessing = engine.manifest.task.preprocessing
         self._limits = limits
+        self._large_are_allowed = limits.per_image > ORDINARY_PIXELS
         self._send = send
         self._report = report
         self._note_progress = note_progress
@@ -193,16 +194,22 @@ class Classifier:
         self.batcher.close()
 
     def _decode_or_reject(self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]) -> Item | None:
-        """Decode an image; if it is not to be run, store its result and return None."""
+        """Decode an image; if it is not to be run now, store its result or queue it as a large one, and return None."""
         decoded = self._decode(request, index, decode)
         request.decoded = request.began = time.monotonic()
         self._show_progress(request.decoded)
         if isinstance(decoded, Item):
             return decoded
+        if decoded is None:
+            self.large.put(request, [index])
+            return None
         self._store_results([(request, index, decoded)])
         return None
 
-    def _decode(self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]) -> Item | ImageResult:
+    def _decode(
+        self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]
+    ) -> Item | ImageResult | None:
+        """Decode an image; None if it is a large one, although its header says otherwise (two headers, for example)."""
         message = request.message
         if request.cancelled or message.deadline <= time.monotonic():
             return _LATE
@@ -213,7 +220,8 @@ class Classifier:
                 return Item(request, index, np.frombuffer(content, np.uint8).reshape(side_px, side_px, 3), ())
             image = decode(content)
         except ImageError as error:
-            return _rejected(error)
+            may_be_large = decode == self._decode_ordinary and self._large_are_allowed
+            return None if may_be_large and isinstance(error, ImageTooLargeError) else _rejected(error)
         except DecoderKilledError as error:
             return ImageResult(503, str(error).encode())
         except Exception as reason:  # a defect; it must not end the thread, which serves all requests
