@@ -18,7 +18,7 @@ _START_NICENESS = 10  # about a tenth of the processor time while another proces
 def main() -> None:
     """Prepare the engine in this thread, then serve requests in another."""
     gc.disable()  # until the end of the start (ltkd.contract.resources)
-    ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def serve() -> None:
         ready.get()()

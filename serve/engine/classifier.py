@@ -157,6 +157,11 @@ class Classifier:
         if request := self._requests.get(number):
             request.cancelled = True
 
+    def cancel_all(self) -> None:
+        """Cancel all requests."""
+        for request in list(self._requests.values()):
+            request.cancelled = True
+
     def decode_waiting(self) -> None:
         """Decode ordinary images, at most one batch of them, and queue the decoded images together."""
         ready: list[Item] = []
