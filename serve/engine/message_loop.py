@@ -6,7 +6,6 @@ closes its end of the socket or dies. It never imports FastAPI, so it starts fas
 
 import contextlib
 import io
-import signal
 import socket
 import threading
 import traceback
@@ -58,8 +57,6 @@ def prepare(descriptor: int, config_json: str) -> Callable[[], object]:
         A function that serves requests until the other end of the socket is closed. If the engine cannot be opened, the
         function only sends the error.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are sent to all processes; the server process decides when to end
     connection = socket.socket(fileno=descriptor)
     config = EngineConfig.model_validate_json(config_json)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # rejected like any image with too many pixels

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -48,6 +49,26 @@ def engine_process() -> Iterator[ChildProcess]:
     yield started
     started.kill()
     started.connection.close()
+
+
+_AT_THE_FIRST_IMPORT = """
+import signal, sys
+from serve.engine.__main__ import main
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        print([signal.getsignal(number) == signal.SIG_IGN for number in numbers], "numpy" in sys.modules)
+        raise SystemExit
+
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+def test_a_process_ignores_signals_meant_for_the_server_before_it_imports_libraries() -> None:
+    started = subprocess.run([sys.executable, "-c", _AT_THE_FIRST_IMPORT], capture_output=True, text=True, check=False)
+    assert (started.stdout, started.stderr) == ("[True, True, True] False\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
