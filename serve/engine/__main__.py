@@ -8,6 +8,7 @@ at a low priority. A thread can lower its priority but not raise it again, so th
 import gc
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,8 +18,10 @@ _START_NICENESS = 10  # about a tenth of the processor time while another proces
 
 def main() -> None:
     """Prepare the engine in this thread, then serve requests in another."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are sent to all processes; the server process decides when to end
     gc.disable()  # until the end of the start (ltkd.contract.resources)
-    ready: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def serve() -> None:
         ready.get()()

@@ -17,7 +17,7 @@ from ltkd.errors import ImageError, ImageTooLargeError
 from serve.engine.answers import NOT_FINITE, AnswerBuilder
 from serve.engine.batching import Batcher, BatchRun
 from serve.engine.decode_queue import ORDINARY_PIXELS, DecodeQueue, PixelLimits, header_pixels
-from serve.engine.large_images import Decode
+from serve.engine.large_images import Decode, DecoderKilledError
 from serve.engine.messages import EngineRequest, EngineResponse, ImageResult, OutputKind, PredictionFacts
 from serve.engine.session import Engine
 from serve.problems import image_problem
@@ -118,6 +118,7 @@ class Classifier:
         self._answer_builder = AnswerBuilder(engine.manifest, engine.precision)
         self._preprocessing = engine.manifest.task.preprocessing
         self._limits = limits
+        self._large_are_allowed = limits.per_image > ORDINARY_PIXELS
         self._send = send
         self._report = report
         self._note_progress = note_progress
@@ -154,6 +155,11 @@ class Classifier:
     def cancel(self, number: int) -> None:
         """Cancel a request; those of its images that are not in a batch yet will not be run."""
         if request := self._requests.get(number):
+            request.cancelled = True
+
+    def cancel_all(self) -> None:
+        """Cancel all requests."""
+        for request in list(self._requests.values()):
             request.cancelled = True
 
     def decode_waiting(self) -> None:
@@ -193,16 +199,22 @@ class Classifier:
         self.batcher.close()
 
     def _decode_or_reject(self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]) -> Item | None:
-        """Decode an image; if it is not to be run, store its result and return None."""
+        """Decode an image; if it is not to be run now, store its result or queue it as a large one, and return None."""
         decoded = self._decode(request, index, decode)
         request.decoded = request.began = time.monotonic()
         self._show_progress(request.decoded)
         if isinstance(decoded, Item):
             return decoded
+        if decoded is None:
+            self.large.put(request, [index])
+            return None
         self._store_results([(request, index, decoded)])
         return None
 
-    def _decode(self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]) -> Item | ImageResult:
+    def _decode(
+        self, request: Request, index: int, decode: Callable[[bytes], DecodedImage]
+    ) -> Item | ImageResult | None:
+        """Decode an image; None if it is a large one, although its header says otherwise (two headers, for example)."""
         message = request.message
         if request.cancelled or message.deadline <= time.monotonic():
             return _LATE
@@ -213,7 +225,10 @@ class Classifier:
                 return Item(request, index, np.frombuffer(content, np.uint8).reshape(side_px, side_px, 3), ())
             image = decode(content)
         except ImageError as error:
-            return _rejected(error)
+            may_be_large = decode == self._decode_ordinary and self._large_are_allowed
+            return None if may_be_large and isinstance(error, ImageTooLargeError) else _rejected(error)
+        except DecoderKilledError as error:
+            return ImageResult(503, str(error).encode())
         except Exception as reason:  # a defect; it must not end the thread, which serves all requests
             self._report(reason)
             return _INTERNAL_ERROR

@@ -48,7 +48,7 @@ class DecodeQueue(Generic[Request]):
         """Append a request.
 
         Args:
-            request: It must not be in the queue already.
+            request: If it is in the queue already, it gets two turns.
             indices: Which of its images are to be decoded, in order. If there are none, the call has no effect.
         """
         if waiting := deque(indices):
@@ -106,24 +106,32 @@ def header_pixels(content: bytes) -> int:
 
     Returns:
         0 if the bytes are not those of a JPEG, PNG or WebP file: it is rejected without decoding. A very large number
-        if a JPEG file does not contain its size where encoders write it.
+        if the file does not contain its size where encoders write it.
     """
-    width, height = 0, 0
-    if content[12:16] == b"IHDR" and len(content) >= 24:
-        width, height = _PNG_SIZE.unpack_from(content, 16)
-    elif content[8:15] == b"WEBPVP8":
-        kind = content[15:16]
-        if kind == b"X":
-            width = 1 + int.from_bytes(content[24:27], "little")
-            height = 1 + int.from_bytes(content[27:30], "little")
-        elif kind == b"L":
-            sizes = int.from_bytes(content[21:25], "little")
-            width, height = 1 + (sizes & 0x3FFF), 1 + (sizes >> 14 & 0x3FFF)
-        else:
-            width = int.from_bytes(content[26:28], "little") & 0x3FFF
-            height = int.from_bytes(content[28:30], "little") & 0x3FFF
-    elif content.startswith(b"\xff\xd8\xff"):
-        return _jpeg_pixels(content)
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png_pixels(content)
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return _webp_pixels(content)
+    return _jpeg_pixels(content) if content.startswith(b"\xff\xd8\xff") else 0
+
+
+def _png_pixels(content: bytes) -> int:
+    if content[12:16] != b"IHDR" or len(content) < 24:
+        return _MANY_PIXELS
+    width, height = _PNG_SIZE.unpack_from(content, 16)
+    return int(width * height)
+
+
+def _webp_pixels(content: bytes) -> int:
+    kind = content[12:16]
+    if len(content) < 30 or kind not in (b"VP8X", b"VP8L", b"VP8 "):
+        return _MANY_PIXELS
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(content[24:27], "little")) * (1 + int.from_bytes(content[27:30], "little"))
+    if kind == b"VP8L":
+        sizes = int.from_bytes(content[21:25], "little")
+        return (1 + (sizes & 0x3FFF)) * (1 + (sizes >> 14 & 0x3FFF))
+    width, height = (int.from_bytes(content[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     return width * height
 
 

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,8 +35,14 @@ Decode = Callable[[bytes, Preprocessing, int], DecodedImage]
 """``ltkd.contract.image_decoding.decode_image`` or another function with its arguments."""
 
 MAX_SECONDS = 10  # of processor time; the slowest image of 25 megapixels that was found takes 1.4 s
+_MAX_WALL_SECONDS = 60.0  # for a process that is stopped or blocked; hardly any client waits for longer
+_END_SECONDS = 5.0
 _SOCKET_BUFFER_BYTES = 2**20
 _NICENESS = 10  # about a tenth of the processor time while another process uses the rest
+
+
+class DecoderKilledError(Exception):
+    """Another process ended the decoder while it decoded an image, or it was stuck; the image is not the reason."""
 
 
 class _LargeImageDecoder:
@@ -50,16 +57,20 @@ class _LargeImageDecoder:
         """Decode one image as ``decode_image`` does.
 
         Raises:
-            ImageError: As ``decode_image``, or the process ended while it decoded the image.
+            ImageError: As ``decode_image``, or the process ended because of the image.
+            DecoderKilledError: The process was killed while it decoded the image, or was stuck.
         """
-        connection = self._connection or self._start()
+        arguments = json.dumps([preprocessing.model_dump(), max_pixels]).encode()
         try:
-            connection.send_bytes(json.dumps([preprocessing.model_dump(), max_pixels]).encode())
-            connection.send_bytes(content)
-            result = json.loads(connection.recv_bytes())
-            pixels = connection.recv_bytes()
+            try:
+                self._send(arguments, content)
+            except OSError:  # the process ended while it had no image
+                self.close()
+                self._send(arguments, content)
+            result, pixels = self._receive()
         except (EOFError, OSError):
-            self.close()
+            if self.close() == -signal.SIGKILL:
+                raise DecoderKilledError("the decoder was killed while it decoded the image; try again.") from None
             raise ImageDecodeError(
                 f"the image needs more than {MAX_SECONDS} s of processor time, or the decoder ran out of memory or "
                 "crashed; save the image again with an image editor, or scale it down."
@@ -70,13 +81,41 @@ class _LargeImageDecoder:
         pixels_SS3 = np.frombuffer(pixels, np.uint8).reshape(side_px, side_px, 3)
         return DecodedImage(pixels_SS3, result["decoded_pixels"], tuple(result["warnings"]))
 
-    def close(self) -> None:
-        """End the process."""
-        if self._connection and self._process:
-            self._connection.close()
-            self._process.kill()
-            self._process.communicate()
+    def close(self) -> int | None:
+        """End the process, and return its exit status; None if it was not started."""
+        process, connection = self._process, self._connection
         self._connection = self._process = None
+        if not process or not connection:
+            return None
+        if connection.poll():  # it is ending: its own exit status is wanted
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+        connection.close()
+        process.kill()
+        process.communicate()
+        return process.returncode
+
+    def _send(self, *messages: bytes) -> None:
+        connection = self._connection or self._start()
+        with self._killed_if_stuck():
+            for message in messages:
+                connection.send_bytes(message)
+
+    def _receive(self) -> tuple[dict[str, Any], bytes]:
+        assert self._connection
+        with self._killed_if_stuck():
+            return json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
+
+    @contextlib.contextmanager
+    def _killed_if_stuck(self) -> Iterator[None]:
+        """Kill the process if the block takes too long; then the connection ends, and with it the block."""
+        assert self._process
+        timer = threading.Timer(_MAX_WALL_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _start(self) -> Connection:
         ours, theirs = socket.socketpair()

@@ -6,7 +6,6 @@ closes its end of the socket or dies. It never imports FastAPI, so it starts fas
 
 import contextlib
 import io
-import signal
 import socket
 import threading
 import traceback
@@ -47,7 +46,7 @@ LargeDecoder = Callable[[], contextlib.AbstractContextManager[Decode]]
 """Starts something that decodes one large image at a time."""
 
 
-def prepare(descriptor: int, config_json: str) -> Callable[[], None]:
+def prepare(descriptor: int, config_json: str) -> Callable[[], object]:
     """Open, verify and warm up an engine.
 
     Args:
@@ -58,8 +57,6 @@ def prepare(descriptor: int, config_json: str) -> Callable[[], None]:
         A function that serves requests until the other end of the socket is closed. If the engine cannot be opened, the
         function only sends the error.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are sent to all processes; the server process decides when to end
     connection = socket.socket(fileno=descriptor)
     config = EngineConfig.model_validate_json(config_json)
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # rejected like any image with too many pixels
@@ -99,7 +96,9 @@ def serve_connection(
 
     def send(*messages: bytes) -> None:
         with sending:
-            _send(connection, messages)
+            is_sent = _send(connection, messages)
+        if not is_sent:  # nobody waits for the results
+            classifier.cancel_all()
 
     def respond(responses: Sequence[EngineResponse]) -> None:
         send(*[pack_response(response) for response in responses])
@@ -115,8 +114,8 @@ def serve_connection(
         seconds_of=dict(engine.seconds_of),
     )
     _warm_decoders()
-    send(pack_text(Kind.READY, engine_ready.model_dump_json()))
     classifier = Classifier(engine, limits, max_wait, respond, report, lambda: send(ALIVE))
+    send(pack_text(Kind.READY, engine_ready.model_dump_json()))
     with _large_images_decoded(classifier, large_decoder, min(num_threads, _MAX_LARGE_IMAGES)):
         if num_threads == 1 and not max_wait:
             _serve_in_one_thread(connection, classifier)
@@ -189,9 +188,13 @@ def _accept(classifier: Classifier, reader: MessageReader, data: bytes) -> None:
             classifier.cancel(unpack_cancel(message))
 
 
-def _send(connection: socket.socket, messages: Sequence[bytes]) -> None:
-    with contextlib.suppress(OSError):  # the server process has ended; the reading thread finds the socket closed
+def _send(connection: socket.socket, messages: Sequence[bytes]) -> bool:
+    """Send messages; False if the server process has ended. The reading thread finds the socket closed."""
+    try:
         send_all(connection, messages)
+    except OSError:
+        return False
+    return True
 
 
 def _warm_decoders() -> None:

@@ -18,7 +18,7 @@ from typing import Self
 from ltkd.contract.bundle import Manifest, Precision
 from ltkd.contract.node_assignment import NodeAssignment
 from serve.engine.decode_queue import is_large_image
-from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_cancel, pack_request, unpack_response
+from serve.engine.messages import EngineReady, EngineRequest, OutputKind, pack_request, unpack_response
 from serve.pool.admission import expected_seconds_each, require_room
 from serve.pool.engine_process import EngineProcess
 from serve.pool.pending_requests import AnswerCallback, PendingQueue, PendingRequest, RequestResult, request_result
@@ -49,7 +49,7 @@ class EnginePool:
         nodes: How many of the model's nodes run on which provider.
         alive: Whether at least one engine process is ready.
         reason: Why none is ready; empty while one is.
-        on_change: Called when ``alive`` changes.
+        on_restart: Called when an engine process that died has been replaced.
         on_answer: Called for every answered request that was not cancelled, of /v1 and of /v2.
         on_bundle_changed: Awaited if no process can be started because the bundle on disk is another one.
     """
@@ -62,7 +62,7 @@ class EnginePool:
     def __init__(self, settings: Settings) -> None:
         self.alive = False
         self.reason = "it is starting"
-        self.on_change: Callable[[], None] | None = None
+        self.on_restart: Callable[[], None] | None = None
         self.on_answer: AnswerCallback | None = None
         self.on_bundle_changed: Callable[[], Awaitable[object]] | None = None
         self._settings = settings
@@ -134,11 +134,11 @@ class EnginePool:
         queue = process.large if is_large else process.ordinary
         require_room(len(images), self.num_waiting, queue, deadline - now, self._settings)
         self._next_number = number = self._next_number + 1
-        process.write(pack_request(EngineRequest(number, deadline, output, top_k, images)))
-        queue.add(len(images), now)
+        message = pack_request(EngineRequest(number, deadline, output, top_k, images))
         future: asyncio.Future[RequestResult | ProblemError] = asyncio.get_running_loop().create_future()
         request = PendingRequest(number, process, problems, len(images), is_large, now, deadline, future)
-        process.requests[number] = request
+        process.send(request, message)
+        queue.add(len(images), now)
         heapq.heappush(self._deadlines, (deadline, number, request))
         if deadline < self._check_at:
             self._schedule_check(min(deadline, now + _CHECK_SECONDS))
@@ -209,17 +209,19 @@ class EnginePool:
         pending, self._pending = self._pending, None
         if pending:
             pending.move_to(process, time.monotonic())
-        self.reason = ""
-        self._note_change()
+        self.alive, self.reason = True, ""
+        if self.on_restart:  # set after the start
+            with _errors_logged():
+                self.on_restart()
 
     def _on_lost(self, process: EngineProcess) -> None:
         """Answer 503 to the requests of a process that has ended; queue new requests until there is another one."""
         self._seconds_each = process.ordinary.seconds_each
         if not self._supervisor.processes:
+            self.alive = False
             self.reason = "its engine process died and is being replaced"
             if not self._closing:
                 self._pending = PendingQueue()
-        self._note_change()
         self._fail(process, "the engine process that had the request died and is being replaced; try again.")
 
     async def _on_not_replaced(self, error: Exception) -> None:
@@ -255,14 +257,6 @@ class EnginePool:
     def _retry_after(self) -> dict[str, str]:
         return {"Retry-After": str(max(1, math.ceil(self._supervisor.started_in_seconds)))}
 
-    def _note_change(self) -> None:
-        alive = bool(self._supervisor.processes)
-        if alive != self.alive:
-            self.alive = alive
-            if self.on_change:
-                with _errors_logged():
-                    self.on_change()
-
     def _check_progress(self) -> None:
         """Answer 504 to requests whose deadline has passed, and kill stalled processes."""
         now = time.monotonic()
@@ -279,8 +273,8 @@ class EnginePool:
             self._schedule_check(min(next_deadline, now + _CHECK_SECONDS))
 
     def _cancel(self, request: PendingRequest) -> None:
-        if request.number in request.process.requests:
-            request.process.write(pack_cancel(request.number))
+        if request.number in request.process.requests and not request.process.cancel(request.number):
+            self._release(request)
 
     def _schedule_check(self, at: float) -> None:
         if self._check:

@@ -21,6 +21,7 @@ from serve.engine.messages import (
     Failed,
     Kind,
     MessageReader,
+    pack_cancel,
     unpack_number,
     unpack_text,
 )
@@ -135,6 +136,16 @@ class EngineProcess(asyncio.Protocol):
             raise
         self.ready_since = time.monotonic()
         return ready
+
+    def send(self, request: PendingRequest, message: bytes) -> None:
+        """Send a request."""
+        self.requests[request.number] = request
+        self.write(message)
+
+    def cancel(self, number: int) -> bool:
+        """Cancel a request that was sent. Returns True: its response still arrives."""
+        self.write(pack_cancel(number))
+        return True
 
     def write(self, message: bytes) -> None:
         """Send a message. All messages of one iteration of the event loop are sent in one write."""

@@ -43,7 +43,7 @@ class EngineClient(Protocol):
     provider: str
     alive: bool
     reason: str
-    on_change: Callable[[], None] | None
+    on_restart: Callable[[], None] | None
     on_answer: AnswerCallback | None
     on_bundle_changed: Callable[[], Awaitable[object]] | None
 
@@ -296,7 +296,7 @@ class ModelRepository(Generic[AnyEngineClient]):
         metrics = self._telemetry.add_model(labels, task.groups.names, window)
         metrics.watch(lambda: pool.num_waiting, lambda: pool.alive)
         pool.on_answer = metrics.record_request
-        pool.on_change = lambda: metrics.count_restart() if pool.alive else None
+        pool.on_restart = metrics.count_restart
         feedback = FeedbackWindow(task, certified.calibration, metrics, self._settings.feedback_images)
         pool.on_bundle_changed = lambda: self.reload(key)
         self._served[key] = ServedModel(key, fingerprint, pool, metrics, feedback)
@@ -305,7 +305,7 @@ class ModelRepository(Generic[AnyEngineClient]):
     def _end(self, served: ServedModel[AnyEngineClient], drain_seconds: float) -> None:
         """End a model version in the background when it has answered its accepted requests."""
         self._telemetry.remove_model(served.metrics)
-        served.pool.on_change = served.pool.on_bundle_changed = None
+        served.pool.on_restart = served.pool.on_bundle_changed = None
         task = asyncio.get_running_loop().create_task(served.end(drain_seconds))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)

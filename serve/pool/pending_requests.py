@@ -70,7 +70,7 @@ class PendingRequest:
 
 
 class PendingQueue:
-    """Requests that wait while no engine process is running. It takes messages as an engine process does.
+    """Requests that wait while no engine process is running. It takes them as an engine process does.
 
     Attributes:
         requests: The waiting requests, by number.
@@ -81,19 +81,24 @@ class PendingQueue:
     def __init__(self) -> None:
         self.requests: dict[int, PendingRequest] = {}
         self.ordinary, self.large = ImageQueue(), ImageQueue()
-        self._messages: list[bytes] = []
+        self._messages: dict[int, bytes] = {}
 
-    def write(self, message: bytes) -> None:
-        """Keep a message for the next engine process."""
-        self._messages.append(message)
+    def send(self, request: PendingRequest, message: bytes) -> None:
+        """Keep a request and its message for the next engine process."""
+        self.requests[request.number] = request
+        self._messages[request.number] = message
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request and its message. Returns False: it gets no response."""
+        del self.requests[number], self._messages[number]
+        return False
 
     def move_to(self, process: "EngineProcess", now: float) -> None:
         """Send all waiting requests to an engine process."""
-        for request in self.requests.values():
+        for number, request in self.requests.items():
             request.process = process
             request.queue.add(request.num_images, now)
-        process.requests.update(self.requests)
-        process.write(b"".join(self._messages))
+            process.send(request, self._messages[number])
 
 
 def request_result(response: EngineResponse, problems: Mapping[int, Problem]) -> RequestResult:

@@ -13,8 +13,9 @@ from ltkd.contract.image_decoding import DecodedImage, decode_image
 from ltkd.contract.preprocessing import Preprocessing
 from serve.engine import classifier as classifier_module
 from serve.engine.classifier import Classifier
-from serve.engine.decode_queue import PixelLimits
-from serve.engine.messages import EngineRequest, EngineResponse, OutputKind
+from serve.engine.decode_queue import PixelLimits, header_pixels
+from serve.engine.large_images import DecoderKilledError
+from serve.engine.messages import EngineRequest, EngineResponse, ImageResult, OutputKind
 
 SMALL = encoded(toy_pixels(3))
 LARGE = encoded(Image.new("L", (600, 500)))
@@ -109,6 +110,32 @@ def test_an_image_above_the_limit_of_an_image_is_rejected_with_that_limit() -> N
     recorded.accept(1, [encoded(Image.new("L", (700, 700))), LARGE])
     assert recorded.statuses() == [[422, 0]]
     assert b"700 x 700 pixels (the limit is 400,000)" in recorded.responses[0].results[0].payload
+
+
+@pytest.mark.parametrize(("height_px", "status"), [(500, 0), (700, 422)])
+def test_an_image_that_is_larger_than_its_first_header_says_has_the_limit_of_a_large_one(
+    height_px: int, status: int
+) -> None:
+    second = encoded(Image.new("L", (600, height_px)))
+    content = SMALL[:33] + second[8:]  # its signature and header, and then the other header
+    assert header_pixels(content) < 600 * height_px
+    recorded = Recorded()
+    recorded.accept(1, [content, LARGE, SMALL])
+    recorded.classifier.decode_waiting()
+    assert recorded.statuses() == [[status, 0, 0]]
+    if status:
+        assert b"600 x 700 pixels (the limit is 400,000)" in recorded.responses[0].results[0].payload
+
+
+def test_an_image_whose_decoder_was_killed_may_be_sent_again() -> None:
+    recorded = Recorded()
+
+    def killed(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> DecodedImage:
+        raise DecoderKilledError("the decoder was killed; try again.")
+
+    recorded.accept(1, [LARGE])
+    recorded.classifier.decode_large(killed)
+    assert recorded.responses[0].results == [ImageResult(503, b"the decoder was killed; try again.")]
 
 
 def test_the_limit_of_a_request_counts_pixels_as_they_were_decoded() -> None:

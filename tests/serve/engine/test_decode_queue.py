@@ -1,11 +1,15 @@
 """The order in which images are decoded, and the sizes that are read from their headers."""
 
+import struct
 import threading
+import zlib
 
 import pytest
 from PIL import Image
 from serve_toys import encoded, toy_pixels
 
+from ltkd.contract.image_decoding import decode_image
+from ltkd.contract.preprocessing import Preprocessing
 from serve.engine.decode_queue import ORDINARY_PIXELS, DecodeQueue, header_pixels
 
 
@@ -85,9 +89,22 @@ def test_the_size_in_the_header_is_found(
     assert header_pixels(content) == height_px * width_px
 
 
-def test_a_file_without_a_size_is_ordinary_unless_it_may_be_a_large_jpeg() -> None:
-    png, jpeg = encoded(toy_pixels(1)), encoded(toy_pixels(1), "JPEG")
-    for content in (b"", b"junk", png[:20], encoded(toy_pixels(1), "WEBP")[:14], b"\0" * 100):
+def test_the_size_of_another_format_in_a_comment_is_not_read() -> None:
+    jpeg = encoded(toy_pixels(1, 600, 700), "JPEG")
+    png_size, webp_size = b"xxxxxxIHDR" + b"\0\0\0\1" * 2, b"xxWEBPVP8X" + b"\0" * 20
+    for comment in (png_size, webp_size):
+        content = jpeg[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment + jpeg[2:]
+        assert content[12:16] == b"IHDR" or content[8:15] == b"WEBPVP8"
+        assert decode_image(content, Preprocessing(input_px=8), 420_000).decoded_pixels
+        assert header_pixels(content) == 420_000
+
+
+def test_a_file_without_a_size_is_ordinary_unless_it_may_be_a_large_image() -> None:
+    png, jpeg, webp = (encoded(toy_pixels(1), kind) for kind in ("PNG", "JPEG", "WEBP"))
+    for content in (b"", b"junk", png[1:], b"JUNK" + webp[4:], b"\0" * 100):
         assert header_pixels(content) == 0
     for content in (jpeg[:5], jpeg[:100], b"\xff\xd8" + b"\xff\xe0\0\2" * 10_000, b"\xff\xd8\xff" * 1000):
+        assert header_pixels(content) > ORDINARY_PIXELS
+    text = struct.pack(">I4sI", 0, b"tEXt", zlib.crc32(b"tEXt"))  # libpng reads it, and then the size
+    for content in (png[:20], png[:8] + text + png[8:], webp[:14], webp[:12] + b"JUNK\0\0\0\0" + webp[12:]):
         assert header_pixels(content) > ORDINARY_PIXELS

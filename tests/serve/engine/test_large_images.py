@@ -18,7 +18,8 @@ from serve_toys import SIZE_PX, bomb_png, encoded, served, toy_bundle, toy_pixel
 from ltkd.contract.image_decoding import DecodedImage, decode_image
 from ltkd.contract.preprocessing import Preprocessing
 from ltkd.errors import ImageDecodeError, ImageError, ImageTooLargeError, ImageTypeError
-from serve.engine.large_images import Decode, large_image_decoder
+from serve.engine import large_images
+from serve.engine.large_images import Decode, DecoderKilledError, large_image_decoder
 
 MAX_PIXELS = 1_000_000
 PREPROCESSING = Preprocessing(input_px=SIZE_PX, jpeg_scaling="none")
@@ -70,6 +71,71 @@ def test_an_image_that_is_decoded_for_too_long_is_rejected_and_the_next_one_has_
                 decode(b"defect", PREPROCESSING, MAX_PIXELS)
             with pytest.raises(ImageDecodeError, match=r"needs more than 10 s of processor time.*scale it down"):
                 decode(b"endless", PREPROCESSING, MAX_PIXELS)
+
+
+_SLOW = """
+import os, sys
+from pathlib import Path
+from serve.engine import large_images
+
+Path(sys.argv[1]).open("a").write(f"{os.getpid()}\\n")
+decode_image = large_images.decode_image
+
+def decode_slowly(content, preprocessing, max_pixels):
+    if content.startswith(b"kill"):
+        os.kill(os.getpid(), int(content[4:]))
+    return decode_image(content, preprocessing, max_pixels)
+
+large_images.decode_image = decode_slowly
+del sys.argv[1]
+large_images.main()
+"""
+
+
+def test_a_process_that_was_killed_between_two_images_is_replaced_and_the_next_image_decoded(tmp_path: Path) -> None:
+    photo = encoded(toy_pixels(5, 600, 900))  # more bytes than the socket's buffer holds
+    assert len(photo) > 2**20
+    with large_image_decoder(("-c", _SLOW, str(tmp_path / "pids"))) as decode:
+        decode(photo, PREPROCESSING, MAX_PIXELS)
+        for signal_number in (signal.SIGKILL, signal.SIGPROF):
+            pid = int((tmp_path / "pids").read_text().split()[-1])
+            os.kill(pid, signal_number)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            decode(photo, PREPROCESSING, MAX_PIXELS)
+    assert len((tmp_path / "pids").read_text().split()) == 3
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "error"),
+    [
+        (signal.SIGKILL, DecoderKilledError),  # the system was short of memory
+        (signal.SIGPROF, ImageDecodeError),  # the image took too long
+        (signal.SIGSEGV, ImageDecodeError),  # the image crashed the decoder
+    ],
+)
+def test_only_a_process_that_was_killed_from_outside_is_not_the_fault_of_the_image(
+    tmp_path: Path, signal_number: signal.Signals, error: type[Exception]
+) -> None:
+    with large_image_decoder(("-c", _SLOW, str(tmp_path / "pids"))) as decode:
+        with pytest.raises(error):
+            decode(b"kill%d" % signal_number, PREPROCESSING, MAX_PIXELS)
+        decode(encoded(toy_pixels(3)), PREPROCESSING, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("size_px", [(8, 8), (600, 900)])  # the process has all of the file, or only a part
+def test_a_process_that_is_stopped_is_killed_after_a_time_and_the_next_image_has_a_new_one(
+    tmp_path: Path, size_px: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with large_image_decoder(("-c", _SLOW, str(tmp_path / "pids"))) as decode:
+        decode(encoded(toy_pixels(3)), PREPROCESSING, MAX_PIXELS)
+        pid = int((tmp_path / "pids").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        with monkeypatch.context() as patched:
+            patched.setattr(large_images, "_MAX_WALL_SECONDS", 0.02)
+            with pytest.raises(DecoderKilledError, match="try again"):
+                decode(encoded(toy_pixels(5, *size_px)), PREPROCESSING, MAX_PIXELS)
+        decode(encoded(toy_pixels(3)), PREPROCESSING, MAX_PIXELS)
 
 
 _DECODE_ONE = """

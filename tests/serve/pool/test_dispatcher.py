@@ -264,10 +264,10 @@ def real_process(bundle: Path, started: list[ChildProcess]) -> Callable[[], Chil
 def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
     async def test() -> None:
         started: list[ChildProcess] = []
-        changes: list[bool] = []
+        restarts: list[bool] = []
         settings = Settings(max_queue_seconds=SOON)  # a busy machine must not reject the requests
         pool = await EnginePool.start([real_process(toy_bundle(), started)], settings)
-        pool.on_change = lambda: changes.append(pool.alive)
+        pool.on_restart = lambda: restarts.append(pool.alive)
         try:
             before = await pool.classify([PNG], 1, deadline())
             stop(started[0].pid)  # it still has the requests when it is killed
@@ -278,7 +278,7 @@ def test_a_killed_process_costs_its_requests_a_503_and_is_replaced() -> None:
             assert [problem.status for problem in problems] == [503] * 5
             assert not pool.alive
             assert (await pool.classify([PNG], 1, deadline())).results == before.results
-            assert (len(started), changes) == (2, [False, True])
+            assert (len(started), restarts) == (2, [True])
         finally:
             await pool.close(5)
 
@@ -325,6 +325,8 @@ def test_requests_that_arrive_while_no_process_runs_wait_for_the_next_one() -> N
             late = await problem_of_request(pool.classify([PNG], 1, deadline(0.01)))
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
+            assert pool.num_waiting == 20
+            assert pool._pending and len(pool._pending._messages) == 20  # up to 20 MB each
             may_start.set()
             assert [len((await request).results) for request in requests] == [1] * 20
             await until(lambda: pool.num_waiting == 0)

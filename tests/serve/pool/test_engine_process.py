@@ -5,15 +5,20 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve_toys import toy_bundle
+from serve_toys import blocked_engine, encoded, toy_bundle, toy_pixels
 
-from serve.engine.messages import Kind, pack_text
-from serve.pool.engine_process import ChildProcess, EngineProcess
+from serve.engine.decode_queue import PixelLimits
+from serve.engine.message_loop import serve_connection
+from serve.engine.messages import EngineRequest, Kind, OutputKind, pack_request, pack_text
+from serve.pool.engine_process import ChildProcess, EngineProcess, connected_sockets
 from tests.serve.pool.test_dispatcher import real_process, run, until
 
 
@@ -46,6 +51,26 @@ def engine_process() -> Iterator[ChildProcess]:
     started.connection.close()
 
 
+_AT_THE_FIRST_IMPORT = """
+import signal, sys
+from serve.engine.__main__ import main
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        print([signal.getsignal(number) == signal.SIG_IGN for number in numbers], "numpy" in sys.modules)
+        raise SystemExit
+
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+def test_a_process_ignores_signals_meant_for_the_server_before_it_imports_libraries() -> None:
+    started = subprocess.run([sys.executable, "-c", _AT_THE_FIRST_IMPORT], capture_output=True, text=True, check=False)
+    assert (started.stdout, started.stderr) == ("[True, True, True] False\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_ends_with_its_connection_and_ignores_signals_meant_for_the_server(
     engine_process: ChildProcess, number: int
@@ -59,6 +84,22 @@ def test_a_process_ends_with_its_connection_and_ignores_signals_meant_for_the_se
     assert (
         engine_process.connection.recv(1) == b""
     )  # the end of the stream: the process was still running and closed its socket
+
+
+def test_a_process_whose_server_was_killed_drops_the_images_that_it_has() -> None:
+    engine = blocked_engine()
+    ours, theirs = connected_sockets()
+    serving = threading.Thread(target=serve_connection, args=(theirs, engine, PixelLimits(10**6, 10**7), 0.0, 1))
+    serving.start()
+    image, until_when = encoded(toy_pixels(3)), time.monotonic() + 60
+    requests = [EngineRequest(num, until_when, OutputKind.ANSWERS, 1, num * [image]) for num in (1, 200)]
+    with ours:
+        ours.sendall(b"".join(map(pack_request, requests)))
+        assert engine.begun.wait(30)
+    engine.go.set()
+    serving.join(60)
+    assert not serving.is_alive()
+    assert len(engine.sizes) == 1
 
 
 def test_a_process_that_gets_ready_while_its_start_is_cancelled_causes_no_error() -> None:

@@ -164,7 +164,7 @@ def test_a_request_that_cannot_be_sent_leaves_nothing_behind(monkeypatch: pytest
 def test_an_error_in_the_metrics_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with counted_pool() as (pool, engine):
-            pool.on_answer = pool.on_change = raise_an_error
+            pool.on_answer = pool.on_restart = raise_an_error
             tasks = await send(pool, 3)
             engine.go.set()
             assert await statuses(tasks) == [200] * 3
@@ -176,7 +176,7 @@ def test_an_error_in_the_metrics_costs_no_answer(caplog: pytest.LogCaptureFixtur
 def test_an_error_in_the_metrics_does_not_keep_a_process_from_being_replaced() -> None:
     async def test() -> None:
         async with toy_pool() as pool:
-            pool.on_change = raise_an_error
+            pool.on_restart = raise_an_error
             pool._supervisor.processes[0].kill()
             await until(lambda: not pool.alive)
             assert len((await pool.classify([PNG], 1, deadline())).results) == 1

@@ -56,6 +56,23 @@ def test_with_two_processes_the_other_one_keeps_answering() -> None:
     run(test)
 
 
+def test_with_two_processes_each_replacement_is_counted() -> None:
+    async def test() -> None:
+        started: list[ChildProcess] = []
+        restarts: list[int] = []
+        pool = await EnginePool.start(2 * [real_process(toy_bundle(), started)], Settings())
+        pool.on_restart = lambda: restarts.append(len(started))
+        try:
+            for num in (1, 2):
+                os.kill(started[-1].pid, signal.SIGKILL)
+                await until(lambda num=num: len(restarts) == num)  # type: ignore[misc]
+            assert restarts == [3, 4]
+        finally:
+            await pool.close(5)
+
+    run(test)
+
+
 def test_a_stalled_process_is_killed_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         started: list[ChildProcess] = []
