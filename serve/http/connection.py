@@ -23,6 +23,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from serve.http.bodies import JSON
 from serve.http.service import Service
 from serve.problems import MEDIA_TYPE, make_problem
 
@@ -280,7 +281,9 @@ class Connection(HttpToolsProtocol):
         context = self._service.request_context("", "")
         body = make_problem(status, detail).body
         retry = "retry-after: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
-        head = f"content-length: {len(body)}\r\ncontent-type: {MEDIA_TYPE}\r\n{retry}connection: close\r\n"
+        # clients of the Open Inference Protocol accept no other media type
+        media_type = JSON if self._phase != Phase.START and self.url.startswith(b"/v2") else MEDIA_TYPE
+        head = f"content-length: {len(body)}\r\ncontent-type: {media_type}\r\n{retry}connection: close\r\n"
         head += f"x-request-id: {context.request_id}\r\n\r\n"
         self._rejection = STATUS_LINE[status] + head.encode("latin-1") + body
         self._service.count(context, "none", status)
