@@ -1,1 +1,1 @@
-"""Metrics, drift detection, feedback and logs."""
+"""Metrics, drift detection, feedback, logs and traces."""
