@@ -50,7 +50,7 @@ from ltkd.contract.bundle import (
 from ltkd.contract.calibration import Abstention, Calibration, ConfidenceBin, GroupCalibration, Proportion, SetThreshold
 from ltkd.contract.class_groups import groups_by_share
 from ltkd.contract.image_decoding import decode_image
-from ltkd.contract.preprocessing import Resizing
+from ltkd.contract.preprocessing import Preprocessing, Resizing
 from ltkd.contract.records import write_record
 from ltkd.contract.task import Task
 from ltkd.data.long_tail import long_tailed_counts
@@ -73,7 +73,10 @@ def make_workload(workload: Workload, folder: Path) -> None:
     fp32 = to_onnx(network, task)
     models: dict[Precision, bytes] = {"fp32": fp32, "int8": collect_ranges(fp32, pixels_NSS3).to_onnx_bytes(INT8)}
     logits = {precision: logits_of(model, pixels_NSS3) for precision, model in models.items()}
-    clearest_images = sort_by_margin(list(logits.values()))[: workload.num_images]
+    # the peers decode in full, so an image must have the same class both ways
+    whole = Preprocessing(input_px=workload.input_px, jpeg_scaling="none")
+    whole_NSS3 = np.stack([decode_image(content, whole).pixels_SS3 for content in candidates])
+    clearest_images = sort_by_margin([*logits.values(), logits_of(fp32, whole_NSS3)])[: workload.num_images]
     (folder / "images").mkdir(parents=True)
     for number in clearest_images:
         suffix = "jpg" if workload.media_type == "image/jpeg" else "png"
