@@ -34,7 +34,7 @@ from serve.engine.messages import (
     pack_text,
     read_some,
     send_all,
-    unpack_cancel,
+    unpack_number,
     unpack_request,
 )
 from serve.engine.session import CPU, Engine, open_engine
@@ -185,7 +185,7 @@ def _accept(classifier: Classifier, reader: MessageReader, data: bytes) -> None:
         if kind == Kind.REQUEST:
             classifier.accept(unpack_request(message))
         elif kind == Kind.CANCEL:
-            classifier.cancel(unpack_cancel(message))
+            classifier.cancel(unpack_number(message))
 
 
 def _send(connection: socket.socket, messages: Sequence[bytes]) -> bool:

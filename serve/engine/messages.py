@@ -211,12 +211,6 @@ def pack_cancel(number: int) -> bytes:
     return _CANCEL.pack(_CANCEL.size - 4, Kind.CANCEL, number)
 
 
-def unpack_cancel(message: memoryview) -> int:
-    """The number of the cancelled request."""
-    number: int = _CANCEL.unpack_from(message)[2]
-    return number
-
-
 def pack_text(kind: Kind, text: str) -> bytes:
     """A READY, FAILED or LOG message."""
     content = text.encode()

@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.since = time.monotonic()
-        self._unanswered: deque[RequestResponseCycle] = deque()
+        self._unanswered: deque[RequestResponseCycle] = deque()  # begun, and without a complete response
         self._service = service
         self._limits = service.settings
         self._phase = Phase.START
@@ -88,14 +88,9 @@ class Connection(HttpToolsProtocol):
         self._rejection: bytes | None = None
 
     @property
-    def num_unanswered(self) -> int:
-        """Requests that have begun and have no complete response yet."""
-        return len(self._unanswered)
-
-    @property
     def is_idle(self) -> bool:
         """Whether the connection is open, no request on it waits for a response, and it is not about to send one."""
-        waits = self.num_unanswered or time.monotonic() - self.since < _IDLE_AFTER_SECONDS
+        waits = self._unanswered or time.monotonic() - self.since < _IDLE_AFTER_SECONDS
         return not waits and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
@@ -120,10 +115,10 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timer that closes idle connections: uvicorn leaves it if the client reset the connection."""
-        self.abort()  # uvicorn tells only the last of several pipelined requests
+        """Tell all requests that the client has left; uvicorn tells only the last of several pipelined ones."""
+        self.abort()
         super().connection_lost(exc)
-        if self.timeout_keep_alive_task:
+        if self.timeout_keep_alive_task:  # uvicorn leaves it if the client reset the connection
             self.timeout_keep_alive_task.cancel()
 
     def data_received(self, data: bytes) -> None:
@@ -148,7 +143,7 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Resume reading when the client has read its responses."""
         super().resume_writing()
-        if not self.num_unanswered:
+        if not self._unanswered:
             self.flow.resume_reading()
 
     def check(self, now: float) -> None:
@@ -166,7 +161,7 @@ class Connection(HttpToolsProtocol):
         limits = self._limits
         if self.flow.write_paused:
             return limits.write_seconds
-        if self.num_unanswered:
+        if self._unanswered:
             return math.inf  # the application has deadlines for the body and for the response
         if self._rejection is not None:
             return _LINGER_SECONDS
@@ -178,7 +173,7 @@ class Connection(HttpToolsProtocol):
         """Start the head of a request."""
         super().on_message_begin()
         self._phase = Phase.HEAD
-        if not self.num_unanswered:
+        if not self._unanswered:
             self.since = time.monotonic()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -202,7 +197,7 @@ class Connection(HttpToolsProtocol):
         if self._only_probes and self.url not in PROBES:
             self._reject(503, f"{self._limits.max_connections} connections are open; try again.")
             raise ValueError  # stops the parser
-        if self.num_unanswered >= _MAX_PIPELINED:
+        if len(self._unanswered) >= _MAX_PIPELINED:
             self._reject(429, f"{_MAX_PIPELINED} requests wait for their responses; read these before sending more.")
             raise ValueError  # stops the parser
         super().on_headers_complete()  # raises an exception for an invalid URL

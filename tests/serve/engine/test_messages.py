@@ -16,7 +16,7 @@ from serve.engine.messages import (
     pack_request,
     pack_response,
     pack_text,
-    unpack_cancel,
+    unpack_number,
     unpack_request,
     unpack_response,
     unpack_text,
@@ -67,7 +67,7 @@ def test_a_response_is_unchanged_by_packing_and_unpacking(response: EngineRespon
 
 
 def test_cancel_and_text_messages_are_unchanged_by_packing_and_unpacking() -> None:
-    assert unpack_cancel(memoryview(pack_cancel(2**64 - 1))) == 2**64 - 1
+    assert unpack_number(memoryview(pack_cancel(2**64 - 1))) == 2**64 - 1
     assert unpack_text(memoryview(pack_text(Kind.LOG, "zwölf\n"))) == "zwölf\n"
 
 
