@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from benchmarks.fault_test import seconds_until
 from benchmarks.hostile_clients import Attack, AttackResult, HostileClient, Target, run_attacks
 from benchmarks.load import Request, http_request
 from benchmarks.servers import ROOT, Prediction, RunningServer
+from tests.benchmarks.test_serving import serving
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
 FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
@@ -31,8 +31,6 @@ IMAGE = encoded(toy_pixels(0))
 @contextmanager
 def stand_in(response: Callable[[bytes], bytes]) -> Iterator[Site]:
     """A server that gives every block of bytes a response, and its ordinary clients."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    threads = list[threading.Thread]()
 
     def serve_one(connection: socket.socket) -> None:
         with connection:
@@ -42,30 +40,12 @@ def stand_in(response: Callable[[bytes], bytes]) -> Iterator[Site]:
             except OSError:  # a client that left
                 return
 
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threads.append(threading.Thread(target=serve_one, args=(connection,)))
-            threads[-1].start()
-
-    threads.append(threading.Thread(target=accept))
-    threads[0].start()
-    address = listener.getsockname()[:2]
-    running = RunningServer(address, 0.0, "no process has it", os.getpid(), "/x", lambda _: Prediction(0, 1.0))
     request = Request(http_request("/x", b"image", "image/png"), lambda body: body == b"good")
     keys = {name: f"ltkd_{name}" for name in (*ROLES, STRANGER)}
-    try:
-        yield Site(
-            running, [request], Target(address, keys, "toy", IMAGE, "image/png", "ant", 10), rate=50.0, settle_s=0.0
-        )
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        for thread in threads:
-            thread.join()
+    with serving(serve_one) as address:
+        running = RunningServer(address, 0.0, "no process has it", os.getpid(), "/x", lambda _: Prediction(0, 1.0))
+        target = Target(address, keys, "toy", IMAGE, "image/png", "ant", 10)
+        yield Site(running, [request], target, rate=50.0, settle_s=0.0)
 
 
 def phase_with(response: Callable[[bytes], bytes], attacks: Mapping[str, Attack], seconds: float = 0.4) -> Phase:

@@ -68,22 +68,10 @@ Responder = Callable[[int], bytes | None]
 
 
 @contextmanager
-def toy_server(respond: Responder) -> Iterator[tuple[str, int]]:
-    """A server with one thread per connection whose responses are given by a function."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    num_requests, lock, threads = [0], threading.Lock(), list[threading.Thread]()
-
-    def serve_one(connection: socket.socket) -> None:
-        with connection:
-            while data := connection.recv(2**16):
-                while not data.endswith(b"image"):
-                    data += connection.recv(2**16)
-                with lock:
-                    num_requests[0] += 1
-                    response = respond(num_requests[0])
-                if response is None:
-                    return
-                connection.sendall(response)
+def serving(serve_one: Callable[[socket.socket], None]) -> Iterator[tuple[str, int]]:
+    """A server with one thread per connection; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    threads = list[threading.Thread]()
 
     def accept() -> None:
         while True:
@@ -103,6 +91,27 @@ def toy_server(respond: Responder) -> Iterator[tuple[str, int]]:
         listener.close()
         for thread in threads:
             thread.join()
+
+
+@contextmanager
+def toy_server(respond: Responder) -> Iterator[tuple[str, int]]:
+    """A server whose responses are given by a function."""
+    num_requests, lock = [0], threading.Lock()
+
+    def serve_one(connection: socket.socket) -> None:
+        with connection:
+            while data := connection.recv(2**16):
+                while not data.endswith(b"image"):
+                    data += connection.recv(2**16)
+                with lock:
+                    num_requests[0] += 1
+                    response = respond(num_requests[0])
+                if response is None:
+                    return
+                connection.sendall(response)
+
+    with serving(serve_one) as address:
+        yield address
 
 
 def test_a_closed_loop_checks_every_response() -> None:
