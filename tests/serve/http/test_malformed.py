@@ -206,7 +206,7 @@ def test_fields_of_a_trailer_are_not_headers(tmp_path: Path) -> None:
 
 def test_an_endless_trailer_is_rejected(client: httpx.Client) -> None:
     response = raw_response(client, CHUNKED + b"\r\n" + chunk(PNG) + b"0\r\nX-Long: " + b"x" * 1_000_000)
-    assert response.startswith((b"HTTP/1.1 431", b"HTTP/1.1 200"))
+    assert response.startswith(b"HTTP/1.1 431")
 
 
 @pytest.mark.parametrize(
